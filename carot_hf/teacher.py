@@ -1,0 +1,162 @@
+"""The teacher: a float32 moving average of the student's weights, and the schedules of its momentum.
+
+The schedules are pure functions of the step. :class:`Teacher` knows weights and names, never time; the moment of an
+update belongs to :class:`carot_hf.TeacherCallback`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def ema_momentum(step: int, total_steps: int, *, start: float = 0.05, end: float = 0.9, ramp: float = 0.2) -> float:
+    r"""Momentum of the teacher's update at a step: linear from ``start`` to ``end``, then constant.
+
+    .. math:: m(k) = m_0 + (m_1 - m_0) \, k / (r N) \quad (k < r N), \qquad m_1 \text{ afterwards}
+
+    Args:
+        step: ``k``, optimizer steps finished, >= 0.
+        total_steps: ``N``, optimizer steps of the whole run, >= 1.
+        start: ``m0``, in ``[0, 1]``.
+        end: ``m1``, in ``[0, 1]``.
+        ramp: ``r``, share of the run that the ramp takes, in ``[0, 1]``; 0 gives ``end`` throughout.
+    Returns:
+        The weight of the old teacher, in ``[0, 1]``; the student's is the rest.
+    Raises:
+        ValueError: If a range above does not hold.
+    Source:
+        CaRot: updates every 500 of about 25,030 steps, 0.05 to 0.9 over the first fifth of the run.
+    """
+    check_momentum("start", start)
+    check_momentum("end", end)
+    if not 0.0 <= ramp <= 1.0:
+        raise ValueError(f"Expected `ramp` in [0, 1], got {ramp}. It is the share of the run that the ramp takes.")
+    if step < 0 or total_steps < 1:
+        raise ValueError(
+            f"Expected `step` >= 0 and `total_steps` >= 1, got {step} and {total_steps}. Count optimizer steps."
+        )
+    ramp_steps = ramp * total_steps
+    if step >= ramp_steps:
+        return end
+    return start + (end - start) * step / ramp_steps
+
+
+class Teacher:
+    r"""A float32 average of a student: :math:`\psi \leftarrow m \psi + (1 - m) \theta`, matched by parameter name.
+
+    The copy is taken at construction (:math:`\psi_0 = \theta_0`), is kept in float32 whatever the student's dtype (a
+    bf16 teacher would never move at these rates), never requires a gradient and is always in evaluation mode. Buffers
+    are copied, never averaged. Parameters that share storage in the student share it in the teacher and move once.
+
+    Args:
+        model: The student, unwrapped (no DDP around it). It is copied, not kept.
+    Attributes:
+        model: The teacher network, same class as the student.
+    Source:
+        CaRot, section 2.3; the rule of timm's ``ModelEmaV3``, by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = _frozen_copy(model)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, momentum: float) -> None:
+        """Move towards ``model``: ``momentum`` 1 leaves the teacher, 0 replaces it.
+
+        Args:
+            model: The student, unwrapped; same parameter names and shapes as at construction.
+            momentum: Weight of the old teacher, in ``[0, 1]``.
+        Raises:
+            ValueError: If the momentum is out of range or the names or shapes differ (the first one is named).
+        """
+        check_momentum("momentum", momentum)
+        own = dict(self.model.named_parameters())
+        theirs = dict(model.named_parameters())
+        _check_names(own, theirs, "parameter")
+        for name, parameter in own.items():
+            student = theirs[name].detach().to(parameter.device, torch.float32)
+            if momentum == 0.0:
+                parameter.copy_(student)
+            else:
+                parameter.mul_(momentum).add_(student, alpha=1.0 - momentum)
+        self._copy_buffers(model)
+
+    def reset(self, model: nn.Module) -> None:
+        """Start anew from ``model``: the same as an update with momentum 0."""
+        self.update(model, 0.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the teacher's weights and persistent buffers by name."""
+        return dict(self.model.state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned, bit for bit.
+
+        Args:
+            state_dict: Tensors by name. Of parameters that share storage one name is enough.
+        Raises:
+            ValueError: If a name is missing, unknown or has another shape.
+        """
+        own = self.model.state_dict()
+        shared = _aliases(own)
+        given = dict(state_dict)
+        for name in own:
+            if name not in given:
+                twin = next((other for other in shared[name] if other in given), None)
+                if twin is not None:
+                    given[name] = given[twin]
+        _check_names(own, given, "tensor")
+        self.model.load_state_dict(given)
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move the network to a device. The dtype stays float32."""
+        self.model.to(device)
+        return self
+
+    def _copy_buffers(self, model: nn.Module) -> None:
+        own = dict(self.model.named_buffers())
+        theirs = dict(model.named_buffers())
+        _check_names(own, theirs, "buffer")
+        for name, buffer in own.items():
+            buffer.copy_(theirs[name].to(buffer.device))
+
+
+def check_momentum(name: str, value: float) -> None:
+    """Raise a ValueError unless ``value`` is a momentum, i.e. lies in ``[0, 1]``."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"Expected `{name}` in [0, 1], got {value}. It is the weight of the old teacher.")
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    teacher = copy.deepcopy(model).float()  # parameters that are shared stay shared
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return teacher.eval()
+
+
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return for each name the other names of the same storage."""
+    by_storage: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, tensor in tensors.items():
+        by_storage.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
+    return {name: [other for other in names if other != name] for names in by_storage.values() for name in names}
+
+
+def _check_names(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], kind: str) -> None:
+    for name in sorted(own.keys() ^ theirs.keys()):
+        side = "the teacher" if name in own else "the other side"
+        raise ValueError(
+            f"Expected the {kind}s that the teacher was made from, got a difference: `{name}` exists only in {side}. "
+            "Make a new Teacher from the model that is trained now."
+        )
+    for name, tensor in own.items():
+        if tensor.shape != theirs[name].shape:
+            raise ValueError(
+                f"Expected {kind} `{name}` of shape {tuple(tensor.shape)}, got {tuple(theirs[name].shape)}. "
+                "Make a new Teacher from the model that is trained now."
+            )
