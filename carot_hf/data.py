@@ -1,0 +1,182 @@
+"""From data sets to batches: image transforms, the order of the samples, the collator.
+
+Whatever is random about a sample (its crop, its template) is a function of the seed and of the number of the *draw*,
+``epoch * len(dataset) + index``. Nothing depends on worker processes, prefetching, the number of devices or on
+where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .prompts import CaptionTable
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """PIL image to uint8 tensor, for training (random resized crop) and for evaluation (resize, centre crop).
+
+    Args:
+        size: Short side after the resize of the evaluation, in pixels.
+        crop: Height and width that the model takes, in pixels.
+        mean: Mean of each colour channel, in [0, 1].
+        std: Standard deviation of each colour channel.
+        resample: PIL's filter; 3 is bicubic.
+        scale: Range of the area of the training crop, as a share of the image.
+        ratio: Range of the aspect ratio of the training crop.
+    Source:
+        FLYP and CaRot: scale (0.9, 1.0), bicubic, no flip. The evaluation equals the PIL backend of CLIPImageProcessor.
+    """
+
+    size: int
+    crop: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int = 3
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    @classmethod
+    def from_processor(cls, processor: Any) -> ImageTransform:
+        """Read sizes, filter, mean and standard deviation from a ``CLIPProcessor`` or its image processor.
+
+        Raises:
+            ValueError: If the processor does not resize the short side and crop the centre, as CLIP's does.
+        """
+        processor = getattr(processor, "image_processor", processor)
+        size, crop = processor.size, processor.crop_size
+        short = size.get("shortest_edge", size.get("height") if size.get("height") == size.get("width") else None)
+        if short is None or not (processor.do_resize and processor.do_center_crop and processor.do_normalize):
+            raise ValueError(
+                "Expected an image processor that resizes the short side, crops the centre and normalises, got "
+                f"{type(processor).__name__} with size={dict(size)}. Pass the CLIPProcessor of the checkpoint."
+            )
+        height, width = crop["height"], crop["width"]
+        if short < max(height, width):
+            raise ValueError(
+                f"Expected a resize to at least the crop, got shortest_edge={short} and a crop of {height} x {width}. "
+                "Correct the processor's `size` or `crop_size`."
+            )
+        return cls(
+            size=short,
+            crop=(height, width),
+            mean=tuple(processor.image_mean),
+            std=tuple(processor.image_std),
+            resample=int(processor.resample),
+        )
+
+    def evaluate(self, image: Image.Image) -> Tensor:
+        """Resize the short side and crop the centre: ``(3, height, width)`` uint8."""
+        height, width = self.crop
+        short, long = sorted(image.size)
+        scaled = (self.size, int(self.size * long / short))
+        target = scaled if image.width <= image.height else scaled[::-1]
+        if target != image.size:
+            image = image.resize(target, self.resample)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return _to_tensor(image.crop((left, top, left + width, top + height)))
+
+    def train(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
+        """Crop at random and resize in one step: ``(3, height, width)`` uint8."""
+        height, width = self.crop
+        box = self._random_box(image.width, image.height, generator)
+        return _to_tensor(image.resize((width, height), self.resample, box=box))
+
+    def _random_box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+        for _ in range(10):
+            area = width * height * generator.uniform(*self.scale)
+            ratio = math.exp(generator.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = (int(generator.integers(0, limit + 1)) for limit in (width - w, height - h))
+                return left, top, left + w, top + h
+        w = min(width, max(1, round(height * self.ratio[1])))  # the largest centre crop within the allowed ratios
+        h = min(height, max(1, round(width / self.ratio[0])))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+def normalize_pixels(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Bring ``(b, 3, h, w)`` uint8 pixels to float32 ``(x / 255 - mean) / std`` on their device."""
+    shape = (1, -1, 1, 1)
+    mean_ = torch.tensor(mean, device=pixel_values.device).view(shape)
+    std_ = torch.tensor(std, device=pixel_values.device).view(shape)
+    return (pixel_values.float() / 255 - mean_) / std_
+
+
+class DrawnSet(Dataset):
+    """A training set seen through numbers of draws: item ``epoch * n + index`` is sample ``index`` plus that number."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        return {**self.dataset[draw % len(self.dataset)], "draw": draw}
+
+
+class DrawSampler(Sampler[int]):
+    """Yield each sample of a :class:`DrawnSet` once, as numbers of draws, in an order fixed by seed and epoch.
+
+    Args:
+        size: Number of samples.
+        seed: Seed of the order.
+        epoch: Called when an epoch starts; returns its number.
+        shuffle: ``False`` keeps the order of the data set.
+    """
+
+    def __init__(self, size: int, seed: int, epoch: Callable[[], int], *, shuffle: bool = True) -> None:
+        self.size, self.seed, self.epoch, self.shuffle = size, seed, epoch, shuffle
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch()
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.size) if self.shuffle else range(self.size)
+        return (epoch * self.size + int(index) for index in order)
+
+
+class CaRotCollator:
+    """Samples to a batch, inside the workers: uint8 pixels, labels and, in training, captions.
+
+    A sample with a ``draw`` is a training sample: it is cropped at random and gets one template, drawn uniformly and
+    filled with its class name. Without one it is resized and centre-cropped.
+
+    Args:
+        transform: The image transform.
+        captions: Tokens by class and template.
+        seed: Seed of the crops and templates.
+    """
+
+    def __init__(self, transform: ImageTransform, captions: CaptionTable, seed: int) -> None:
+        self.transform, self.captions, self.seed = transform, captions, seed
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return ``pixel_values`` ``(b, 3, h, w)`` uint8, ``labels`` ``(b,)`` int64 and, in training, the tokens."""
+        labels = torch.tensor([sample["label"] for sample in samples])
+        if "draw" not in samples[0]:
+            pixels = [self.transform.evaluate(sample["image"]) for sample in samples]
+            return {"pixel_values": torch.stack(pixels), "labels": labels}
+        pixels, templates = [], []
+        for sample in samples:
+            generator = np.random.default_rng((self.seed, sample["draw"]))
+            templates.append(int(generator.integers(self.captions.n_templates)))
+            pixels.append(self.transform.train(sample["image"], generator))
+        tokens = self.captions.lookup(labels, torch.tensor(templates))
+        return {"pixel_values": torch.stack(pixels), **tokens, "labels": labels}
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,80 @@
+"""From embeddings of images to the metrics of a suite: pure functions between suites and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .calibration import calibration_metrics, top_label
+from .ece.binning import CalibrationBins, calibration_bins
+from .suites import ShiftSuite
+
+Metrics = dict[str, float]
+SCALED = ("ece", "nll")  # reported with a fitted temperature as well, under <name>_ts
+
+
+def label_bins(logits: Tensor, labels: Tensor, *, n_bins: int, temperature: float = 1.0) -> CalibrationBins:
+    """Put the top-label confidences of ``(n, K)`` logits into ``n_bins`` bins of equal width."""
+    return calibration_bins(*top_label(logits, labels, temperature=temperature), n_bins=n_bins)
+
+
+def set_metrics(logits: Tensor, labels: Tensor, *, n_bins: int, temperature: float | None = None) -> Metrics:
+    """Compute the metrics of one set.
+
+    Args:
+        logits: ``(n, K)`` float32, before the softmax.
+        labels: ``(n,)`` int64.
+        n_bins: Confidence bins.
+        temperature: Fitted on held-out data; adds ``ece_ts`` and ``nll_ts``, measured with it.
+    """
+    metrics = calibration_metrics(logits, labels, n_bins=n_bins)
+    if temperature is not None:
+        scaled = calibration_metrics(logits, labels, n_bins=n_bins, temperature=temperature)
+        metrics.update({f"{name}_ts": scaled[name] for name in SCALED})
+    return metrics
+
+
+def with_aggregates(metrics: Mapping[str, Metrics], suite: ShiftSuite) -> dict[str, Metrics]:
+    """Add ``id`` (the test set) and ``ood`` (unweighted mean over the shifted sets) to metrics by set.
+
+    ``ood`` needs every shifted set of the suite: a mean over some of them is no substitute.
+    """
+    result = dict(metrics)
+    if suite.test.name in metrics:
+        result["id"] = dict(metrics[suite.test.name])
+    if suite.shifts and all(name in metrics for name in suite.shifts):
+        shifted = [metrics[name] for name in suite.shifts]
+        common = [key for key in shifted[0] if all(_is_number(values.get(key)) for values in shifted)]
+        result["ood"] = {key: float(np.mean([values[key] for values in shifted])) for key in common}
+    return result
+
+
+def flat_names(metrics: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, Any]:
+    """Turn metrics by set into one dict of ``<prefix>_<set>_<metric>``."""
+    return {f"{prefix}_{name}_{key}": value for name, values in metrics.items() for key, value in values.items()}
+
+
+def comparison_table(rows: Mapping[str, Mapping[str, float]], columns: Iterable[tuple[str, str]]) -> str:
+    """Lay metrics out as a Markdown table.
+
+    Args:
+        rows: Metrics by name, by row title.
+        columns: Pairs of column title and metric name.
+    """
+    columns = list(columns)
+    cells = [["", *(title for title, _ in columns)]]
+    for title, values in rows.items():
+        cells.append([title, *(f"{values[key]:.3f}" if key in values else "" for _, key in columns)])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

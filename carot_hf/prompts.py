@@ -1,0 +1,120 @@
+"""Class names x templates: captions for training, class heads for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PLACEHOLDER = "{}"
+
+
+def fill_template(template: str, class_name: str) -> str:
+    """Return the caption of a class: ``{}`` in the template replaced by the class name."""
+    return template.replace(PLACEHOLDER, class_name)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise a ValueError unless there is a template and each one has a place for the class name."""
+    if isinstance(templates, str) or len(templates) == 0:
+        raise ValueError(
+            f"Expected a list of templates, got {templates!r}. Pass at least one, e.g. ['a photo of a {{}}.']."
+        )
+    for template in templates:
+        if PLACEHOLDER not in template:
+            raise ValueError(
+                f"Expected `{{}}` in every template, got {template!r}. Mark the place of the class name, "
+                "e.g. 'a photo of a {}.'."
+            )
+
+
+class CaptionTable:
+    """The tokens of every class in every template, made once and looked up for each batch.
+
+    Args:
+        tokenizer: The model's tokenizer, or a processor that has one.
+        class_names: ``K`` names; duplicates are allowed (the ImageNet list has two), the index is what counts.
+        templates: ``M`` strings with ``{}`` for the class name.
+        max_length: The text model's context, in tokens.
+    Attributes:
+        input_ids: ``(K, M, L)`` int32, padded on the right; ``L`` = the longest caption of all.
+        lengths: ``(K, M)`` int64 tokens of each caption, begin and end markers included.
+    Raises:
+        ValueError: If a template has no ``{}``, there is no class name, or a caption does not fit the context.
+    """
+
+    def __init__(self, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str], max_length: int) -> None:
+        check_templates(templates)
+        if len(class_names) == 0:
+            raise ValueError("Expected at least one class name, got none. Pass one name for each label, in order.")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        captions = [fill_template(template, name) for name in class_names for template in templates]
+        encoded = tokenizer(captions, padding=False, truncation=False, return_attention_mask=False, verbose=False)
+        rows = encoded["input_ids"]
+        lengths = torch.tensor([len(row) for row in rows])
+        longest = int(lengths.argmax())
+        if lengths[longest] > max_length:
+            raise ValueError(
+                f"Expected captions of at most {max_length} tokens (the model's context), got {int(lengths[longest])} "
+                f"for {captions[longest]!r}. Shorten the class name or the template."
+            )
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        table = torch.full((len(rows), int(lengths.max())), pad, dtype=torch.int32)
+        for index, row in enumerate(rows):
+            table[index, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        shape = (len(class_names), len(templates))
+        self.input_ids = table.view(*shape, -1)
+        self.lengths = lengths.view(shape)
+
+    @property
+    def n_templates(self) -> int:
+        """Number of templates, ``M``."""
+        return self.lengths.shape[1]
+
+    def lookup(self, classes: Tensor, templates: Tensor) -> dict[str, Tensor]:
+        """Return the captions of pairs of class and template, padded to the longest of them.
+
+        Args:
+            classes: ``(b,)`` int64 in ``[0, K)``.
+            templates: ``(b,)`` int64 in ``[0, M)``.
+        Returns:
+            ``input_ids`` and ``attention_mask``, each ``(b, l)`` int64. CLIP's text tower is causal and pools at the
+            end marker, so the embeddings are those of captions padded to the maximum.
+        """
+        lengths = self.lengths[classes, templates]  # (b,)
+        longest = int(lengths.max())
+        return {
+            "input_ids": self.input_ids[classes, templates, :longest].long(),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+        }
+
+
+@torch.no_grad()
+def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 1024) -> Tensor:
+    r"""Embed the classes: the normalised mean over the templates of normalised caption embeddings.
+
+    Captions go through the text tower in large batches of similar length.
+
+    Args:
+        model: A ``CLIPModel``; its training mode and the autocast of the caller are left as they are.
+        captions: The table of captions.
+        batch_size: Captions at a time.
+    Returns:
+        ``(K, D)`` float32 on the model's device, rows of length 1: the zero-shot head. Logits are
+        ``exp(logit_scale) * image_embeds @ head.T``.
+    Source:
+        Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
+    """
+    order = captions.lengths.flatten().argsort(stable=True)  # (K M,)
+    device = model.logit_scale.device
+    parts = []
+    for flat in order.split(batch_size):
+        tokens = captions.lookup(flat // captions.n_templates, flat % captions.n_templates)
+        features = model.get_text_features(**{name: value.to(device) for name, value in tokens.items()}).pooler_output
+        parts.append(F.normalize(features.float(), dim=-1))
+    embeds = torch.empty(len(order), parts[0].shape[-1], device=device)
+    embeds[order.to(device)] = torch.cat(parts)
+    return F.normalize(embeds.view(*captions.lengths.shape, -1).mean(dim=1), dim=-1)

@@ -1,0 +1,391 @@
+"""The half of the trainer that reads a suite: loaders, one-pass evaluation of every set, prediction, calibration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+from transformers import CLIPModel, EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
+
+from .calibration import bake_temperature, calibration_metrics, fit_temperature
+from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, normalize_pixels
+from .ece.binning import CalibrationBins
+from .evaluation import Metrics, flat_names, label_bins, set_metrics, with_aggregates
+from .losses import similarity_logits
+from .prompts import CaptionTable, class_embeddings
+from .suites import ShiftSet, ShiftSuite
+from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
+
+
+class SuiteTrainer(Trainer):
+    """A ``Trainer`` whose data are a :class:`~carot_hf.ShiftSuite` and whose model is a ``CLIPModel``.
+
+    Args:
+        model: A ``CLIPModel``.
+        args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
+        suite: Training, validation, test and shifted sets, class names and templates.
+        processing_class: The model's ``CLIPProcessor``.
+        data_collator: Replaces :class:`~carot_hf.data.CaRotCollator`. Training samples carry ``draw``, a number that
+            is unique to the sample and the epoch; seed whatever is random with it.
+        compute_metrics: Called for each set with its logits ``(n, labels)`` and labels; its metrics join ours.
+        **kwargs: As for ``Trainer``.
+    Attributes:
+        bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature.
+    Raises:
+        TypeError: If the model is not a ``CLIPModel``.
+        ValueError: If arguments, captions and suite do not fit each other.
+    """
+
+    control: Any
+    compute_metrics: Any
+
+    def __init__(
+        self,
+        model: CLIPModel | None = None,
+        args: CaRotTrainingArguments | None = None,
+        *,
+        suite: ShiftSuite,
+        processing_class: Any,
+        data_collator: Any = None,
+        compute_metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = CaRotTrainingArguments() if args is None else args
+        _check_options(args, suite, processing_class, compute_metrics, kwargs)
+        if model is not None:
+            _check_model(model)
+        self.suite = suite
+        self._transform = ImageTransform.from_processor(processing_class)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=kwargs.pop("train_dataset", suite.train),
+            eval_dataset=kwargs.pop("eval_dataset", suite.evaluation_sets),
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            **kwargs,
+        )
+        _check_model(self.model)
+        context = self.model.config.text_config.max_position_embeddings
+        self.captions = CaptionTable(processing_class, suite.class_names, suite.templates, context)
+        if data_collator is None:
+            self.data_collator = CaRotCollator(self._transform, self.captions, self._data_seed)
+        _align_markers(self.model, processing_class)
+        self.label_names = ["labels"]
+        self.can_return_loss = True
+        self.bins: dict[str, CalibrationBins] = {}
+        self.bins_ts: dict[str, CalibrationBins] = {}
+        self._evaluated: nn.Module | None = None  # another model than the student, for a while
+
+    # ---- data ----
+
+    @property
+    def _data_seed(self) -> int:
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def get_train_dataloader(self) -> Any:
+        """Return the training loader; its samples carry the number of their draw (see :mod:`carot_hf.data`)."""
+        if self.train_dataset is None:
+            raise ValueError("Expected a training set, got None. Pass a suite with `train` or a `train_dataset`.")
+        return self._get_dataloader(
+            dataset=DrawnSet(self.train_dataset),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._draw_sampler,
+            is_training=True,
+        )
+
+    def _draw_sampler(self, dataset: DrawnSet) -> DrawSampler:
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        return DrawSampler(len(dataset), self._data_seed, lambda: int(self.state.epoch or 0), shuffle=shuffle)
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        # Trainer drops the last batch of evaluations too, and hands a cached loader to other sets.
+        kwargs["dataloader_key"] = None
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs["pixel_values"]
+        if pixels.dtype == torch.uint8:
+            inputs = {**inputs, "pixel_values": normalize_pixels(pixels, self._transform.mean, self._transform.std)}
+        return inputs
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure accuracy and calibration of every set in one pass over the images.
+
+        Args:
+            eval_dataset: ``None``: all sets of the suite. A name of one of them, or a dict of sets: metrics are called
+                ``eval_<set>_<metric>``. One set: ``eval_<metric>``.
+            ignore_keys: Not used; only embeddings are computed.
+            metric_key_prefix: First part of the metrics' names.
+        Returns:
+            Metrics by name: those of :func:`~carot_hf.calibration_metrics` for each set, ``eval_id_*`` (the test
+            set) and ``eval_ood_*`` (unweighted mean over the shifted sets). When the validation set is among them
+            also ``eval_temperature``, fitted on it, and ``*_ece_ts`` and ``*_nll_ts`` of the other sets with that
+            temperature. Accuracies and errors are fractions, ``nll`` is in nats.
+        Raises:
+            ValueError: If there is no such set, or it has no labels.
+        """
+        prefix = metric_key_prefix
+        named, sets = self._sets(eval_dataset)
+        self._memory_tracker.start()
+        start = time.time()
+        loader = self.get_eval_dataloader(ConcatDataset(sets.values()))
+        metrics, temperature = self._measure(sets, *self._embed(loader, "Evaluation", prefix))
+        if named:
+            flat = flat_names(with_aggregates(metrics, self.suite), prefix)
+        else:
+            flat = {f"{prefix}_{key}": value for values in metrics.values() for key, value in values.items()}
+        if temperature is not None:
+            flat[f"{prefix}_temperature"] = temperature
+        samples = sum(len(data) for data in sets.values())
+        flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=len(loader)))
+        self.log(flat)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
+        self._memory_tracker.stop_and_update_metrics(flat)
+        return flat
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the logits ``(n, labels)`` of one set and its metrics; ``predict`` is built on it."""
+        data = self._as_set("prediction", dataloader.dataset)
+        embeds, labels = self._embed(dataloader, description, metric_key_prefix)
+        logits = data.select(self._class_logits(embeds, self._head()))
+        metrics = {} if labels is None else self._set_metrics(logits, labels)
+        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        ids = None if labels is None else labels.numpy()
+        return EvalLoopOutput(predictions=logits.numpy(), label_ids=ids, metrics=named, num_samples=len(logits))
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor | None]:
+        """Return no loss, the normalised image embeddings ``(b, D)`` in float32, and the labels."""
+        inputs = self._prepare_inputs(inputs)
+        network = self.accelerator.unwrap_model(model if self._evaluated is None else self._evaluated)
+        with torch.no_grad(), self.accelerator.autocast():
+            embeds = network.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        return None, F.normalize(embeds.float(), dim=-1), inputs.get("labels")
+
+    def calibrate(self) -> dict[str, Any]:
+        """Fit the temperature on the validation set and bake it into the student's ``logit_scale``.
+
+        Accuracy does not change; the saved model gives calibrated probabilities in the stock pipelines.
+
+        Returns:
+            The record that is kept in ``config.calibration``: temperature, split, size, criterion, templates, and
+            ``nll`` and ``ece`` of the split before and after.
+        Raises:
+            RuntimeError: If the model is calibrated already.
+        """
+        _check_uncalibrated(self.model)
+        loader = self.get_eval_dataloader(self.suite.validation)
+        embeds, labels = self._embed(loader, "Calibration", "eval")
+        if labels is None:
+            raise ValueError("Expected labels in the validation set, got none. A temperature needs them.")
+        logits = self._class_logits(embeds, self._head())
+        criterion = self.args.calibration_criterion
+        temperature = fit_temperature(logits, labels, criterion=criterion)
+        before = calibration_metrics(logits, labels, n_bins=self.args.n_bins)
+        after = calibration_metrics(logits, labels, n_bins=self.args.n_bins, temperature=temperature)
+        record: dict[str, Any] = {
+            "split": self.suite.validation.name,
+            "n": len(labels),
+            "criterion": criterion,
+            "templates": list(self.suite.templates),
+            **{f"{name}_before": before[name] for name in ("nll", "ece")},
+            **{f"{name}_after": after[name] for name in ("nll", "ece")},
+        }
+        bake_temperature(self.model, temperature, record=record)
+        return dict(self.model.config.calibration)
+
+    def _sets(self, eval_dataset: Any) -> tuple[bool, dict[str, ShiftSet]]:
+        """Return whether the metrics carry the names of the sets, and the sets."""
+        known = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            if not isinstance(known, dict) or eval_dataset not in known:
+                names = sorted(known) if isinstance(known, dict) else []
+                raise ValueError(f"Expected the name of a set of {names}, got {eval_dataset!r}. Correct the name.")
+            eval_dataset = {eval_dataset: known[eval_dataset]}
+        data = known if eval_dataset is None else eval_dataset
+        if data is None:
+            raise ValueError("Expected a data set to evaluate, got None. Pass one, or a suite.")
+        if isinstance(data, dict):
+            return True, {name: self._as_set(name, value) for name, value in data.items()}
+        return False, {"set": self._as_set("evaluation", data)}
+
+    def _as_set(self, name: str, data: Any) -> ShiftSet:
+        return (
+            data if isinstance(data, ShiftSet) else ShiftSet(data, name=name, num_classes=len(self.suite.class_names))
+        )
+
+    def _embed(self, loader: Any, description: str, prefix: str) -> tuple[Tensor, Tensor | None]:
+        """Embed the images of a loader: ``(n, D)`` float32 and labels ``(n,)``, on the CPU."""
+        own_metrics, self.compute_metrics = self.compute_metrics, None
+        try:
+            output = super().evaluation_loop(loader, description, prediction_loss_only=False, metric_key_prefix=prefix)
+        finally:
+            self.compute_metrics = own_metrics
+        return _joined(output.predictions), None if output.label_ids is None else _joined(output.label_ids)
+
+    @torch.no_grad()
+    def _head(self) -> Tensor:
+        """Embed the classes with the evaluated model: ``(K, D)`` float32, CPU."""
+        with self.accelerator.autocast():
+            return class_embeddings(self._network, self.captions).cpu()
+
+    def _class_logits(self, embeds: Tensor, head: Tensor) -> Tensor:
+        """Compare embeddings ``(n, D)`` with the head: ``(n, K)`` float32, CPU."""
+        return similarity_logits(embeds, head, self._network.logit_scale.detach().cpu())
+
+    def _set_metrics(self, logits: Tensor, labels: Tensor, temperature: float | None = None) -> Metrics:
+        metrics = set_metrics(logits, labels, n_bins=self.args.n_bins, temperature=temperature)
+        if self.compute_metrics is not None:
+            own = self.compute_metrics(EvalPrediction(predictions=logits.numpy(), label_ids=labels.numpy()))
+            metrics.update(denumpify_detensorize(own))
+        return metrics
+
+    def _measure(
+        self, sets: dict[str, ShiftSet], embeds: Tensor, labels: Tensor | None
+    ) -> tuple[dict[str, Metrics], float | None]:
+        """Compute each set's metrics and, with a validation set, the temperature; keep the bin tables."""
+        if labels is None:
+            raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
+        sizes = [len(data) for data in sets.values()]
+        parts = dict(zip(sets, zip(embeds.split(sizes), labels.split(sizes), strict=True), strict=True))
+        head, n_bins = self._head(), self.args.n_bins
+        temperature: float | None = None
+        metrics: dict[str, Metrics] = {}
+        if "validation" in sets:
+            held_out, ids = parts["validation"]
+            temperature = fit_temperature(
+                self._class_logits(held_out, head), ids, criterion=self.args.calibration_criterion
+            )
+        self.bins, self.bins_ts = {}, {}
+        for name, data in sets.items():
+            part, ids = parts[name]
+            logits = data.select(self._class_logits(part, head))
+            self.bins[name] = label_bins(logits, ids, n_bins=n_bins)
+            if temperature is not None and name != "validation":
+                self.bins_ts[name] = label_bins(logits, ids, n_bins=n_bins, temperature=temperature)
+            metrics[name] = self._set_metrics(logits, ids, temperature if name in self.bins_ts else None)
+        return metrics, temperature
+
+    @property
+    def _network(self) -> Any:
+        """The model that is evaluated: the student, or for a while the teacher."""
+        return self.accelerator.unwrap_model(self.model if self._evaluated is None else self._evaluated)
+
+    @contextmanager
+    def _evaluating(self, network: nn.Module) -> Iterator[None]:
+        """Let everything that evaluates see another model for a while."""
+        self._evaluated = network
+        try:
+            yield
+        finally:
+            self._evaluated = None
+
+
+def _joined(batches: Any) -> Tensor:
+    return torch.from_numpy(np.concatenate(batches) if isinstance(batches, list) else batches)
+
+
+def _align_markers(model: Any, processor: Any) -> None:
+    """Give the text tower the tokenizer's end marker, in the live model and in its config alike.
+
+    OpenAI's checkpoints carry the legacy ``eos_token_id`` 2, under which the tower pools at the largest token id.
+    Trainer rewrites the id in the config only, so that a saved model with added tokens would pool elsewhere than the
+    trained one did.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    config = model.config.text_config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name, None) is not None:
+            setattr(config, name, getattr(tokenizer, name))
+    for module in model.text_model.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = config.eos_token_id
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, CLIPModel):
+        raise TypeError(
+            f"Expected a transformers.CLIPModel, got {type(model).__name__}. Load the checkpoint with "
+            "CLIPModel.from_pretrained(..., dtype=torch.float32)."
+        )
+
+
+def _check_uncalibrated(model: Any) -> None:
+    record = getattr(model.config, "calibration", None)
+    if record is not None:
+        raise RuntimeError(
+            f"Expected an uncalibrated model, got one with temperature {record['temperature']:.4g} baked in. Call "
+            "carot_hf.unbake_temperature(model) first."
+        )
+
+
+def _check_options(
+    args: CaRotTrainingArguments, suite: ShiftSuite, processing_class: Any, compute_metrics: Any, kwargs: dict[str, Any]
+) -> None:
+    if not isinstance(args, CaRotTrainingArguments):
+        raise TypeError(
+            f"Expected CaRotTrainingArguments, got {type(args).__name__}. Make them with "
+            "CaRotTrainingArguments.from_preset('carot', output_dir=...)."
+        )
+    if processing_class is None:
+        raise ValueError("Expected the CLIPProcessor of the model, got None. Pass it as `processing_class`.")
+    for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"Expected no `{name}`, got one. Override `CaRotTrainer.compute_loss`, or pass `compute_metrics`, "
+                "which is called with the logits of each set."
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"Expected one process a device, got one process with {args.n_gpu} GPUs. nn.DataParallel would split the "
+            "contrastive batch; start with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    metric = args.metric_for_best_model
+    if metric is None:
+        return
+    bare = metric.removeprefix("eval_").removeprefix("teacher_")
+    if any(bare.startswith(f"{name}_") for name in suite.shifts):
+        raise_selection_on_shift(metric)
+    known = ("id", "validation", suite.test.name)
+    ours = compute_metrics is None and "eval_dataset" not in kwargs
+    if ours and not any(bare.startswith(f"{name}_") for name in known):
+        raise ValueError(
+            f"Expected `metric_for_best_model` as eval_<set>_<metric> with a set of {known}, got {metric!r}. "
+            f"Use for example '{DEFAULT_BEST_METRIC}'; there is no evaluation loss."
+        )

@@ -1,0 +1,250 @@
+"""CaRotTrainer: a ``transformers.Trainer`` that fine-tunes CLIP so that it stays robust and calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
+from transformers import CLIPModel
+from transformers.utils import logging
+
+from .callbacks import LogitScaleCallback, TeacherCallback
+from .checkpoints import checkpoint_folders, newest_complete_checkpoint
+from .distributed import gather_rows, local_columns
+from .losses import (
+    contrastive_loss,
+    cross_norm_penalty,
+    distillation_loss,
+    orthogonality_penalty,
+    similarity_logits,
+)
+from .suite_trainer import SuiteTrainer
+from .suites import ShiftSuite
+from .teacher import Teacher, ema_momentum
+from .training_args import CaRotTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+TEACHER_NAME = "teacher.safetensors"
+
+
+class CaRotTrainer(SuiteTrainer):
+    """Fine-tune a ``CLIPModel`` with contrastive loss, smoothing, distillation and penalties; judge it under shift.
+
+    Args:
+        model: A ``CLIPModel``.
+        args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
+        suite: Training, validation, test and shifted sets, class names and templates.
+        processing_class: The model's ``CLIPProcessor``.
+        **kwargs: ``data_collator``, ``compute_metrics`` as for :class:`SuiteTrainer`; the rest as for ``Trainer``.
+    Attributes:
+        teacher: The :class:`~carot_hf.Teacher`, ``None`` when ``distillation_weight`` is 0.
+        bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature.
+    Raises:
+        TypeError: If the model is not a ``CLIPModel``.
+        ValueError: If arguments, captions and suite do not fit each other.
+    """
+
+    # Our loss is a mean over the micro-batch: Trainer must divide it by the accumulation steps, labels or not.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: CLIPModel | None = None,
+        args: CaRotTrainingArguments | None = None,
+        *,
+        suite: ShiftSuite,
+        processing_class: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, suite=suite, processing_class=processing_class, **kwargs)
+        options: CaRotTrainingArguments = self.args
+        self.model_accepts_loss_kwargs = False
+        self.label_smoother = None  # label_smoothing_factor acts in our own loss
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_steps = 0.0
+        if options.clamps_logit_scale:
+            self.add_callback(LogitScaleCallback(options.max_logit_multiplier))
+        self.teacher: Teacher | None = None
+        self._teacher_callback: TeacherCallback | None = None
+        if options.distillation_weight:
+            self.teacher = Teacher(self.model)
+            schedule = partial(
+                ema_momentum,
+                start=options.teacher_momentum_start,
+                end=options.teacher_momentum_end,
+                ramp=options.teacher_momentum_ramp,
+            )
+            self._teacher_callback = TeacherCallback(self.teacher, schedule, options.teacher_update_every)
+            self.add_callback(self._teacher_callback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train as ``Trainer.train`` does.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or ``True`` or "latest" for the newest complete one in
+                ``output_dir``.
+            **kwargs: As for ``Trainer.train``.
+        Raises:
+            ValueError: If there is no complete checkpoint to resume from.
+            RuntimeError: If the loss is not finite; the last checkpoint is intact.
+        """
+        if resume_from_checkpoint is True or resume_from_checkpoint == "latest":
+            resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
+        if getattr(self.model.config, "calibration", None) is not None:
+            logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
+            del self.model.config.calibration
+        self._term_sums, self._term_steps = {}, 0.0
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run one micro-batch; stop before the optimizer step if its loss is not finite."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            kept = checkpoint_folders(self.args.output_dir)
+            raise RuntimeError(
+                f"Expected a finite loss at step {self.state.global_step + 1}, got {loss.item()}. "
+                + (f"The last checkpoint is {kept[-1]}; " if kept else "No checkpoint was kept yet; ")
+                + "lower `learning_rate` or look at the data of this step, then resume."
+            )
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Sum the weighted loss terms of :meth:`loss_terms`; each one is logged, unweighted, under its own name.
+
+        Args:
+            model: The student, possibly wrapped.
+            inputs: ``pixel_values``, ``input_ids``, ``attention_mask``; ``labels`` may be there.
+            return_outputs: Return the model's output as well.
+            num_items_in_batch: Not used: every term is a mean over the micro-batch.
+        """
+        weights = {
+            "contrastive": 1.0,
+            "distillation": self.args.distillation_weight,
+            "orthogonality": self.args.orthogonality_weight,
+            "cross_norm": self.args.cross_norm_weight,
+        }
+        terms, outputs = self.loss_terms(model, inputs)
+        if model.training:
+            self._remember(terms)
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_terms(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+        """Compute the loss terms by name, unweighted, and the model's output."""
+        student = self.accelerator.unwrap_model(model)
+        pairs = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+        outputs = model(**pairs)
+        logits = _batch_logits(outputs, student.logit_scale, with_grad=True)
+        columns = local_columns(len(logits[0]), logits[0].device)
+        epsilon = self.args.label_smoothing_factor
+        terms = {"contrastive": contrastive_loss(*logits, columns, label_smoothing=epsilon)}
+        if self.teacher is not None:
+            network: Any = self.teacher.model
+            with torch.no_grad(), self.accelerator.autocast():
+                taught = network(**pairs)
+            terms["distillation"] = distillation_loss(
+                *logits, *_batch_logits(taught, network.logit_scale, with_grad=False)
+            )
+        if self.args.orthogonality_weight:
+            terms["orthogonality"] = orthogonality_penalty(student.visual_projection.weight)
+        if self.args.cross_norm_weight:
+            terms["cross_norm"] = cross_norm_penalty(student.visual_projection.weight, student.text_projection.weight)
+        return terms, outputs
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of matrices and higher tensors; with ``parity`` of all parameters, as published."""
+        return [name for name, value in model.named_parameters() if value.dim() >= 2 or self.args.parity]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return 0: the parent multiplies token counts, which means nothing for images."""
+        return 0
+
+    def _remember(self, terms: Mapping[str, Tensor]) -> None:
+        share = 1.0 / getattr(self, "current_gradient_accumulation_steps", 1)
+        for name, term in terms.items():
+            self._term_sums[name] = share * term.detach() + self._term_sums.get(name, 0.0)
+        self._term_steps += share
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss terms, the teacher's momentum and exp(logit_scale) to the logs of the training loss."""
+        if "loss" in logs and self._term_steps:
+            for name, total in self._term_sums.items():
+                logs[name] = self.accelerator.reduce(total / self._term_steps, reduction="mean").item()
+            self._term_sums, self._term_steps = {}, 0.0
+            if self._teacher_callback is not None and self._teacher_callback.momentum is not None:
+                logs["teacher_momentum"] = self._teacher_callback.momentum
+            logs["logit_multiplier"] = self.model.logit_scale.detach().float().exp().item()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.teacher is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.teacher.model, str(folder / TEACHER_NAME))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_teacher(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_teacher(self.state.best_model_checkpoint)
+
+    def _load_teacher(self, checkpoint: str) -> None:
+        if self.teacher is None:
+            return
+        path = Path(checkpoint) / TEACHER_NAME
+        if not path.is_file():
+            raise ValueError(
+                f"Expected the teacher's weights in {path}, got no such file. Resume from a checkpoint of a run with a "
+                "teacher, or set `distillation_weight` 0 to go on without one."
+            )
+        self.teacher.load_state_dict(load_file(str(path)))
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        *,
+        teacher: bool = False,
+    ) -> dict[str, float]:
+        """Measure accuracy and calibration of every set; see :meth:`SuiteTrainer.evaluate`.
+
+        Args:
+            eval_dataset: ``None``: all sets of the suite. A name of one of them, a dict of sets, or one set.
+            ignore_keys: Not used.
+            metric_key_prefix: First part of the metrics' names.
+            teacher: Evaluate the teacher instead of the student; metrics are called ``eval_teacher_...``.
+        Raises:
+            ValueError: If there is no such set, or no teacher.
+        """
+        if not teacher:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.teacher is None:
+            raise ValueError("Expected a teacher to evaluate, got none. Train with `distillation_weight` > 0.")
+        with self._evaluating(self.teacher.model):
+            return super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_teacher")
+
+
+def _batch_logits(outputs: Any, logit_scale: Tensor, *, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """Compare this device's samples with the whole batch: two ``(b, B)`` float32 matrices, rows image and text."""
+    with torch.autocast(outputs.image_embeds.device.type, enabled=False):
+        image = F.normalize(outputs.image_embeds.float(), dim=-1)  # (b, D)
+        text = F.normalize(outputs.text_embeds.float(), dim=-1)  # (b, D)
+        all_image, all_text = gather_rows(image, with_grad=with_grad), gather_rows(text, with_grad=with_grad)
+        return similarity_logits(image, all_text, logit_scale), similarity_logits(text, all_image, logit_scale)

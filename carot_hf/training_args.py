@@ -1,0 +1,285 @@
+"""The options of a run, checked before any model is loaded, and the presets of the papers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .teacher import check_momentum
+
+_LOWER_IS_BETTER = ("loss", "nll", "ece", "ece_ts", "nll_ts", "ece_batch_mean", "mce", "brier", "overconfidence")
+DEFAULT_BEST_METRIC = "eval_validation_nll"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method of a paper: the arguments in which it differs from the defaults, and where they come from."""
+
+    arguments: Mapping[str, Any]
+    source: str
+
+
+PRESETS: dict[str, Preset] = {
+    "flyp": Preset(
+        {"distillation_weight": 0.0},
+        "Contrastive loss alone. FLYP (arXiv 2212.00638); the baseline of CaRot's Table 1.",
+    ),
+    "flyp-ls": Preset(
+        {"distillation_weight": 0.0, "label_smoothing_factor": 0.1},
+        "Contrastive loss with smoothed targets in both directions. CaRot 2023, section 2.3; the paper picks epsilon "
+        "from {0.01, 0.03, 0.05, 0.1, 0.2} on the validation split.",
+    ),
+    "carot": Preset(
+        {"distillation_weight": 0.75},
+        "Contrastive loss + 0.75 x distillation from an EMA teacher that moves every 500 steps. CaRot 2023, Eq. 1-2.",
+    ),
+    "carot-2024": Preset(
+        {"distillation_weight": 3.0, "orthogonality_weight": 0.2, "cross_norm_weight": 0.05},
+        "The NeurIPS 2024 version: with both projections held apart and the visual one near orthonormal. Its code "
+        "halves the contrastive term but sums the two directions of the distillation with weight 1.5: 3.0 here.",
+    ),
+}
+
+
+@dataclass
+class CaRotTrainingArguments(TrainingArguments):
+    r"""Arguments of :class:`~carot_hf.CaRotTrainer`: those of ``TrainingArguments`` and the ones below.
+
+    The defaults are CaRot's for ViT-B/16 on ImageNet. ``label_smoothing_factor`` is the epsilon of the methods.
+
+    <Tip>
+
+    Defaults that differ from ``TrainingArguments``:
+
+    - ``learning_rate`` 1e-5, ``weight_decay`` 0.1, ``warmup_steps`` 500, ``lr_scheduler_type`` cosine,
+      ``num_train_epochs`` 10, ``per_device_train_batch_size`` 512 (divide it by the number of devices),
+      ``max_grad_norm`` 0 (no clipping): the published protocol.
+    - ``per_device_eval_batch_size`` 256: only embeddings are computed.
+    - ``remove_unused_columns`` False: it would drop images and labels.
+    - ``dataloader_drop_last`` True: a filled-up last batch would bring repeated samples, that is false negatives.
+      It acts in training only; evaluation sees every sample once.
+    - ``ddp_find_unused_parameters`` False: every parameter of CLIP is used.
+    - ``logging_nan_inf_filter`` False: a loss that is not finite stops the run, it is not hidden.
+    - ``eval_do_concat_batches`` False: embeddings are joined once, not after each batch.
+    - ``hub_strategy`` "end": nothing uncalibrated is published during training.
+    - ``metric_for_best_model``: where one is needed and none is given, ``eval_validation_nll``;
+      ``greater_is_better`` follows from the metric's name. Metrics of shifted sets are refused.
+    - ``dataloader_pin_memory`` is switched off where there is no accelerator to pin for.
+
+    </Tip>
+
+    Args:
+        distillation_weight: lambda, the weight of the distillation from the teacher; 0: no teacher.
+        orthogonality_weight: Weight of ``|| W_v^T W_v - I ||_F`` on the visual projection.
+        cross_norm_weight: Weight of ``|| W_v W_t^T ||_F`` of the two projections.
+        teacher_update_every: Optimizer steps between updates of the teacher; 0: it stays the pretrained model.
+        teacher_momentum_start: m0, weight of the old teacher in an update at step 0.
+        teacher_momentum_end: m1, its weight after the ramp.
+        teacher_momentum_ramp: r, share of the run over which the momentum rises from m0 to m1.
+        max_logit_multiplier: exp(logit_scale) is clamped to it during training.
+        parity: Do as the published code: decay all parameters, never clamp the logit scale.
+        n_bins: Confidence bins of the calibration errors.
+        calibration_criterion: What ``calibrate`` minimises on the validation split, "nll" or "ece".
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "Weight decay of AdamW; tensors of fewer than two dimensions are exempt."}
+    )
+    warmup_steps: float = field(
+        default=500, metadata={"help": "Steps of linear warm-up; below 1: a share of all steps."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate after warm-up."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(
+        default=512, metadata={"help": "Training pairs a device and micro-batch. The published batch is 512 in all."}
+    )
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a device in evaluation."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0: none, as published."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave it off: it would drop images and labels."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Drop the last partial training batch; evaluation always sees all samples."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Off: every parameter of CLIP is used in each step."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: a loss that is not finite stops the run instead of being hidden."}
+    )
+    eval_do_concat_batches: bool = field(
+        default=False, metadata={"help": "Off: embeddings are joined once after the last batch."}
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When to push. 'end': nothing uncalibrated is published during training."}
+    )
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric that chooses the best checkpoint, e.g. eval_validation_nll (taken where one is needed and "
+            "none is given) or eval_id_accuracy. Metrics of shifted sets are refused."
+        },
+    )
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Whether a larger metric is better; follows from the metric's name if not given."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint folder to go on from; without a value the newest complete one in output_dir.",
+            "nargs": "?",
+            "const": "latest",
+        },
+    )
+    distillation_weight: float = field(
+        default=0.75, metadata={"help": "Weight (lambda) of the distillation from the EMA teacher. 0: no teacher."}
+    )
+    orthogonality_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the orthogonality penalty on the visual projection (CaRot-2024)."}
+    )
+    cross_norm_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-norm penalty on the two projections (CaRot-2024)."}
+    )
+    teacher_update_every: int = field(
+        default=500, metadata={"help": "Optimizer steps between updates of the teacher. 0: it is never updated."}
+    )
+    teacher_momentum_start: float = field(
+        default=0.05, metadata={"help": "Momentum m0 at step 0, in [0, 1]; it is the weight of the old teacher."}
+    )
+    teacher_momentum_end: float = field(default=0.9, metadata={"help": "Momentum m1 after the ramp, in [0, 1]."})
+    teacher_momentum_ramp: float = field(
+        default=0.2, metadata={"help": "Share of the run, in [0, 1], over which the momentum rises from m0 to m1."}
+    )
+    max_logit_multiplier: float = field(
+        default=100.0, metadata={"help": "exp(logit_scale) is clamped to this during training. 0: no clamp."}
+    )
+    parity: bool = field(
+        default=False,
+        metadata={"help": "Do as the published code: decay all parameters and never clamp the logit scale."},
+    )
+    n_bins: int = field(default=10, metadata={"help": "Confidence bins of the calibration errors."})
+    calibration_criterion: str = field(
+        default="nll",
+        metadata={"help": "What the temperature minimises on the validation split.", "choices": ["nll", "ece"]},
+    )
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> CaRotTrainingArguments:
+        """Make arguments from a method's name.
+
+        Args:
+            preset: A key of ``PRESETS``: "flyp", "flyp-ls", "carot" or "carot-2024".
+            **overrides: Any argument, ``output_dir`` first of all; they go before the preset. For a suite pass
+                ``**{**suite.recommended, ...}``.
+        Raises:
+            ValueError: If there is no such preset.
+        """
+        return cls(**{**preset_arguments(preset), **overrides})
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        _refuse_sharding(self)
+        self._set_best_metric()
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+
+    @property
+    def clamps_logit_scale(self) -> bool:
+        """Whether ``exp(logit_scale)`` is clamped during training."""
+        return self.max_logit_multiplier > 0 and not self.parity
+
+    def _check_ranges(self) -> None:
+        for name in ("distillation_weight", "orthogonality_weight", "cross_norm_weight", "max_logit_multiplier"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"Expected `{name}` >= 0 and finite, got {getattr(self, name)}. 0 switches it off.")
+        for name in ("teacher_momentum_start", "teacher_momentum_end"):
+            check_momentum(name, getattr(self, name))
+        if not 0 <= self.teacher_momentum_ramp <= 1:
+            raise ValueError(
+                f"Expected `teacher_momentum_ramp` in [0, 1], got {self.teacher_momentum_ramp}. "
+                "It is a share of the run, not a number of steps."
+            )
+        if self.teacher_update_every < 0:
+            raise ValueError(
+                f"Expected `teacher_update_every` >= 0, got {self.teacher_update_every}. 0 freezes the teacher."
+            )
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(
+                f"Expected `label_smoothing_factor` in [0, 1), got {self.label_smoothing_factor}. "
+                "It is the share of the target that is spread evenly."
+            )
+        if self.n_bins < 1:
+            raise ValueError(f"Expected `n_bins` >= 1, got {self.n_bins}. The papers use 10.")
+        if self.calibration_criterion not in ("nll", "ece"):
+            raise ValueError(
+                f"Expected `calibration_criterion` 'nll' or 'ece', got {self.calibration_criterion!r}. "
+                "'nll' is the standard, 'ece' the CaRot paper's."
+            )
+        if self.batch_eval_metrics:
+            raise ValueError(
+                "Expected `batch_eval_metrics` False, got True. Calibration errors are properties of a whole set; "
+                "`compute_metrics` is called once with all of its logits."
+            )
+
+    def _set_best_metric(self) -> None:
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = DEFAULT_BEST_METRIC
+        metric = self.metric_for_best_model
+        if metric is None:
+            return
+        if _without_prefix(metric).startswith("ood_"):
+            raise_selection_on_shift(metric)
+        if self.greater_is_better is None:
+            self.greater_is_better = not any(metric == name or metric.endswith(f"_{name}") for name in _LOWER_IS_BETTER)
+
+
+def preset_arguments(preset: str) -> dict[str, Any]:
+    """Return the arguments of a preset, or raise a ValueError that lists the presets."""
+    if preset not in PRESETS:
+        raise ValueError(f"Expected a preset of {sorted(PRESETS)}, got {preset!r}. Correct the name.")
+    return dict(PRESETS[preset].arguments)
+
+
+def raise_selection_on_shift(metric: str) -> None:
+    """Refuse to choose a model by a metric of the shifted test sets."""
+    raise ValueError(
+        f"Expected `metric_for_best_model` of the in-distribution or the validation set, got {metric!r}. Choosing a "
+        f"model by shifted test sets spoils them as tests; use '{DEFAULT_BEST_METRIC}' or 'eval_id_accuracy'."
+    )
+
+
+def _without_prefix(metric: str) -> str:
+    return metric.removeprefix("eval_").removeprefix("teacher_")
+
+
+def _refuse_sharding(args: CaRotTrainingArguments) -> None:
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        raise ValueError(
+            "Expected DDP or one device, got FSDP. It cannot wrap CLIPModel, whose logit_scale has no dimension to "
+            "shard. Launch with `accelerate launch --multi_gpu` (DDP); CLIP fits one device."
+        )
+    if _zero_stage(args.deepspeed) == 3:
+        raise ValueError(
+            "Expected DDP or one device, got DeepSpeed ZeRO-3. It shards the weights that the teacher follows by name, "
+            "and CLIPModel's logit_scale has no dimension to shard. Launch with `accelerate launch --multi_gpu` (DDP)."
+        )
+
+
+def _zero_stage(config: Any) -> int:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        config = config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if stage is not None and not config:
+            return int(stage)
+    if isinstance(config, str):
+        config = json.loads(config if config.startswith("{") else Path(config).read_text(encoding="utf-8"))
+    return int((config or {}).get("zero_optimization", {}).get("stage", 0)) if isinstance(config, Mapping) else 0

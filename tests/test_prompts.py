@@ -1,0 +1,93 @@
+"""Captions and class heads: trimming changes nothing, the head is the mean it says it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASSES, TEMPLATES
+
+from carot_hf.prompts import CaptionTable, check_templates, class_embeddings, fill_template
+
+
+@pytest.fixture
+def table(processor):
+    return CaptionTable(processor, CLASSES, TEMPLATES, 32)
+
+
+def test_tokens_are_the_tokenizers(table, processor):
+    for k, name in enumerate(CLASSES):
+        for m, template in enumerate(TEMPLATES):
+            tokens = table.lookup(torch.tensor([k]), torch.tensor([m]))
+            assert tokens["input_ids"][0].tolist() == processor.tokenizer(template.replace("{}", name))["input_ids"]
+            assert tokens["attention_mask"].all()
+
+
+def test_lookup_pads_to_the_longest_of_the_batch_as_the_tokenizer_does(table, processor):
+    classes, templates = torch.tensor([3, 0, 1]), torch.tensor([1, 1, 2])
+    tokens = table.lookup(classes, templates)
+    captions = [fill_template(TEMPLATES[m], CLASSES[k]) for k, m in zip(classes, templates, strict=True)]
+    expected = processor.tokenizer(captions, padding=True, return_tensors="pt")
+    assert torch.equal(tokens["input_ids"], expected["input_ids"])
+    assert torch.equal(tokens["attention_mask"], expected["attention_mask"])
+    assert tokens["input_ids"].shape[1] < table.input_ids.shape[-1]
+
+
+@torch.no_grad()
+def test_trimmed_text_features_equal_features_padded_to_the_maximum(table, model, processor):
+    model.eval()
+    classes, templates = torch.tensor([3, 0, 1, 2]), torch.tensor([1, 1, 1, 1])
+    trimmed = table.lookup(classes, templates)
+    captions = [fill_template(TEMPLATES[1], CLASSES[k]) for k in classes]
+    padded = processor.tokenizer(captions, padding="max_length", max_length=32, return_tensors="pt")
+    assert trimmed["input_ids"].shape[1] < padded["input_ids"].shape[1] == 32
+    ours = model.get_text_features(**trimmed).pooler_output
+    full = model.get_text_features(**padded).pooler_output
+    torch.testing.assert_close(ours, full, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 5, 1024])
+def test_head_is_the_normalised_mean_of_normalised_embeddings(table, model, processor, batch_size):
+    model.eval()
+    head = class_embeddings(model, table, batch_size=batch_size)
+    assert head.shape == (len(CLASSES), 12)
+    for k, name in enumerate(CLASSES):
+        rows = []
+        for template in TEMPLATES:
+            tokens = processor.tokenizer([template.replace("{}", name)], return_tensors="pt")
+            row = model.get_text_features(**tokens).pooler_output[0]
+            rows.append(row / row.norm())
+        mean = torch.stack(rows).mean(dim=0)
+        torch.testing.assert_close(head[k], mean / mean.norm(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ([], "at least one"),
+        ("a photo of a {}", "Expected a list"),
+        (["a photo of a {}", "a photo"], r"Expected `\{\}` in every template, got 'a photo'"),
+    ],
+)
+def test_bad_templates_are_refused(templates, message):
+    with pytest.raises(ValueError, match=message):
+        check_templates(templates)
+
+
+def test_braces_elsewhere_are_left_alone():
+    assert fill_template("a {photo} of {}", "cat") == "a {photo} of cat"
+
+
+def test_captions_must_fit_the_context(processor):
+    with pytest.raises(ValueError, match=r"at most 4 tokens .*, got \d+ for '.*'. Shorten"):
+        CaptionTable(processor, CLASSES, TEMPLATES, 4)
+    with pytest.raises(ValueError, match="at least one class name"):
+        CaptionTable(processor, [], TEMPLATES, 32)
+
+
+def test_duplicate_class_names_keep_their_own_rows(processor, model):
+    table = CaptionTable(processor, ["one", "two", "one"], TEMPLATES, 32)
+    head = class_embeddings(model.eval(), table)
+    torch.testing.assert_close(head[0], head[2])
+    assert not torch.allclose(head[0], head[1])

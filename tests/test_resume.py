@@ -1,0 +1,181 @@
+"""An interrupted run that goes on equals the unbroken one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny_clip
+from safetensors.torch import load_file
+
+from carot_hf import CaRotTrainer
+from carot_hf.checkpoints import newest_complete_checkpoint
+
+
+class Recorder(CaRotTrainer):
+    """Keeps every training batch it sees."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not hasattr(self, "seen"):
+            self.seen = []
+        self.seen.append({name: value.clone() for name, value in inputs.items()})
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def run(make_trainer, output_dir, resume=None, **options):
+    """26 samples in batches of 4 are 6 batches an epoch; 2 micro-batches a step; 8 steps reach the third epoch."""
+    settings = {
+        "output_dir": str(output_dir),
+        "max_steps": 8,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "teacher_update_every": 2,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "preset": "carot-2024",
+        "label_smoothing_factor": 0.1,
+    }
+    trainer = make_trainer(**{**settings, **options})
+    trainer.__class__ = Recorder
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def assert_equal_runs(whole, resumed):
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    for name, value in whole.teacher.state_dict().items():
+        assert torch.equal(value, resumed.teacher.state_dict()[name]), f"teacher {name}"
+    ours, theirs = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    for index, state in ours.items():
+        for key, value in state.items():
+            assert torch.equal(value, theirs[index][key]), (index, key)
+    assert whole.lr_scheduler.state_dict() == resumed.lr_scheduler.state_dict()
+    seen = resumed.seen
+    for batch, again in zip(whole.seen[-len(seen) :], seen, strict=True):
+        assert batch.keys() == again.keys()
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+@pytest.mark.parametrize(("step", "workers"), [(1, 0), (2, 0), (3, 0), (5, 0), (6, 0), (2, 2), (3, 2)])
+def test_resumed_equals_unbroken(make_trainer, tmp_path, step, workers):
+    """Within an epoch (1, 2, 5), at its end (3, 6), on a teacher's step (2, 6) and between two of them (1, 3, 5)."""
+    options = {"dataloader_num_workers": workers, "eval_strategy": "steps", "eval_steps": 2}
+    whole = run(make_trainer, tmp_path / "whole", **options)
+    assert len(whole.seen) == 16
+    resumed = run(make_trainer, tmp_path / "again", resume=str(tmp_path / "whole" / f"checkpoint-{step}"), **options)
+    assert_equal_runs(whole, resumed)
+    assert resumed._teacher_callback.momentum == whole._teacher_callback.momentum
+    one, two = whole.evaluate(), resumed.evaluate()
+    assert one["eval_ood_nll"] == two["eval_ood_nll"]
+
+
+def test_momentum_is_logged_after_a_resume_before_the_next_update(make_trainer, tmp_path):
+    whole = run(make_trainer, tmp_path / "whole")
+    resumed = run(make_trainer, tmp_path / "again", resume=str(tmp_path / "whole" / "checkpoint-2"))
+    one, two = (
+        {e["step"]: e["teacher_momentum"] for e in t.state.log_history if "teacher_momentum" in e and e["step"] > 2}
+        for t in (whole, resumed)
+    )
+    assert one == two
+    assert set(one) == {3, 4, 5, 6, 7, 8}
+
+
+def test_checkpoint_holds_teacher_and_student_apart(make_trainer, tmp_path):
+    run(make_trainer, tmp_path / "run", max_steps=3)
+    folder = tmp_path / "run" / "checkpoint-3"
+    teacher, student = load_file(folder / "teacher.safetensors"), load_file(folder / "model.safetensors")
+    assert teacher.keys() == student.keys()
+    assert not torch.equal(teacher["visual_projection.weight"], student["visual_projection.weight"])
+    assert all(value.dtype == torch.float32 for name, value in teacher.items() if "position_ids" not in name)
+
+
+def test_missing_teacher_is_named(make_trainer, tmp_path):
+    run(make_trainer, tmp_path / "run", max_steps=2)
+    (tmp_path / "run" / "checkpoint-2" / "teacher.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"teacher's weights in .*checkpoint-2.teacher.safetensors, got no such file"):
+        run(make_trainer, tmp_path / "run", resume=True)
+
+
+def test_an_interrupted_save_is_passed_over(make_trainer, tmp_path, caplog):
+    run(make_trainer, tmp_path / "run", max_steps=3)
+    half = tmp_path / "run" / "checkpoint-3" / "trainer_state.json"
+    half.write_text(half.read_text()[:40])
+    assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    assert "checkpoint-3: its saving was interrupted" in caplog.text
+    half.unlink()
+    assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-10")
+    assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-10")  # by number, not by letter
+    with pytest.raises(ValueError, match="Expected a complete checkpoint in .*empty, got none"):
+        newest_complete_checkpoint(tmp_path / "empty")
+
+
+def test_resume_without_checkpoints_says_so(make_trainer):
+    with pytest.raises(ValueError, match="got none. Start without `resume_from_checkpoint`"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
+    """The example itself, SIGKILL at a moment of no one's choosing."""
+    script = [sys.executable, str(ROOT / "examples" / "finetune_imagenet.py"), "--suite", "digits", "--use_cpu"]
+    script += ["--max_steps", "12", "--save_steps", "2", "--logging_steps", "4", "--per_device_train_batch_size", "32"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(folder, *flags):
+        command = [*script, "--output_dir", str(folder), *flags]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    whole = start(tmp_path / "whole")
+    output, _ = whole.communicate(timeout=180)
+    assert whole.returncode == 0, output
+    killed = start(tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    again = start(tmp_path / "killed")
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode != 0
+    assert "Add --resume_from_checkpoint to go on" in output
+    again = start(tmp_path / "killed", "--resume_from_checkpoint")
+    output, _ = again.communicate(timeout=180)
+    assert again.returncode == 0, output
+    for name in ("model.safetensors", "checkpoint-12/model.safetensors", "checkpoint-12/teacher.safetensors"):
+        one, two = ((tmp_path / run / name).read_bytes() for run in ("whole", "killed"))
+        assert one == two, name
+    optimizers = [torch.load(tmp_path / run / "checkpoint-12" / "optimizer.pt") for run in ("whole", "killed")]
+    for index, state in optimizers[0]["state"].items():
+        assert all(torch.equal(value, optimizers[1]["state"][index][key]) for key, value in state.items())
+    reports = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("whole", "killed")]
+    metrics = [{k: v for k, v in r["metrics"].items() if "second" not in k and "runtime" not in k} for r in reports]
+    assert metrics[0] == metrics[1]
+    assert reports[0]["calibration"] == reports[1]["calibration"]
+
+
+def test_same_seed_same_run_other_seed_other_run(make_trainer, tmp_path, processor):
+    one = run(make_trainer, tmp_path / "a", save_strategy="no")
+    two = run(make_trainer, tmp_path / "b", save_strategy="no")
+    assert_equal_runs(one, two)
+    other = run(make_trainer, tmp_path / "c", save_strategy="no", seed=43, model=tiny_clip(processor.tokenizer))
+    assert not torch.equal(one.seen[0]["pixel_values"], other.seen[0]["pixel_values"])
+
+
+def test_data_seed_goes_before_seed(make_trainer, tmp_path):
+    one = run(make_trainer, tmp_path / "a", save_strategy="no", seed=1, data_seed=5, max_steps=1)
+    two = run(make_trainer, tmp_path / "b", save_strategy="no", seed=2, data_seed=5, max_steps=1)
+    assert torch.equal(one.seen[0]["input_ids"], two.seen[0]["input_ids"])
+    assert Path(tmp_path / "a").exists()
