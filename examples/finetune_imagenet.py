@@ -114,6 +114,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         print(f"\nSaved to {output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()
     return report
 
 

@@ -29,7 +29,8 @@ def slow_probabilities(model, processor, suite, data, temperature=1.0):
     model = model.eval()
     head = []
     for name in suite.class_names:
-        tokens = processor.tokenizer([t.replace("{}", name) for t in suite.templates], padding=True, return_tensors="pt")
+        captions = [template.replace("{}", name) for template in suite.templates]
+        tokens = processor.tokenizer(captions, padding=True, return_tensors="pt")
         rows = torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output.double(), dim=-1)
         head.append(torch.nn.functional.normalize(rows.mean(dim=0), dim=-1))
     probabilities, labels = [], []
@@ -53,10 +54,9 @@ def slow_metrics(probabilities, labels, n_bins=10):
         inside = [i for i in range(n) if b / n_bins < confidences[i] <= (b + 1) / n_bins]
         if inside:
             ece += abs(sum(hits[i] for i in inside) - sum(confidences[i] for i in inside)) / n
-    brier = sum(
-        sum((p - (k == label)) ** 2 for k, p in enumerate(row)) for row, label in zip(probabilities, labels, strict=True)
-    )
-    nll = -sum(math.log(row[label]) for row, label in zip(probabilities, labels, strict=True))
+    pairs = list(zip(probabilities, labels, strict=True))
+    brier = sum((p - (k == label)) ** 2 for row, label in pairs for k, p in enumerate(row))
+    nll = -sum(math.log(row[label]) for row, label in pairs)
     return {"accuracy": sum(hits) / n, "ece": ece, "nll": nll / n, "brier": brier / n}
 
 
@@ -122,9 +122,7 @@ def test_predict_returns_logits_of_the_sets_labels(make_trainer, suite, processo
     output = trainer.predict(suite.shifts["part"])
     probabilities, labels = slow_probabilities(trainer.model, processor, suite, suite.shifts["part"])
     assert output.predictions.shape == (11, 2)
-    np.testing.assert_allclose(
-        torch.tensor(output.predictions).softmax(-1).numpy(), np.array(probabilities), atol=1e-5
-    )
+    np.testing.assert_allclose(torch.tensor(output.predictions).softmax(-1).numpy(), np.array(probabilities), atol=1e-5)
     assert output.label_ids.tolist() == labels
     assert output.metrics["test_accuracy"] == trainer.evaluate("part")["eval_part_accuracy"]
 

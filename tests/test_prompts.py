@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import CLASSES, TEMPLATES
 
 from carot_hf.prompts import CaptionTable, check_templates, class_embeddings, fill_template

@@ -117,12 +117,12 @@ def test_an_interrupted_save_is_passed_over(make_trainer, tmp_path, caplog):
     assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-10")
     assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-10")  # by number, not by letter
-    with pytest.raises(ValueError, match="Expected a complete checkpoint in .*empty, got none"):
+    with pytest.raises(ValueError, match=r"Expected a complete checkpoint in .*empty, got none"):
         newest_complete_checkpoint(tmp_path / "empty")
 
 
 def test_resume_without_checkpoints_says_so(make_trainer):
-    with pytest.raises(ValueError, match="got none. Start without `resume_from_checkpoint`"):
+    with pytest.raises(ValueError, match=r"got none\. Start without `resume_from_checkpoint`"):
         make_trainer().train(resume_from_checkpoint=True)
 
 

@@ -80,9 +80,7 @@ def test_terms_are_those_of_the_loss_functions(make_trainer):
         "contrastive": contrastive_loss(*logits, label_smoothing=0.1),
         "distillation": distillation_loss(*logits, teacher.logits_per_image, teacher.logits_per_text),
         "orthogonality": orthogonality_penalty(trainer.model.visual_projection.weight),
-        "cross_norm": cross_norm_penalty(
-            trainer.model.visual_projection.weight, trainer.model.text_projection.weight
-        ),
+        "cross_norm": cross_norm_penalty(trainer.model.visual_projection.weight, trainer.model.text_projection.weight),
     }
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
@@ -261,8 +259,8 @@ def test_wrong_model_or_arguments_are_refused(suite, processor, model, tmp_path)
     args = CaRotTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(TypeError, match=r"Expected a transformers.CLIPModel, got Linear"):
         CaRotTrainer(model=torch.nn.Linear(2, 2), args=args, suite=suite, processing_class=processor)
+    stock = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(TypeError, match="from_preset"):
-        stock = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
         CaRotTrainer(model=model, args=stock, suite=suite, processing_class=processor)
     with pytest.raises(ValueError, match="CLIPProcessor of the model, got None"):
         CaRotTrainer(model=model, args=args, suite=suite, processing_class=None)

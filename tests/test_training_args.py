@@ -58,7 +58,8 @@ def test_overrides_go_before_the_preset(tmp_path):
 def test_every_default_that_differs_is_in_the_note():
     parents = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     note = re.search(r"<Tip>(.*)</Tip>", CaRotTrainingArguments.__doc__, re.DOTALL)[1]
-    changed = [f.name for f in dataclasses.fields(CaRotTrainingArguments) if parents.get(f.name, f.default) != f.default]
+    fields = dataclasses.fields(CaRotTrainingArguments)
+    changed = [field.name for field in fields if parents.get(field.name, field.default) != field.default]
     assert len(changed) >= 12
     for name in changed:
         assert f"``{name}``" in note, name
@@ -103,7 +104,7 @@ def test_unknown_preset():
 
 def test_sharding_engines_are_refused_with_the_reason(tmp_path, monkeypatch):
     stage3 = {"zero_optimization": {"stage": 3}}
-    with pytest.raises(ValueError, match="got DeepSpeed ZeRO-3. It shards the weights"):
+    with pytest.raises(ValueError, match=r"got DeepSpeed ZeRO-3\. It shards the weights"):
         make(tmp_path, deepspeed=stage3)
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(stage3))

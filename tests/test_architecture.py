@@ -1,0 +1,127 @@
+"""Who may import whom: the table of the rooms, read off the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "carot_hf"
+
+# floor 0 and ground: arithmetic, no transformers, no framework
+ALLOWED = {
+    "ece.__init__": set(),
+    "ece.binning": set(),
+    "losses": set(),
+    "teacher": set(),
+    "distributed": set(),
+    "checkpoints": set(),
+    "digits": set(),
+    "calibration": {"ece.binning"},
+    # floor 1: data and options
+    "prompts": set(),
+    "data": {"prompts"},
+    "suites": {"prompts", "digits"},
+    "training_args": {"teacher"},
+    # floor 2: when and what to show
+    "callbacks": {"teacher"},
+    "evaluation": {"calibration", "ece.binning", "suites"},
+    "plots": {"ece.binning"},
+    # floor 3: the trainer
+    "suite_trainer": {
+        "calibration", "data", "ece.binning", "evaluation", "losses", "prompts", "suites", "training_args",
+    },
+    "trainer": {
+        "callbacks", "checkpoints", "distributed", "losses", "suite_trainer", "suites", "teacher", "training_args",
+    },
+}  # fmt: skip
+THIRD_PARTY = {
+    "ece.binning": {"numpy"},
+    "losses": {"torch"},
+    "teacher": {"torch"},
+    "distributed": {"torch"},
+    "checkpoints": set(),
+    "calibration": {"numpy", "torch"},
+    "digits": {"numpy", "PIL", "matplotlib", "mlxtend", "sklearn"},
+    "evaluation": {"numpy", "torch"},
+    "plots": {"numpy", "matplotlib"},
+}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(name, tree):
+    """Absolute names of all imports of a module, those inside functions included."""
+    package = ["carot_hf", *name.split(".")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield ".".join([*base, *([node.module] if node.module else [])])
+
+
+MODULES = {name: set(imports(name, tree)) for name, tree in modules()}
+
+
+def ours(name):
+    found = {i.removeprefix("carot_hf.") for i in MODULES[name] if i.startswith("carot_hf.")}
+    return {i for i in found if (PACKAGE / f"{i.replace('.', '/')}.py").exists()}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
+def test_imports_point_down_only(name):
+    assert name in ALLOWED, f"{name} has no place in the table"
+    assert ours(name) <= ALLOWED[name]
+
+
+def test_the_table_has_no_circle_and_no_ghosts():
+    assert ALLOWED.keys() == MODULES.keys() - {"__init__"}
+    order = []
+    while len(order) < len(ALLOWED):
+        ready = [name for name in ALLOWED if name not in order and ALLOWED[name] <= set(order)]
+        assert ready, "imports go round in a circle"
+        order += ready
+
+
+@pytest.mark.parametrize("name", THIRD_PARTY)
+def test_low_rooms_know_few_libraries(name):
+    roots = {i.split(".")[0] for i in MODULES[name]} - {"carot_hf", "__future__"}
+    assert roots - set(sys.stdlib_module_names) <= THIRD_PARTY[name]
+
+
+def test_only_the_metric_module_may_know_evaluate():
+    assert [name for name, found in MODULES.items() if "evaluate" in found] in ([], ["ece.ece"])
+
+
+def test_binning_stands_in_one_place():
+    """Nobody else sorts confidences into bins; calibration searches sorted ranks for its AUROC, no bins."""
+    users = {
+        (name, node.attr)
+        for name, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("searchsorted", "histogram", "digitize", "bucketize")
+    }
+    assert users == {("ece.binning", "searchsorted"), ("calibration", "searchsorted")}
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, carot_hf; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
+def test_all_public_names_exist():
+    import carot_hf
+
+    for name in carot_hf.__all__:
+        assert getattr(carot_hf, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = carot_hf.nothing
+    assert set(carot_hf.__all__) == {*carot_hf._HOMES, "__version__"}

@@ -1,0 +1,246 @@
+"""Confidence bins against slow loops, hand-worked tables and scikit-learn."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference_calibration as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
+
+from carot_hf.ece import binning
+from carot_hf.ece.binning import CalibrationBins, calibration_bins, classwise_sums, uniform_edges
+
+FLOATS = [np.float64, np.float32, np.float16]
+SIX_ROWS = [[0.31, 0.32, 0.27], [0.37, 0.33, 0.30], [0.30, 0.31, 0.39], [0.61, 0.38, 0.01], [0.10, 0.65, 0.25]]
+SIX_ROWS += [[0.91, 0.05, 0.04]]
+EIGHT = [0.51, 0.45, 0.39, 0.66, 0.68, 0.29, 0.81, 0.85]
+
+
+def top_label(rows, labels):
+    rows = np.array(rows)
+    return rows.max(axis=1), rows.argmax(axis=1) == np.array(labels)
+
+
+def both_classes(positive):
+    return [[1 - p, p] for p in positive]
+
+
+def rows_of_a_set():
+    """Confidences on and off a coarse grid, so that ties and edges are common, each with a hit."""
+    exact = st.integers(0, 20).map(lambda i: i / 20)
+    return st.lists(st.tuples(st.floats(0, 1) | exact, st.booleans()), min_size=1, max_size=60)
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "n_bins", "ece"),
+    [
+        (SIX_ROWS, [1, 0, 0, 1, 0, 0], 10, 0.3783333333333333),
+        (both_classes(EIGHT), [0, 0, 0, 1, 0, 1, 1, 1], 10, 0.145),
+        ([[0.3, 0.7], [0.9, 0.1], [0.4, 0.6]], [1, 0, 0], 3, 1 / 3),
+        ([[0.6, 0.2, 0.2]] * 10, [0] * 6 + [1] * 2 + [2] * 2, 10, 0.0),
+        ([[0.6, 0.2, 0.2], [0.0, 0.95, 0.05], [0.7, 0.1, 0.2]], [0, 1, 2], 10, 0.38333333333333336),
+    ],
+)
+def test_published_top_label_examples(rows, labels, n_bins, ece):
+    assert calibration_bins(*top_label(rows, labels), n_bins).ece == pytest.approx(ece, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("positive", "labels", "n_bins", "ece"),
+    [
+        (EIGHT, [0, 0, 0, 1, 0, 1, 1, 1], 10, 0.3425),
+        ([1, 1, 1, 1, 0], [0, 0, 1, 1, 1], 2, 0.6),
+        ([0.95, 1.0], [1, 0], 10, 0.475),
+    ],
+)
+def test_published_positive_class_examples(positive, labels, n_bins, ece):
+    assert calibration_bins(positive, labels, n_bins).ece == pytest.approx(ece, abs=1e-12)
+
+
+def test_a_table_worked_by_hand():
+    rows = [[0.25, 0.20, 0.55], [0.55, 0.05, 0.40], [0.10, 0.30, 0.60], [0.90, 0.05, 0.05]]
+    bins = calibration_bins(*top_label(rows, [0, 1, 2, 0]), 3)
+    np.testing.assert_array_equal(bins.count, [0, 3, 1])
+    np.testing.assert_allclose(bins.confidence, [np.nan, 1.7 / 3, 0.9])
+    np.testing.assert_allclose(bins.accuracy, [np.nan, 1 / 3, 1.0])
+    np.testing.assert_allclose(bins.gap, [np.nan, 0.7 / 3, -0.1])
+    assert (bins.n, bins.n_bins) == (4, 3)
+    assert bins.avg_confidence == pytest.approx(0.65)
+    assert bins.avg_accuracy == 0.5
+    assert bins.overconfidence == pytest.approx(0.15)
+    assert bins.ece == pytest.approx(0.2)
+    assert bins.rmsce == pytest.approx(0.20816659994661327)
+    assert bins.mce == pytest.approx(0.7 / 3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_confidence_on_an_edge_belongs_to_the_bin_that_ends_there(dtype):
+    confidences = (np.arange(11) / 10).astype(dtype)
+    bins = calibration_bins(confidences, np.ones(11))
+    np.testing.assert_array_equal(bins.count, [2] + [1] * 9)  # 0 and .1 share the first
+    np.testing.assert_array_equal(bins.edges, confidences)
+    assert bins.edges.dtype == dtype
+    assert bins.confidence.dtype == bins.accuracy.dtype == np.float64
+
+
+def test_linspace_edges_would_move_three_tenths():
+    assert np.linspace(0, 1, 11)[3] > 0.3 == uniform_edges(10)[3]
+
+
+def test_confidence_one_has_no_bin_of_its_own():
+    bins = calibration_bins([0.92] * 9 + [1.0], [1] * 9 + [0])
+    assert bins.n_bins == len(bins.edges) - 1 == 10
+    assert bins.ece == pytest.approx(0.028)
+
+
+def test_sums_are_not_kept_in_float32():
+    bins = calibration_bins(np.full(3_000_000, 0.1, np.float32), np.zeros(3_000_000, bool), 1)
+    assert bins.ece == pytest.approx(float(np.float32(0.1)), abs=1e-11)
+
+
+@given(rows_of_a_set(), st.integers(1, 25), st.sampled_from(["uniform", "quantile"]))
+@settings(max_examples=200, deadline=None)
+def test_bins_agree_with_a_slow_loop(rows, n_bins, strategy):
+    confidences, correct = zip(*rows, strict=True)
+    bins = calibration_bins(confidences, correct, n_bins, strategy)
+    if strategy == "uniform":
+        inner = reference.uniform_inner_edges(n_bins)
+    else:
+        inner = reference.quantile_inner_edges(confidences, n_bins)
+        assert (bins.count > 0).all()
+    np.testing.assert_array_equal(bins.edges, [0.0, *inner, 1.0])
+    expected = reference.groups(confidences, correct, inner)
+    np.testing.assert_array_equal(bins.count, [len(group) for group in expected])
+    for b, group in enumerate(expected):
+        if group:
+            np.testing.assert_allclose([bins.confidence[b], bins.accuracy[b]], np.mean(group, axis=0), atol=1e-12)
+        else:
+            assert math.isnan(bins.confidence[b])
+            assert math.isnan(bins.accuracy[b])
+    assert bins.ece == pytest.approx(reference.ece(confidences, correct, inner), abs=1e-12)
+
+
+@given(rows_of_a_set(), st.integers(1, 25), st.sampled_from(["uniform", "quantile"]))
+@settings(max_examples=200, deadline=None)
+def test_the_errors_are_ordered_and_bounded_below_by_the_overall_gap(rows, n_bins, strategy):
+    confidences, correct = zip(*rows, strict=True)
+    bins = calibration_bins(confidences, correct, n_bins, strategy)
+    gap = abs(np.mean(confidences) - np.mean(correct))
+    assert abs(bins.overconfidence) == pytest.approx(gap, abs=1e-12)
+    assert 1 + 1e-12 >= bins.mce + 1e-12 >= bins.rmsce >= bins.ece - 1e-12 >= gap - 2e-12
+    if n_bins == 1:
+        assert [bins.mce, bins.rmsce, bins.ece] == pytest.approx([gap] * 3, abs=1e-12)
+
+
+@given(rows_of_a_set(), st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None)
+def test_order_and_duplication_of_rows_change_nothing(rows, random):
+    shuffled = rows * 2
+    random.shuffle(shuffled)
+    for strategy in ("uniform", "quantile"):
+        bins, other = (calibration_bins(*zip(*r, strict=True), 7, strategy) for r in (rows, shuffled))
+        np.testing.assert_array_equal(bins.edges, other.edges)
+        assert other.ece == pytest.approx(bins.ece, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_means_agree_with_scikit_learn(dtype):
+    generator = np.random.default_rng(0)
+    confidences = generator.random(2000).astype(dtype)
+    correct = generator.random(2000) < confidences**2
+    bins = calibration_bins(confidences, correct, 15)
+    accuracy, confidence = calibration_curve(correct, confidences, n_bins=15)
+    np.testing.assert_allclose(bins.accuracy, accuracy, atol=1e-12)
+    np.testing.assert_allclose(bins.confidence, confidence, atol=1e-6)
+
+
+def test_equal_mass_bins_without_ties_have_equal_counts():
+    bins = calibration_bins(np.random.default_rng(1).random(1003), np.ones(1003), 10, strategy="quantile")
+    assert set(bins.count) <= {100, 101}
+
+
+def test_equal_mass_bins_never_split_ties():
+    confidences = [0.2] * 3 + [0.5] * 90 + [1.0] * 7
+    bins = calibration_bins(confidences, [1] * 100, 10, strategy="quantile")
+    np.testing.assert_array_equal(bins.count, [93, 7])
+    np.testing.assert_array_equal(bins.edges, [0, 0.5, 1])
+    assert calibration_bins([0.4] * 5, [1] * 5, 10, strategy="quantile").n_bins == 1
+
+
+def test_equal_mass_bins_may_start_with_a_heap_of_zeros():
+    bins = calibration_bins([0.0, 0.0, 0.5, 0.7], [0] * 4, 4, strategy="quantile")
+    np.testing.assert_array_equal(bins.edges, [0, 0, 0.5, 1])
+    np.testing.assert_array_equal(bins.count, [2, 1, 1])
+
+
+def test_rounding_outside_the_unit_interval_is_clipped():
+    bins = calibration_bins(np.float32([1 + 1e-7, -1e-9]), [1, 0])
+    assert bins.ece == 0.0
+    assert calibration_bins(np.float16([1.001]), [1]).confidence[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0.5], [1], 0), "`n_bins` to be an integer of at least 1, got 0"),
+        (([0.5], [1], 2.0), "`n_bins`.*got 2.0"),
+        (([0.5], [1], True), "`n_bins`.*got True"),
+        (([0.5], [1], 10, "equal"), "`strategy` to be one of .*'uniform', 'quantile'.*got 'equal'"),
+        (([], []), "at least one row, got 0"),
+        (([0.5, 0.6], [1]), r"one shape \(N,\), got \(2,\) and \(1,\)"),
+        (([[0.5]], [[1]]), r"one shape \(N,\), got \(1, 1\)"),
+        (([0.5, 1.01], [1, 1]), r"`confidences` in \[0, 1\], got 1.01 in row 1.*softmax"),
+        (([0.5, 0.4, -0.2], [1, 1, 1]), "got -0.2 in row 2"),
+        (([0.5, math.nan], [1, 1]), "got nan in row 1"),
+        ((["a"], [1]), "float dtype"),
+        (([0.5, 0.5], [1, 2]), "booleans or 0/1, got .*2.* in row 1"),
+        (([0.5, 0.5], [0.3, 1]), "booleans or 0/1, got .*0.3.* in row 0"),
+        (([0.5], [math.nan]), "booleans or 0/1"),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(arguments, message):
+    with pytest.raises(ValueError, match=f"(?s)Expected.*{message}"):
+        calibration_bins(*arguments)
+
+
+def test_a_table_survives_json_and_cannot_be_reassigned():
+    bins = calibration_bins(np.float32([0.2, 0.7]), [0, 1], 5)
+    table = json.loads(json.dumps(bins.to_dict()))
+    assert set(table) == {"edges", "count", "confidence", "accuracy", "gap"}
+    again = CalibrationBins.from_dict(table)
+    for name in table:
+        np.testing.assert_array_equal(getattr(again, name), getattr(bins, name))
+    none_for_nan = {k: [None if v != v else v for v in column] for k, column in table.items()}
+    assert CalibrationBins.from_dict(none_for_nan).ece == bins.ece
+    with pytest.raises(AttributeError):
+        bins.count = bins.count
+
+
+@pytest.mark.parametrize(("n_bins", "classes"), [(10, 3), (1, 4), (7, 30), (50, 5)])
+def test_classwise_sums_agree_with_a_slow_loop_and_add_up_over_chunks(n_bins, classes):
+    generator = np.random.default_rng(n_bins)
+    probabilities = generator.dirichlet(np.full(classes, 0.3), 60)
+    probabilities[:5] = np.eye(classes)[generator.integers(0, classes, 5)]
+    labels = generator.integers(0, classes, 60)
+    sums = classwise_sums(probabilities, labels, n_bins)
+    for k in range(classes):
+        rows = reference.groups(probabilities[:, k], labels == k, reference.uniform_inner_edges(n_bins))
+        np.testing.assert_allclose(sums[k], [sum(hit - p for p, hit in group) for group in rows], atol=1e-12)
+    parts = classwise_sums(probabilities[:17], labels[:17], n_bins) + classwise_sums(
+        probabilities[17:], labels[17:], n_bins
+    )
+    np.testing.assert_allclose(parts, sums, atol=1e-12)
+
+
+def test_binning_imports_numpy_only():
+    tree = ast.parse(Path(binning.__file__).read_text(encoding="utf-8"))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert modules <= {"__future__", "collections.abc", "dataclasses", "typing", "numpy", "numpy.typing"}

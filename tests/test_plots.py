@@ -1,0 +1,215 @@
+"""The artists of the pictures against the bin table they were drawn from."""
+
+from __future__ import annotations
+
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex, to_rgba
+from matplotlib.figure import Figure
+
+from carot_hf.ece.binning import CalibrationBins, calibration_bins
+from carot_hf.plots import (
+    OVER,
+    OVER_HATCH,
+    UNDER,
+    UNDER_HATCH,
+    confidence_histogram,
+    noise_band,
+    reliability_diagram,
+    reliability_grid,
+)
+
+
+@pytest.fixture
+def bins():
+    """Five bins: an empty one, one over-confident, one exact, two under-confident."""
+    return CalibrationBins(
+        edges=np.linspace(0, 1, 6),
+        count=np.array([0, 10, 40, 50, 100]),
+        confidence=np.array([np.nan, 0.3, 0.5, 0.7, 0.9]),
+        accuracy=np.array([np.nan, 0.1, 0.5, 0.8, 0.95]),
+    )
+
+
+@pytest.fixture
+def quantiles():
+    generator = np.random.default_rng(0)
+    confidences = generator.beta(4, 1, 500)
+    return calibration_bins(confidences, generator.random(500) < confidences - 0.1, 8, strategy="quantile")
+
+
+def bars(ax, label):
+    """(left, bottom, width, height) of each bar drawn under that label."""
+    found = [container for container in ax.containers if container.get_label() == label]
+    assert len(found) <= 1
+    return [(*bar.get_xy(), bar.get_width(), bar.get_height()) for container in found for bar in container]
+
+
+def texts(ax):
+    return "\n".join(text.get_text() for text in ax.texts)
+
+
+def lines(ax):
+    return {line.get_label(): tuple(line.get_xdata()) for line in ax.lines}
+
+
+def test_bars_are_accuracies_and_gaps_end_at_the_mean_confidence(bins):
+    top, _ = reliability_diagram(bins).axes
+    np.testing.assert_allclose(
+        bars(top, "accuracy"), [(0.2, 0, 0.2, 0.1), (0.4, 0, 0.2, 0.5), (0.6, 0, 0.2, 0.8), (0.8, 0, 0.2, 0.95)]
+    )
+    np.testing.assert_allclose(bars(top, "over-confident"), [(0.2, 0.1, 0.2, 0.2)])
+    np.testing.assert_allclose(bars(top, "under-confident"), [(0.6, 0.8, 0.2, -0.1), (0.8, 0.95, 0.2, -0.05)])
+    low, high = noise_band(bins)
+    np.testing.assert_allclose(
+        bars(top, "noise alone (95 %)"),
+        [(b / 5, low[b], 0.2, high[b] - low[b]) for b in range(1, 5)],
+    )
+
+
+def test_bars_are_as_wide_as_their_bins(quantiles):
+    top, bottom = reliability_diagram(quantiles).axes
+    expected = np.stack([quantiles.edges[:-1], np.diff(quantiles.edges)], axis=1)
+    assert expected[:, 1].max() > 2 * expected[:, 1].min()
+    np.testing.assert_allclose(np.array(bars(top, "accuracy"))[:, [0, 2]], expected)
+    np.testing.assert_allclose([(bar.get_x(), bar.get_width()) for bar in bottom.patches], expected)
+
+
+def test_over_and_under_confidence_differ_in_colour_and_hatch(bins):
+    top = reliability_diagram(bins).axes[0]
+    looks = {}
+    for container in top.containers:
+        patch = container[0]
+        looks[container.get_label()] = to_hex(patch.get_edgecolor()), patch.get_hatch()
+    assert looks["over-confident"] == (to_hex(OVER), OVER_HATCH)
+    assert looks["under-confident"] == (to_hex(UNDER), UNDER_HATCH)
+    assert (OVER, UNDER) == ("#D55E00", "#0072B2")
+    assert OVER_HATCH != UNDER_HATCH
+    face = next(c for c in top.containers if c.get_label() == "over-confident")[0].get_facecolor()
+    assert face == to_rgba(OVER, 0.3)
+    legend = [text.get_text() for text in top.get_legend().get_texts()]
+    assert legend == ["accuracy", "noise alone (95 %)", "over-confident", "under-confident"]
+
+
+def test_a_side_that_does_not_occur_is_not_in_the_legend():
+    top = reliability_diagram(calibration_bins([0.9] * 4, [1] * 4)).axes[0]
+    legend = [text.get_text() for text in top.get_legend().get_texts()]
+    assert "over-confident" not in legend
+    assert "under-confident" in legend
+
+
+def test_the_diagonal_and_the_unit_square(bins):
+    top, bottom = reliability_diagram(bins).axes
+    (diagonal,) = top.lines
+    np.testing.assert_array_equal(diagonal.get_xydata(), [(0, 0), (1, 1)])
+    assert top.get_xlim() == top.get_ylim() == bottom.get_xlim() == (0, 1)
+
+
+def test_the_histogram_holds_shares_and_two_lines(bins):
+    for figure in (reliability_diagram(bins), confidence_histogram(bins)):
+        ax = figure.axes[-1]
+        heights = [bar.get_height() for bar in ax.patches]
+        np.testing.assert_allclose(heights, [0, 0.05, 0.2, 0.25, 0.5])
+        assert lines(ax) == {
+            "accuracy": pytest.approx((bins.avg_accuracy,) * 2),
+            "mean confidence": pytest.approx((bins.avg_confidence,) * 2),
+        }
+
+
+def test_the_box_says_what_the_table_says(bins):
+    box = texts(reliability_diagram(bins).axes[0])
+    assert [line.split()[-1] for line in box.splitlines()] == ["0.0600", "0.7800", "0.7400", "200"]
+    assert "ECE (5 bins)" in box
+    box = texts(reliability_diagram(bins, temperature=1.2346).axes[0])
+    assert box.splitlines()[-1].split() == ["T", "1.235"]
+    many = CalibrationBins(bins.edges, bins.count * 1000, bins.confidence, bins.accuracy)
+    assert "200,000" in texts(reliability_diagram(many).axes[0])
+
+
+def test_the_noise_band_is_the_spread_of_calibrated_samples():
+    generator = np.random.default_rng(0)
+    confidences = np.repeat([0.15, 0.55, 0.85], [400, 900, 2500])
+    inside = []
+    for _ in range(400):
+        bins = calibration_bins(confidences, generator.random(len(confidences)) < confidences)
+        low, high = noise_band(bins)
+        filled = bins.count > 0
+        inside.append(((low <= bins.accuracy) & (bins.accuracy <= high))[filled])
+        assert np.isnan(low[~filled]).all()
+    np.testing.assert_allclose(np.mean(inside, axis=0), 0.95, atol=0.035)
+
+
+def test_the_noise_band_by_hand_and_cut_at_the_ends():
+    bins = calibration_bins([0.5] * 100 + [0.99] * 2, [1] * 102)
+    low, high = noise_band(bins)
+    assert (low[4], high[4]) == pytest.approx((0.402, 0.598))
+    assert high[9] == 1.0
+
+
+def test_given_axes_are_drawn_into_and_their_figure_returned(bins):
+    figure = Figure()
+    axes = figure.subplots(1, 2)
+    assert reliability_diagram(bins, ax=axes[0], title="left") is figure
+    assert confidence_histogram(bins, ax=axes[1], title="right") is figure
+    assert len(figure.axes) == 2
+    assert [ax.get_title() for ax in axes] == ["left", "right"]
+    assert [ax.get_xlabel() for ax in axes] == ["confidence"] * 2
+    assert len(bars(axes[0], "accuracy")) == 4
+    part = figure.subfigures()
+    assert reliability_diagram(bins, ax=part.subplots()) is figure
+
+
+def test_titles_and_labels(bins):
+    top, bottom = reliability_diagram(bins, title="ImageNet-R").axes
+    assert (top.get_title(), top.get_ylabel()) == ("ImageNet-R", "accuracy")
+    assert (bottom.get_xlabel(), bottom.get_ylabel()) == ("confidence", "share of rows")
+
+
+def test_a_grid_has_a_row_for_each_set_and_a_column_for_each_method(bins, quantiles):
+    figure = reliability_grid({"home": {"FLYP": bins, "CaRot": quantiles}, "away": {"CaRot": bins}}, title="all")
+    axes = np.array(figure.axes).reshape(2, 2)
+    assert [ax.get_title() for ax in axes[0]] == ["FLYP", "CaRot"]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["home\naccuracy", "away\naccuracy"]
+    assert [len(bars(ax, "accuracy")) for ax in axes.flat] == [4, 8, 0, 4]
+    assert not axes[1, 0].axison
+    assert texts(axes[0, 0]) == "ECE 0.060"
+    assert figure.get_suptitle() == "all"
+    with pytest.raises(ValueError, match="at least one cell"):
+        reliability_grid({"home": {}})
+
+
+def test_the_dictionary_of_a_metric_is_drawn_like_the_table(bins):
+    for draw in (reliability_diagram, confidence_histogram):
+        axes, others = draw(bins).axes, draw(bins.to_dict()).axes
+        assert len(axes) == len(others)
+        for ax, other in zip(axes, others, strict=True):
+            assert [p.get_bbox().bounds for p in ax.patches] == [p.get_bbox().bounds for p in other.patches]
+            assert texts(ax) == texts(other)
+
+
+@pytest.mark.parametrize("rows", [([1.0], [1]), ([0.0] * 5 + [1.0] * 5, [0] * 5 + [1] * 5)])
+@pytest.mark.parametrize("strategy", ["uniform", "quantile"])
+def test_extreme_tables_are_drawn_to_a_file(rows, strategy, tmp_path):
+    bins = calibration_bins(*rows, strategy=strategy)
+    for figure in (reliability_diagram(bins, temperature=2.0), reliability_grid({"a": {"b": bins}})):
+        figure.savefig(tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_no_global_state_is_touched(bins, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    before = dict(dict.items(mpl.rcParams))  # a plain look-up of "backend" would import pyplot
+    reliability_diagram(bins)
+    confidence_histogram(bins)
+    assert dict(dict.items(mpl.rcParams)) == before
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_without_matplotlib_the_error_names_the_cure(bins, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for draw in (reliability_diagram, confidence_histogram):
+        with pytest.raises(ImportError, match=r"pip install carot_hf\[plot\]"):
+            draw(bins)
