@@ -1,0 +1,456 @@
+"""Calibration of a finished model: the metrics of its logits, the temperature that divides them, and where it is kept.
+
+Logits and labels may be torch tensors on any device or numpy arrays. Half precision is worked on as float32; rows
+are taken in chunks, so 50,000 x 1000 needs little memory beyond the logits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .ece.binning import calibration_bins, check_n_bins, classwise_sums
+
+logger = logging.getLogger(__name__)
+
+CRITERIA = ("nll", "ece")
+PUBLISHED_BATCH = 512  # rows of one batch where published figures are means of per-batch ECE
+_CHUNK_VALUES = 1 << 17  # logits worked on at a time: small enough for the cache of one core
+_LOWEST_EXPONENT = -80.0  # exp(-80) is 0 for every sum here and still a normal float32; denormals are slow
+_ECE_BINS = 10
+_ECE_GRID = 96
+_ECE_TIE = 1e-7  # two values of ECE closer than this differ by rounding
+
+
+def calibration_metrics(
+    logits: Tensor | NDArray[Any], labels: Tensor | NDArray[Any], *, n_bins: int = 10, temperature: float = 1.0
+) -> dict[str, float]:
+    r"""Accuracy and calibration of ``softmax(logits / temperature)`` over a whole data set.
+
+    Args:
+        logits: ``(N, K)`` float, before the softmax. Not probabilities.
+        labels: ``(N,)`` integer class indices in ``[0, K)``.
+        n_bins: Number of confidence bins of every ECE here.
+        temperature: Divides the logits; > 0.
+
+    Returns:
+        Python floats; fractions, never percent:
+
+        - ``accuracy``; ``top5_accuracy`` (of the first min(5, K) classes). Equal logits rank by class index.
+        - ``ece``, ``mce``: expected and maximum calibration error of the confidence, uniform bins.
+        - ``ece_batch_mean``: mean of the ECE of consecutive batches of 512 rows, each weighted by its rows (so a
+          last, partial batch counts less). Biased upward and dependent on the order of the rows; it is what the
+          published CaRot and TRACER tables hold.
+        - ``adaptive_ece``: ECE with bins of equal mass. ``classwise_ece``: mean over the classes of the ECE of
+          :math:`p_k` as a forecast of class k.
+        - ``nll``: mean of :math:`-\ln p_y`. ``brier``: mean of :math:`\sum_k (p_k - 1[y = k])^2`, in [0, 2].
+        - ``auroc``: chance that a right row has a higher confidence than a wrong one, ties counted half; nan when
+          all rows are right or all are wrong, for then there is no such pair.
+        - ``overconfidence``: mean confidence - accuracy, signed.
+
+    Raises:
+        ValueError: If a shape or range above does not hold, or a logit is not finite.
+
+    Source:
+        Guo et al. 2017 (ECE, MCE, NLL); Kull et al. 2019 (class-wise ECE); Nixon et al. 2019 (adaptive ECE).
+    """
+    check_n_bins(n_bins)
+    logits, labels = _checked(logits, labels, temperature)
+    n_rows, n_classes = logits.shape
+    confidences, correct = _empty_like_rows(logits), np.empty(n_rows, dtype=bool)
+    nll = brier = 0.0
+    top5 = 0
+    class_sums = np.zeros((n_classes, n_bins))
+    for start, rows, targets in _chunks(logits, labels):
+        at = slice(start, start + len(rows))
+        shifted, margins, hits = _shift(rows, targets)
+        top5 += _count_top5(rows, targets, hits)
+        exponentials = shifted.div_(temperature).clamp_(min=_LOWEST_EXPONENT).exp_()
+        totals = exponentials.sum(dim=1)
+        nll += float((totals.double().log() - margins.double() / temperature).sum())
+        probabilities = exponentials.div_(totals[:, None]).cpu().numpy()
+        confidences[at], correct[at] = totals.reciprocal().cpu().numpy(), hits.cpu().numpy()
+        label_index = targets.cpu().numpy()
+        class_sums += classwise_sums(probabilities, label_index, n_bins)
+        probabilities[np.arange(len(label_index)), label_index] -= 1.0
+        brier += float(np.einsum("ij,ij->i", probabilities, probabilities).sum(dtype=np.float64))
+    bins = calibration_bins(confidences, correct, n_bins)
+    return {
+        "accuracy": bins.avg_accuracy,
+        "top5_accuracy": top5 / n_rows,
+        "ece": bins.ece,
+        "ece_batch_mean": _batch_mean_ece(confidences, correct, n_bins),
+        "adaptive_ece": calibration_bins(confidences, correct, n_bins, strategy="quantile").ece,
+        "classwise_ece": float(np.abs(class_sums).sum() / (n_rows * n_classes)),
+        "mce": bins.mce,
+        "nll": nll / n_rows,
+        "brier": brier / n_rows,
+        "auroc": _auroc(confidences, correct),
+        "overconfidence": bins.overconfidence,
+    }
+
+
+def top_label(
+    logits: Tensor | NDArray[Any], labels: Tensor | NDArray[Any], temperature: float = 1.0
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Confidence and hit of each row, ready for `carot_hf.ece.binning.calibration_bins`.
+
+    Args:
+        logits: ``(N, K)`` float, before the softmax.
+        labels: ``(N,)`` integer class indices in ``[0, K)``.
+        temperature: Divides the logits; > 0.
+
+    Returns:
+        ``(N,)`` largest softmax probability of ``logits / temperature``, float64 for float64 logits and else float32,
+        and ``(N,)`` bool, whether the argmax of the logits as given (first index among equals) is the label.
+
+    Raises:
+        ValueError: If a shape or range above does not hold, or a logit is not finite.
+    """
+    logits, labels = _checked(logits, labels, temperature)
+    confidences, correct = _empty_like_rows(logits), np.empty(len(logits), dtype=bool)
+    for start, rows, targets in _chunks(logits, labels):
+        at = slice(start, start + len(rows))
+        shifted, _, hits = _shift(rows, targets)
+        totals = shifted.div_(temperature).clamp_(min=_LOWEST_EXPONENT).exp_().sum(dim=1)
+        confidences[at], correct[at] = totals.reciprocal().cpu().numpy(), hits.cpu().numpy()
+    return confidences, correct
+
+
+def fit_temperature(
+    logits: Tensor | NDArray[Any],
+    labels: Tensor | NDArray[Any],
+    *,
+    criterion: str = "nll",
+    bounds: tuple[float, float] = (0.5, 10.0),
+) -> float:
+    r"""The temperature within ``bounds`` whose ``softmax(logits / temperature)`` is best calibrated.
+
+    ``"nll"`` minimises :math:`\frac{1}{N} \sum_i [\ln \sum_k e^{\beta z_{ik}} - \beta z_{iy_i}]`, convex in
+    :math:`\beta = 1/T`, by Newton steps in :math:`\ln \beta` kept inside a shrinking bracket. ``"ece"`` minimises the
+    ECE over 10 uniform bins, which jumps and may have many minima, on a logarithmic grid that is then refined;
+    among equal values the one nearest to the ``"nll"`` optimum is taken. It makes some 130 passes, ``"nll"`` about 6.
+
+    Args:
+        logits: ``(N, K)`` float, before the softmax, of rows held out of training. Not probabilities.
+        labels: ``(N,)`` integer class indices in ``[0, K)``.
+        criterion: ``"nll"`` or ``"ece"``.
+        bounds: Lowest and highest temperature, ``0 < low < high``. An optimum at a bound is logged as a warning.
+
+    Returns:
+        The temperature, dimensionless; divide logits by it.
+
+    Raises:
+        ValueError: If a shape or range above does not hold, a logit is not finite, or an option is unknown.
+
+    Source:
+        Guo et al. 2017, section 4.2 (NLL); CaRot (2023), appendix A.1 (ECE over [0.5, 10]).
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"Expected `criterion` to be one of {CRITERIA}, got {criterion!r}. Pass one of these names.")
+    low, high = (float(bound) for bound in bounds)
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"Expected `bounds` with 0 < low < high, got {bounds}. Pass e.g. `bounds=(0.5, 10.0)`.")
+    logits, labels = _checked(logits, labels)
+    temperature = _fit_nll(logits, labels, low, high)
+    if criterion == "ece":
+        temperature = _fit_ece(logits, labels, low, high, temperature)
+    if temperature in (low, high):
+        logger.warning(
+            "The best temperature is at the bound %g of [%g, %g]: the optimum may lie outside. "
+            "Check the logits, or pass wider `bounds`.",
+            temperature,
+            low,
+            high,
+        )
+    return temperature
+
+
+def bake_temperature(model: nn.Module, temperature: float, *, record: Mapping[str, Any] | None = None) -> None:
+    r"""Put the temperature into the weights, in place, once: afterwards the model's own logits are divided by it.
+
+    A model with a ``logit_scale`` (`transformers.CLIPModel`) gets ``logit_scale - ln(temperature)``, rounded once to
+    the parameter's dtype; one without gets weight and bias of its linear ``head`` or ``classifier`` divided by it.
+    The parameter must be float32 or float64: in bfloat16 a baked scale of 100 would be off by up to 1.6 %. It is not
+    widened here because a model saved as bfloat16 loads as bfloat16.
+
+    Writes ``model.config.calibration = {"temperature": ..., **record}``, which is saved with the config. Where adding
+    ``ln(temperature)`` again would not give back the very ``logit_scale`` (rounding, when the sum passes a power of 2),
+    the exact value is kept beside it as ``"logit_scale_before"``, so that `unbake_temperature` loses no bit.
+
+    Args:
+        model: A model with a ``config``; its parameters are changed.
+        temperature: Divides the logits; > 0.
+        record: What else to write down (data set, number of rows, criterion ...), as JSON types.
+
+    Raises:
+        RuntimeError: If a temperature is baked in already.
+        TypeError: If the model has no config, or nothing to bake into.
+        ValueError: If the temperature, the record or the parameter's dtype is not as said above.
+    """
+    _check_temperature(temperature)
+    target = _baking_target(model)
+    config: Any = model.config
+    if getattr(config, "calibration", None) is not None:
+        raise RuntimeError(
+            f"Expected a model without a baked temperature, got one with {config.calibration}. "
+            "Call `unbake_temperature(model)` first, and fit on the logits of the unbaked model."
+        )
+    parameters = [target] if isinstance(target, nn.Parameter) else list(target.parameters())
+    for parameter in parameters:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"Expected a float32 parameter to bake the temperature into, got {parameter.dtype}. "
+                "Call `model.float()` first, or load with `dtype=torch.float32`."
+            )
+    record = dict(record or {})
+    if taken := record.keys() & {"temperature", "logit_scale_before"}:
+        raise ValueError(f"Expected `record` without the key {taken.pop()!r}, got {record}. Rename it.")
+    try:
+        json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected `record` of JSON types, got {record} ({error}). Use str, int, float.") from error
+    calibration: dict[str, Any] = {"temperature": float(temperature)}
+    with torch.no_grad():
+        if isinstance(target, nn.Parameter):
+            before = float(target)
+            target.fill_(before - math.log(temperature))
+            if float(torch.full_like(target, float(target) + math.log(temperature))) != before:
+                calibration["logit_scale_before"] = before
+        else:
+            for parameter in parameters:
+                parameter.div_(temperature)
+    config.calibration = {**calibration, **record}
+
+
+def unbake_temperature(model: nn.Module) -> None:
+    """Take a baked temperature out again, in place, and remove ``config.calibration``.
+
+    An untouched ``logit_scale`` gets back the very value it had, bit for bit, also after a save and a load; one that
+    was trained since gets ``ln(temperature)`` added. Weights of a linear head are multiplied by the temperature, which
+    restores them up to a rounding of the last bit or two (the division is not one to one in floating point).
+
+    Raises:
+        RuntimeError: If no temperature is baked in.
+        TypeError: If the model has no config, or nothing that could hold a temperature.
+    """
+    target = _baking_target(model)
+    config: Any = model.config
+    calibration = getattr(config, "calibration", None)
+    if calibration is None:
+        raise RuntimeError(
+            "Expected a model with a baked temperature, got one without `config.calibration`. "
+            "There is nothing to undo; call `bake_temperature` first."
+        )
+    temperature = float(calibration["temperature"])
+    with torch.no_grad():
+        if isinstance(target, nn.Parameter):
+            before = calibration.get("logit_scale_before", math.nan)
+            untouched = torch.equal(target, torch.full_like(target, before - math.log(temperature)))
+            target.fill_(before if untouched else float(target) + math.log(temperature))
+        else:
+            for parameter in target.parameters():
+                parameter.mul_(temperature)
+    del config.calibration
+
+
+def _baking_target(model: nn.Module) -> nn.Parameter | nn.Linear:
+    """The ``logit_scale`` of the model, or else its linear head."""
+    if getattr(model, "config", None) is not None:
+        logit_scale = getattr(model, "logit_scale", None)
+        if isinstance(logit_scale, nn.Parameter) and logit_scale.numel() == 1:
+            return logit_scale
+        for name in ("head", "classifier"):
+            head = getattr(model, name, None)
+            if isinstance(head, nn.Linear):
+                return head
+    raise TypeError(
+        "Expected a model with a `config` and a `logit_scale` or a linear `head` or `classifier`, "
+        f"got {type(model).__name__}. Unwrap the model (`accelerator.unwrap_model`) if it is wrapped."
+    )
+
+
+def _fit_nll(logits: Tensor, labels: Tensor, low: float, high: float) -> float:
+    """Root of the derivative of the mean NLL with respect to u = ln(1 / T), which is negative left of the optimum."""
+    maxima = torch.cat([rows.amax(dim=1) for _, rows, _ in _chunks(logits, labels)])
+    mean_margin = 0.0
+    for start, rows, targets in _chunks(logits, labels):
+        label_logits = rows.gather(1, targets[:, None])[:, 0]
+        mean_margin += float((label_logits.double() - maxima[start : start + len(rows)].double()).sum()) / len(logits)
+
+    def slope(u: float) -> tuple[float, float]:
+        """Derivative of the NLL, and variance of the scaled logits: slope / variance is a Newton step."""
+        beta, first, second = math.exp(u), 0.0, 0.0
+        for start, rows, _ in _chunks(logits, labels):
+            scaled = (rows - maxima[start : start + len(rows), None]).mul_(beta).clamp_(min=_LOWEST_EXPONENT)
+            weights = scaled.exp()
+            totals = weights.sum(dim=1).double()
+            mean = weights.mul_(scaled).sum(dim=1).double() / totals
+            square = weights.mul_(scaled).sum(dim=1).double() / totals
+            first += float(mean.sum())
+            second += float((square - mean * mean).sum())
+        return first / len(logits) - beta * mean_margin, second / len(logits)
+
+    left, right = -math.log(high), -math.log(low)
+    u = min(max(0.0, left), right)
+    last_step = right - left
+    unseen = {left, right}  # ends of the bracket where the sign of the slope is not known yet
+    for _ in range(100):
+        value, variance = slope(u)
+        if value == 0.0:
+            break
+        if u in (left, right) and u in unseen and (value > 0.0) == (u == left):
+            return high if u == left else low
+        unseen.discard(u)
+        left, right = (left, u) if value > 0.0 else (u, right)
+        end = left if value > 0.0 else right
+        step = -value / variance if variance > 0.0 else math.copysign(math.inf, -value)
+        if not left < u + step < right or abs(step) > 0.5 * last_step:
+            step = (end if end in unseen else 0.5 * (left + right)) - u
+        u, last_step = u + step, abs(step)
+        if last_step < 1e-6:  # Newton squares the error: what is left is below the rounding of the data
+            break
+    return min(max(math.exp(-u), low), high)
+
+
+def _fit_ece(logits: Tensor, labels: Tensor, low: float, high: float, nll_optimum: float) -> float:
+    """Grid over [low, high], then three finer grids around the best; among equals the nearest to ``nll_optimum``."""
+    correct = top_label(logits, labels)[1]
+    temperatures = np.unique(np.append(np.geomspace(low, high, _ECE_GRID), nll_optimum))
+    errors = _ece_at(logits, labels, correct, temperatures)
+    best = 0
+    for round_ in range(4):
+        ties = np.flatnonzero(errors <= errors.min() + _ECE_TIE)
+        best = int(ties[np.argmin(np.abs(np.log(temperatures[ties] / nll_optimum)))])
+        if round_ == 3:
+            break
+        around = temperatures[max(best - 1, 0)], temperatures[min(best + 1, len(temperatures) - 1)]
+        finer = np.setdiff1d(np.geomspace(*around, 13), temperatures)
+        order = np.argsort(np.append(temperatures, finer))
+        errors = np.append(errors, _ece_at(logits, labels, correct, finer))[order]
+        temperatures = np.append(temperatures, finer)[order]
+    return float(temperatures[best])
+
+
+def _ece_at(
+    logits: Tensor, labels: Tensor, correct: NDArray[np.bool_], temperatures: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """``(len(temperatures),)`` ECE of the logits divided by each temperature."""
+    errors = []
+    for group in np.array_split(temperatures, -(-len(temperatures) // 16)):  # bounds the memory to 16 floats a row
+        confidences = np.empty((len(group), len(logits)), dtype=_empty_like_rows(logits).dtype)
+        for start, rows, targets in _chunks(logits, labels):
+            shifted = _shift(rows, targets)[0]
+            totals = [shifted.div(t).clamp_(min=_LOWEST_EXPONENT).exp_().sum(dim=1) for t in group.tolist()]
+            confidences[:, start : start + len(rows)] = torch.stack(totals).reciprocal_().cpu().numpy()
+        errors += [calibration_bins(row, correct, _ECE_BINS).ece for row in confidences]
+    return np.array(errors)
+
+
+def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First row, logits as float32 or float64, and labels of one chunk after the other."""
+    step = max(1, _CHUNK_VALUES // logits.shape[1])
+    for start in range(0, len(logits), step):
+        rows = logits[start : start + step]
+        yield start, rows if rows.dtype == torch.float64 else rows.float(), labels[start : start + step]
+
+
+def _shift(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A new ``(n, K)`` tensor with row maximum 0, its values ``(n,)`` at the labels, and ``(n,)`` hits."""
+    maxima, predictions = rows.max(dim=1, keepdim=True)  # the first index among equals
+    shifted = rows - maxima
+    return shifted, shifted.gather(1, targets[:, None])[:, 0], predictions[:, 0] == targets
+
+
+def _count_top5(rows: Tensor, targets: Tensor, hits: Tensor) -> int:
+    """Rows whose label is among the first five classes by logit, equal logits in the order of the classes."""
+    label_logits = rows.gather(1, targets[:, None])
+    larger = (rows > label_logits).sum(dim=1)
+    near = (~hits & (larger < 5)).nonzero()[:, 0]  # only here can equal logits matter
+    earlier = torch.arange(rows.shape[1], device=rows.device) < targets[near, None]
+    equal = ((rows[near] == label_logits[near]) & earlier).sum(dim=1)
+    return int(hits.sum() + (larger[near] + equal < 5).sum())
+
+
+def _batch_mean_ece(confidences: NDArray[Any], correct: NDArray[np.bool_], n_bins: int) -> float:
+    """Row-weighted mean of the ECE of consecutive batches of 512 rows."""
+    total = 0.0
+    for start in range(0, len(confidences), PUBLISHED_BATCH):
+        batch = slice(start, start + PUBLISHED_BATCH)
+        bins = calibration_bins(confidences[batch], correct[batch], n_bins)
+        total += bins.ece * bins.n
+    return total / len(confidences)
+
+
+def _auroc(confidences: NDArray[Any], correct: NDArray[np.bool_]) -> float:
+    """Mann-Whitney statistic over pairs of a right and a wrong row."""
+    right, wrong = confidences[correct], np.sort(confidences[~correct])
+    if len(right) == 0 or len(wrong) == 0:
+        return math.nan
+    below = np.searchsorted(wrong, right, side="left").sum() + np.searchsorted(wrong, right, side="right").sum()
+    return float(below / (2 * len(right) * len(wrong)))
+
+
+def _empty_like_rows(logits: Tensor) -> NDArray[Any]:
+    return np.empty(len(logits), dtype=np.float64 if logits.dtype == torch.float64 else np.float32)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(
+            f"Expected a finite `temperature` above 0, got {temperature}. It divides the logits; 1.0 leaves them as is."
+        )
+
+
+def _checked(
+    logits: Tensor | NDArray[Any], labels: Tensor | NDArray[Any], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Both as tensors on the device of the logits, shapes and values checked."""
+    _check_temperature(temperature)
+    logits = logits.detach() if isinstance(logits, Tensor) else _from_numpy(logits)
+    labels = labels.detach() if isinstance(labels, Tensor) else _from_numpy(labels)
+    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"Expected `logits` of a float dtype and shape (N, K) with N >= 1 and K >= 2, got {logits.dtype} of shape "
+            f"{tuple(logits.shape)}. Pass one row of class scores, before the softmax, for each sample."
+        )
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"Expected `labels` of shape ({len(logits)},), got {tuple(labels.shape)}. "
+            "Pass class indices; for one-hot rows use `labels.argmax(-1)`."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"Expected `labels` of an integer dtype, got {labels.dtype}. Pass class indices.")
+    labels = labels.to(logits.device, torch.int64)
+    outside = (labels < 0) | (labels >= logits.shape[1])
+    if outside.any():
+        row = int(outside.nonzero()[0, 0])
+        raise ValueError(
+            f"Expected `labels` in [0, {logits.shape[1]}), got {int(labels[row])} in row {row}. "
+            "Leave out rows without a class, and map labels to the columns of `logits`."
+        )
+    for start, rows, _ in _chunks(logits, labels):
+        if math.isfinite(rows.sum()):  # the sum shows a nan or inf at a fifth of the cost of `isfinite`
+            continue
+        for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
+            raise ValueError(
+                f"Expected finite `logits`, got {float(rows[row, column])} in row {start + row}, column {column}. "
+                "Find out where the model diverged; to leave a class out, drop its column."
+            )
+    return logits, labels
+
+
+def _from_numpy(values: Any) -> Tensor:
+    """A tensor that shares memory where torch allows it."""
+    array = np.asarray(values)
+    if array.dtype.kind == "u":
+        array = array.astype(np.int64)
+    return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())

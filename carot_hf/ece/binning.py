@@ -1,0 +1,219 @@
+"""Confidence bins and the calibration errors that are read off them.
+
+numpy only, and nothing else of this package: the file also runs alone in a Space on the Hub.
+This is the one place where confidences are put into bins; metrics, plots and temperatures all call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+STRATEGIES = ("uniform", "quantile")
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationBins:
+    """The table behind every calibration error: one row a bin, ``M`` bins.
+
+    Attributes:
+        edges: ``(M + 1,)``, from 0 to 1, in the dtype of the confidences. Bin ``b`` is ``(edges[b], edges[b + 1]]``;
+            a confidence of 0 is in the first one.
+        count: ``(M,)`` int64, rows in the bin.
+        confidence: ``(M,)`` float64, mean confidence in the bin; nan where ``count`` is 0.
+        accuracy: ``(M,)`` float64, share of right rows in the bin; nan where ``count`` is 0.
+    """
+
+    edges: NDArray[Any]
+    count: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+    @property
+    def gap(self) -> NDArray[np.float64]:
+        """``(M,)`` confidence - accuracy: positive where over-confident, nan where empty."""
+        return self.confidence - self.accuracy
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return int(self.count.sum())
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins ``M``; with ties the quantile strategy makes fewer than were asked for."""
+        return len(self.count)
+
+    @property
+    def avg_accuracy(self) -> float:
+        """Share of right rows over all bins."""
+        filled = self.count > 0
+        return float(np.rint(self.count[filled] * self.accuracy[filled]).sum() / self.n)
+
+    @property
+    def avg_confidence(self) -> float:
+        """Mean confidence over all rows."""
+        filled = self.count > 0
+        return float(self.count[filled] @ self.confidence[filled] / self.n)
+
+    @property
+    def overconfidence(self) -> float:
+        """Mean confidence - accuracy over all rows, signed; its size never exceeds ``ece``."""
+        return self.avg_confidence - self.avg_accuracy
+
+    @property
+    def ece(self) -> float:
+        r"""Expected calibration error, :math:`\sum_b \frac{n_b}{n} |acc_b - conf_b|`, in [0, 1]."""
+        filled = self.count > 0
+        return float(self.count[filled] @ np.abs(self.gap[filled]) / self.n)
+
+    @property
+    def rmsce(self) -> float:
+        r"""Root mean square calibration error, :math:`\sqrt{\sum_b \frac{n_b}{n} (acc_b - conf_b)^2}`."""
+        filled = self.count > 0
+        return float(np.sqrt(self.count[filled] @ self.gap[filled] ** 2 / self.n))
+
+    @property
+    def mce(self) -> float:
+        r"""Maximum calibration error, :math:`\max_b |acc_b - conf_b|` over the bins that hold a row."""
+        return float(np.abs(self.gap[self.count > 0]).max())
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Plain lists under ``edges``, ``count``, ``confidence``, ``accuracy``, ``gap``; nan where a bin is empty."""
+        return {name: getattr(self, name).tolist() for name in ("edges", "count", "confidence", "accuracy", "gap")}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> CalibrationBins:
+        """The inverse of `to_dict`; ``None`` is read as nan and other keys are ignored."""
+        return cls(
+            edges=np.asarray(table["edges"], dtype=np.float64),
+            count=np.asarray(table["count"], dtype=np.int64),
+            confidence=np.asarray(table["confidence"], dtype=np.float64),
+            accuracy=np.asarray(table["accuracy"], dtype=np.float64),
+        )
+
+
+def uniform_edges(n_bins: int, dtype: Any = np.float64) -> NDArray[Any]:
+    """The ``n_bins + 1`` edges ``i / n_bins``, divided in float64 and then cast to ``dtype``.
+
+    The cast makes a float32 0.3 equal to the edge 3/10, so that it stays in the bin that ends there.
+    """
+    return (np.arange(n_bins + 1) / n_bins).astype(dtype)
+
+
+def calibration_bins(
+    confidences: ArrayLike, correct: ArrayLike, n_bins: int = 10, strategy: str = "uniform"
+) -> CalibrationBins:
+    """Put confidences into bins ``(lo, hi]`` and average confidence and hits in each.
+
+    Args:
+        confidences: ``(N,)`` floats in [0, 1]; rounding outside it is clipped (1e-6, or 2 eps of a coarser dtype).
+        correct: ``(N,)`` booleans or 0/1, whether the prediction of that row was right.
+        n_bins: How many bins to make.
+        strategy: ``"uniform"``: equal widths. ``"quantile"``: equal counts as far as ties allow. Equal confidences
+            always share a bin, so there may be fewer bins, and each of them holds a row.
+
+    Returns:
+        The bin table. Means are sums in float64, counts are integers; the centre of a bin is never used.
+
+    Raises:
+        ValueError: If there are no rows, the lengths differ, a value is out of range, or an option is unknown.
+
+    Source:
+        Guo et al. 2017, section 2 (ECE, MCE); Nguyen and O'Connor 2015 for the equal-mass bins.
+    """
+    check_n_bins(n_bins)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"Expected `strategy` to be one of {STRATEGIES}, got {strategy!r}. Pass one of these names.")
+    values, hits = _checked_rows(confidences, correct)
+    edges = uniform_edges(n_bins, values.dtype) if strategy == "uniform" else _quantile_edges(values, n_bins)
+    index = np.searchsorted(edges[1:-1], values, side="left")
+    count = np.bincount(index, minlength=len(edges) - 1).astype(np.int64)
+    hit_count = np.bincount(index[hits], minlength=len(edges) - 1)
+    total = np.bincount(index, weights=values.astype(np.float64), minlength=len(edges) - 1)
+    rows = np.where(count > 0, count, np.nan)  # nan, not 0, is the mean of nothing
+    return CalibrationBins(edges=edges, count=count, confidence=total / rows, accuracy=hit_count / rows)
+
+
+def classwise_sums(probabilities: NDArray[Any], labels: NDArray[Any], n_bins: int = 10) -> NDArray[np.float64]:
+    r"""Sums of ``1[label = k] - p_k`` for each class and each uniform bin of ``p_k``; add them up over chunks of rows.
+
+    Class-wise ECE is the mean over the classes of the ECE of ``p_k`` as a forecast of class ``k``,
+    :math:`\frac{1}{K} \sum_k \sum_b \frac{n_{bk}}{n} |acc_{bk} - conf_{bk}|`, so
+    ``abs(sums).sum() / (n * K)`` with the sums over all ``n`` rows.
+
+    Args:
+        probabilities: ``(N, K)`` floats in [0, 1]; not checked here.
+        labels: ``(N,)`` integers in ``[0, K)``; not checked here.
+        n_bins: Number of uniform bins ``M``.
+
+    Returns:
+        ``(K, M)`` float64.
+
+    Source:
+        Kull et al. 2019 (class-wise ECE); Nixon et al. 2019 (static calibration error).
+    """
+    n_classes = probabilities.shape[1]
+    inner = uniform_edges(n_bins, probabilities.dtype)[1:-1]
+    sums = np.zeros((n_classes, n_bins))
+    np.add.at(sums, (labels, np.searchsorted(inner, probabilities[np.arange(len(labels)), labels], side="left")), 1.0)
+    # A row has fewer than n_bins values above 1 / n_bins: find these few, and take the rest from the column sums.
+    sums[:, 0] -= probabilities.sum(axis=0, dtype=np.float64)
+    if n_bins > 1:
+        row, column = np.divmod(np.flatnonzero(probabilities > inner[0]), n_classes)
+        large = probabilities[row, column]
+        cell = column * n_bins + np.searchsorted(inner, large, side="left")
+        moved = np.bincount(cell, weights=large.astype(np.float64), minlength=sums.size).reshape(sums.shape)
+        sums[:, 0] += moved.sum(axis=1)
+        sums -= moved
+    return sums
+
+
+def check_n_bins(n_bins: int) -> None:
+    """Raise unless ``n_bins`` is an integer of at least 1."""
+    if isinstance(n_bins, bool) or not isinstance(n_bins, (int, np.integer)) or n_bins < 1:
+        raise ValueError(f"Expected `n_bins` to be an integer of at least 1, got {n_bins!r}. Pass e.g. `n_bins=10`.")
+
+
+def _quantile_edges(values: NDArray[Any], n_bins: int) -> NDArray[Any]:
+    """Inner edges are confidences of the rows at ranks ``ceil(i N / n_bins)``, each once, below the largest."""
+    ordered = np.sort(values)
+    ranks = -(-np.arange(1, n_bins) * len(values) // n_bins)
+    inner = np.unique(ordered[ranks - 1])
+    inner = inner[inner < ordered[-1]]
+    return np.concatenate([np.zeros(1, values.dtype), inner, np.ones(1, values.dtype)])
+
+
+def _checked_rows(confidences: ArrayLike, correct: ArrayLike) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Confidences as floats clipped to [0, 1], and hits as booleans."""
+    values, hits = np.asarray(confidences), np.asarray(correct)
+    if values.ndim != 1 or values.shape != hits.shape:
+        raise ValueError(
+            f"Expected `confidences` and `correct` of one shape (N,), got {values.shape} and {hits.shape}. "
+            "Pass one confidence and one 0/1 hit for each row."
+        )
+    if len(values) == 0:
+        raise ValueError("Expected at least one row, got 0. Pass the confidences of a non-empty set.")
+    if values.dtype.kind in "biu":
+        values = values.astype(np.float64)
+    if values.dtype.kind != "f":
+        raise ValueError(f"Expected `confidences` of a float dtype, got {values.dtype}. Pass numbers in [0, 1].")
+    tolerance = max(1e-6, 2 * float(np.finfo(values.dtype).eps))
+    inside = (values >= -tolerance) & (values <= 1 + tolerance)  # false for nan
+    if not inside.all():
+        row = int(np.argmin(inside))
+        raise ValueError(
+            f"Expected `confidences` in [0, 1], got {values[row]} in row {row}. "
+            "Pass softmax probabilities; logits have to go through a softmax first."
+        )
+    binary = np.isin(hits, (0, 1))
+    if not binary.all():
+        row = int(np.argmin(binary))
+        raise ValueError(
+            f"Expected `correct` to hold booleans or 0/1, got {hits[row]!r} in row {row}. Pass `predictions == labels`."
+        )
+    return np.clip(values, 0, 1), hits.astype(bool)

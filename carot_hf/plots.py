@@ -1,0 +1,249 @@
+"""Pictures of a bin table: reliability diagram, confidence histogram, and a grid of diagrams.
+
+Everything is drawn from `carot_hf.ece.binning.CalibrationBins`, the table that the metrics were read off, and nothing
+is computed anew from rows. No pyplot: figures are returned, never shown or kept; save them with ``figure.savefig``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .ece.binning import CalibrationBins
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OVER, UNDER = "#D55E00", "#0072B2"  # told apart by colour-blind readers; the hatches tell them apart in print
+OVER_HATCH, UNDER_HATCH = "//", "\\\\"
+_BAR, _EDGE, _NOISE = "#D4D4D4", "#555555", "#C9B800"
+_NOISE_SDS = 1.96  # 95 % of a normal distribution
+
+
+def reliability_diagram(
+    bins: CalibrationBins | Mapping[str, Any],
+    *,
+    title: str | None = None,
+    temperature: float | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Accuracy against confidence, bin by bin, with the confidence histogram below.
+
+    Grey bars, as wide as their bins, are accuracies. A hatched bar spans the gap from there to the mean confidence of
+    the bin: orange and rising where over-confident, blue and falling where under-confident. Empty bins are blank. The
+    yellow band is where the accuracy of a perfectly calibrated model with these confidences would lie, by chance alone,
+    in 95 of 100 samples of this size (`noise_band`).
+
+    Args:
+        bins: The table of `calibration_bins`, or its `to_dict`.
+        title: Shown above.
+        temperature: Only written into the box, if the confidences are those of scaled logits.
+        ax: Draw the diagram here, without the histogram. By default a new figure gets both.
+
+    Returns:
+        The new figure, or that of ``ax``.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    table = _table(bins)
+    if ax is not None:
+        figure = ax.figure.figure  # the root, also of a subfigure
+        _draw_reliability(ax, table, title, temperature)
+        ax.set_xlabel("confidence")
+        return figure
+    figure = _new_figure((4.8, 6.4))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _draw_reliability(top, table, title, temperature)
+    _draw_histogram(bottom, table)
+    bottom.set_box_aspect(1 / 3)  # as wide as the panel above
+    return figure
+
+
+def confidence_histogram(
+    bins: CalibrationBins | Mapping[str, Any], *, title: str | None = None, ax: Axes | None = None
+) -> Figure:
+    """Share of the rows in each bin, with lines at the accuracy and at the mean confidence of all rows.
+
+    Args:
+        bins: The table of `calibration_bins`, or its `to_dict`.
+        title: Shown above.
+        ax: Draw here; by default in a new figure.
+
+    Returns:
+        The new figure, or that of ``ax``.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    figure = _new_figure((4.8, 3.0)) if ax is None else ax.figure.figure
+    target = figure.subplots() if ax is None else ax
+    _draw_histogram(target, _table(bins))
+    if title is not None:
+        target.set_title(title)
+    return figure
+
+
+def reliability_grid(tables: Mapping[str, Mapping[str, CalibrationBins]], *, title: str | None = None) -> Figure:
+    """Reliability diagrams side by side: a row for each data set, a column for each method.
+
+    Args:
+        tables: ``{row: {column: bins}}``, e.g. ``{"ImageNet-R": {"CaRot": ..., "CaRot, T = 1.2": ...}}``. A cell that
+            is missing stays blank; columns come in the order in which they are first met.
+        title: Shown above.
+
+    Returns:
+        A new figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is no cell.
+    """
+    columns = list(dict.fromkeys(column for row in tables.values() for column in row))
+    if not columns:
+        raise ValueError(f"Expected `tables` with at least one cell, got {tables}. Pass {{row: {{column: bins}}}}.")
+    figure = _new_figure((2.5 * len(columns) + 0.5, 2.5 * len(tables) + 0.5))
+    axes = figure.subplots(len(tables), len(columns), sharex=True, sharey=True, squeeze=False)
+    for i, (row, cells) in enumerate(tables.items()):
+        for j, column in enumerate(columns):
+            ax = axes[i, j]
+            if column in cells:
+                _draw_bars(ax, cells[column])
+                _write_box(ax, f"ECE {cells[column].ece:.3f}", size="small")
+            else:
+                ax.set_axis_off()
+            if i == 0:
+                ax.set_title(column)
+        axes[i, 0].set_ylabel(f"{row}\naccuracy")
+    for ax in axes[-1]:
+        ax.set_xlabel("confidence")
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
+def noise_band(bins: CalibrationBins) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    r"""Lowest and highest accuracy of each bin, ``(M,)`` each, that chance alone explains in a calibrated model.
+
+    :math:`conf_b \pm 1.96 \sqrt{conf_b (1 - conf_b) / n_b}`, cut at 0 and 1; nan where the bin is empty. The root
+    bounds the standard deviation of a mean of :math:`n_b` independent hits whose chances average :math:`conf_b`.
+    """
+    center = bins.confidence
+    half = _NOISE_SDS * np.sqrt(center * (1 - center) / np.where(bins.count > 0, bins.count, np.nan))
+    return np.maximum(center - half, 0), np.minimum(center + half, 1)
+
+
+def _draw_reliability(ax: Axes, bins: CalibrationBins, title: str | None, temperature: float | None) -> None:
+    """The whole upper panel: bars, legend and box."""
+    _draw_bars(ax, bins)
+    ax.set_ylabel("accuracy")
+    ax.legend(loc="lower right", fontsize="small", framealpha=0.9)
+    lines = {
+        f"ECE ({bins.n_bins} bins)": f"{bins.ece:.4f}",
+        "accuracy": f"{bins.avg_accuracy:.4f}",
+        "mean confidence": f"{bins.avg_confidence:.4f}",
+        "N": f"{bins.n:,}",
+    }
+    if temperature is not None:
+        lines["T"] = f"{temperature:.4g}"
+    width = max(len(value) for value in lines.values())
+    _write_box(ax, "\n".join(f"{name:16s} {value:>{width}s}" for name, value in lines.items()), size="x-small")
+    if title is not None:
+        ax.set_title(title)
+
+
+def _draw_bars(ax: Axes, bins: CalibrationBins) -> None:
+    """Accuracy, gaps, noise band and diagonal on the unit square."""
+    left, width, filled = bins.edges[:-1], np.diff(bins.edges), bins.count > 0
+    ax.bar(
+        left[filled],
+        bins.accuracy[filled],
+        width[filled],
+        align="edge",
+        color=_BAR,
+        edgecolor=_EDGE,
+        linewidth=0.8,
+        label="accuracy",
+    )
+    low, high = noise_band(bins)
+    ax.bar(
+        left[filled],
+        (high - low)[filled],
+        width[filled],
+        bottom=low[filled],
+        align="edge",
+        facecolor=(_NOISE, 0.35),
+        edgecolor=_NOISE,
+        linewidth=0.8,
+        linestyle=":",
+        label="noise alone (95 %)",
+    )
+    for name, shown, color, hatch in (
+        ("over-confident", filled & (bins.gap > 0), OVER, OVER_HATCH),
+        ("under-confident", filled & (bins.gap < 0), UNDER, UNDER_HATCH),
+    ):
+        if shown.any():
+            ax.bar(
+                left[shown],
+                bins.gap[shown],
+                width[shown],
+                bottom=bins.accuracy[shown],
+                align="edge",
+                facecolor=(color, 0.3),
+                edgecolor=color,
+                linewidth=0.8,
+                hatch=hatch,
+                label=name,
+            )
+    ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+    ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+
+
+def _draw_histogram(ax: Axes, bins: CalibrationBins) -> None:
+    """Shares of rows and the two lines."""
+    ax.bar(
+        bins.edges[:-1],
+        bins.count / bins.n,
+        np.diff(bins.edges),
+        align="edge",
+        color=_BAR,
+        edgecolor=_EDGE,
+        linewidth=0.8,
+    )
+    ax.axvline(bins.avg_accuracy, color="black", linewidth=1.5, label="accuracy")
+    ax.axvline(bins.avg_confidence, color=OVER, linewidth=1.5, linestyle="--", label="mean confidence")
+    ax.set(xlim=(0, 1), xlabel="confidence", ylabel="share of rows")
+    ax.legend(loc="upper left", fontsize="small", framealpha=0.9)
+
+
+def _write_box(ax: Axes, text: str, *, size: str) -> None:
+    """Text in the upper left corner, where a diagram has no bars unless it is under-confident."""
+    ax.text(
+        0.03,
+        0.97,
+        text,
+        transform=ax.transAxes,
+        va="top",
+        ha="left",
+        fontsize=size,
+        family="monospace",
+        bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": _EDGE, "alpha": 0.9},
+    )
+
+
+def _table(bins: CalibrationBins | Mapping[str, Any]) -> CalibrationBins:
+    return CalibrationBins.from_dict(bins) if isinstance(bins, Mapping) else bins
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Expected matplotlib for the plots, found none. Install it with `pip install carot_hf[plot]`."
+        ) from error
+    return Figure(figsize=size, layout="constrained")

@@ -1,0 +1,97 @@
+"""Slow second opinions on calibration: plain Python loops over rows, classes and bins in float64."""
+
+from __future__ import annotations
+
+import math
+
+
+def uniform_inner_edges(n_bins):
+    return [i / n_bins for i in range(1, n_bins)]
+
+
+def quantile_inner_edges(confidences, n_bins):
+    """For each i the smallest confidence that i / n_bins of the rows do not exceed; the largest of all ends no bin."""
+    edges = []
+    for i in range(1, n_bins):
+        for value in sorted(set(confidences)):
+            if sum(c <= value for c in confidences) * n_bins >= i * len(confidences):
+                if value not in edges and value != max(confidences):
+                    edges.append(value)
+                break
+    return edges
+
+
+def groups(confidences, correct, inner_edges):
+    """Rows of each bin as (confidence, hit); a bin ends at its edge and holds it."""
+    rows = [[] for _ in range(len(inner_edges) + 1)]
+    for confidence, hit in zip(confidences, correct, strict=True):
+        index = 0
+        while index < len(inner_edges) and confidence > inner_edges[index]:
+            index += 1
+        rows[index].append((float(confidence), float(hit)))
+    return rows
+
+
+def gaps(confidences, correct, inner_edges):
+    """(share of the rows, confidence - accuracy) of each bin that holds a row."""
+    return [
+        (len(rows) / len(confidences), (math.fsum(c for c, _ in rows) - math.fsum(h for _, h in rows)) / len(rows))
+        for rows in groups(confidences, correct, inner_edges)
+        if rows
+    ]
+
+
+def ece(confidences, correct, inner_edges):
+    return math.fsum(share * abs(gap) for share, gap in gaps(confidences, correct, inner_edges))
+
+
+def softmax(row, temperature):
+    weights = [math.exp((value - max(row)) / temperature) for value in row]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def negative_log_likelihood(row, label, temperature):
+    top = max(row)
+    total = math.fsum(math.exp((value - top) / temperature) for value in row)
+    return math.log(total) - (row[label] - top) / temperature
+
+
+def metrics(logits, labels, n_bins, temperature, batch=512):
+    logits, labels = [list(map(float, row)) for row in logits], list(map(int, labels))
+    n, classes = len(logits), len(logits[0])
+    probabilities = [softmax(row, temperature) for row in logits]
+    inner = uniform_inner_edges(n_bins)
+    confidences = [max(row) for row in probabilities]
+    ranked = [sorted(range(classes), key=lambda k, row=row: (-row[k], k)) for row in logits]
+    correct = [order[0] == label for order, label in zip(ranked, labels, strict=True)]
+    batches = [
+        (len(confidences[i : i + batch]), ece(confidences[i : i + batch], correct[i : i + batch], inner))
+        for i in range(0, n, batch)
+    ]
+    pairs = [
+        1.0 if right > wrong else 0.5 if right == wrong else 0.0
+        for right, hit in zip(confidences, correct, strict=True)
+        if hit
+        for wrong, other in zip(confidences, correct, strict=True)
+        if not other
+    ]
+    accuracy = sum(correct) / n
+    return {
+        "accuracy": accuracy,
+        "top5_accuracy": sum(label in order[:5] for order, label in zip(ranked, labels, strict=True)) / n,
+        "ece": ece(confidences, correct, inner),
+        "ece_batch_mean": sum(rows * value for rows, value in batches) / n,
+        "adaptive_ece": ece(confidences, correct, quantile_inner_edges(confidences, n_bins)),
+        "classwise_ece": sum(
+            ece([row[k] for row in probabilities], [label == k for label in labels], inner) for k in range(classes)
+        )
+        / classes,
+        "mce": max(abs(gap) for _, gap in gaps(confidences, correct, inner)),
+        "nll": sum(negative_log_likelihood(row, y, temperature) for row, y in zip(logits, labels, strict=True)) / n,
+        "brier": sum(
+            (p - (k == label)) ** 2 for row, label in zip(probabilities, labels, strict=True) for k, p in enumerate(row)
+        )
+        / n,
+        "auroc": sum(pairs) / len(pairs) if pairs else math.nan,
+        "overconfidence": math.fsum(confidences) / n - accuracy,
+    }
