@@ -52,6 +52,7 @@ class CaRotTrainer(SuiteTrainer):
     """
 
     # Our loss is a mean over the micro-batch: Trainer must divide it by the accumulation steps, labels or not.
+    # transformers 5.17 does not know this attribute yet; there `model_accepts_loss_kwargs` below says the same.
     loss_is_scaled_for_ga = False
 
     def __init__(

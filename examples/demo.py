@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"\n=== {options.seeds} seed(s), {time.perf_counter() - start:.0f} s ===\n")
     print(comparison(results))
     print(
-        "\nECE: expected calibration error, 10 bins, whole set (0 is calibrated). T: after the temperature fitted on the"
-        "\nvalidation split. ID: UCI digits, OOD: mean over the shifted sets. Reliability diagrams:"
+        "\nECE: expected calibration error, 10 bins, whole set (0 is calibrated). T: with the temperature that was"
+        "\nfitted on the validation split. ID: UCI digits. OOD: mean over the shifted sets. Reliability diagrams:"
     )
     for picture in sorted(options.output_dir.glob("*/reliability.png")):
         print(f"  {picture}")

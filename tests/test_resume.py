@@ -39,6 +39,7 @@ def run(make_trainer, output_dir, resume=None, **options):
         "save_strategy": "steps",
         "save_steps": 1,
         "teacher_update_every": 2,
+        "teacher_momentum_ramp": 1.0,
         "learning_rate": 3e-3,
         "warmup_steps": 2,
         "preset": "carot-2024",
@@ -78,6 +79,18 @@ def test_resumed_equals_unbroken(make_trainer, tmp_path, step, workers):
     assert resumed._teacher_callback.momentum == whole._teacher_callback.momentum
     one, two = whole.evaluate(), resumed.evaluate()
     assert one["eval_ood_nll"] == two["eval_ood_nll"]
+
+
+def test_each_epoch_has_an_order_crops_and_captions_of_its_own(make_trainer, tmp_path):
+    whole = run(make_trainer, tmp_path / "whole", save_strategy="no")
+    first, second = whole.seen[:6], whole.seen[6:12]
+    labels = [torch.cat([batch["labels"] for batch in epoch]) for epoch in (first, second)]
+    assert not torch.equal(*labels)
+    rows = [
+        {image.numpy().tobytes() for batch in epoch for image in batch["pixel_values"]} for epoch in (first, second)
+    ]
+    assert len(rows[0]) == len(rows[1]) == 24  # no sample twice
+    assert len(rows[0] & rows[1]) < 8  # the images are small: now and then a crop comes again
 
 
 def test_momentum_is_logged_after_a_resume_before_the_next_update(make_trainer, tmp_path):

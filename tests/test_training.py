@@ -110,6 +110,15 @@ def test_accumulation_is_the_mean_over_micro_batches(make_trainer, with_labels):
         torch.testing.assert_close(spy.gradients[0][name], gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_logged_terms_are_weighted_like_the_loss_when_the_last_group_is_short(make_trainer):
+    """6 micro-batches an epoch in groups of 4 and 2: the loss is the mean of the two groups' means."""
+    trainer = make_trainer(preset="flyp", gradient_accumulation_steps=4, logging_steps=2, max_steps=4)
+    trainer.train()
+    assert len(logged(trainer)) == 2
+    for entry in logged(trainer):
+        assert entry["contrastive"] == pytest.approx(entry["loss"], rel=1e-6)
+
+
 def test_every_parameter_gets_a_gradient(make_trainer):
     """DDP runs with find_unused_parameters=False."""
     spy = Spy()
@@ -149,11 +158,14 @@ def test_teacher_follows_the_schedule(make_trainer):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             snapshots.append(model.visual_projection.weight.detach().clone())
 
-    trainer = make_trainer(max_steps=7, teacher_update_every=3, trainer={"callbacks": [Keep()]})
+    trainer = make_trainer(
+        max_steps=7, teacher_update_every=3, teacher_momentum_ramp=1.0, trainer={"callbacks": [Keep()]}
+    )
     expected = trainer.model.visual_projection.weight.detach().clone()
     trainer.train()
     for step in (3, 6):
-        momentum = ema_momentum(step, 7)
+        momentum = ema_momentum(step, 7, ramp=1.0)
+        assert 0.05 < momentum < 0.9
         expected = momentum * expected + (1 - momentum) * snapshots[step - 1]
     torch.testing.assert_close(trainer.teacher.model.visual_projection.weight, expected)
 
