@@ -2,6 +2,7 @@
 # make demo    zero-shot, FLYP and CaRot on real images, offline, side by side
 # make test    ruff, mypy and the tests
 # make lint    ruff and mypy
+# make test-all  the slow checks: the demo from end to end
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -31,8 +32,10 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -q
 
-# Slow suites, run by .ci/run after `make test`. There are none yet beyond it.
-test-all: test
+# Slow suites, run by .ci/run after `make test`: the demo as a newcomer runs it.
+test-all: $(READY)
+	$(BIN)/python examples/demo.py --output_dir build/demo
+	test -s build/demo/reliability.png -a -s build/demo/carot/metrics.json
 
 clean:
 	rm -rf .venv build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

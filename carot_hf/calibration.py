@@ -199,11 +199,7 @@ def bake_temperature(model: nn.Module, temperature: float, *, record: Mapping[st
     _check_temperature(temperature)
     target = _baking_target(model)
     config: Any = model.config
-    if getattr(config, "calibration", None) is not None:
-        raise RuntimeError(
-            f"Expected a model without a baked temperature, got one with {config.calibration}. "
-            "Call `unbake_temperature(model)` first, and fit on the logits of the unbaked model."
-        )
+    check_not_baked(model)
     parameters = [target] if isinstance(target, nn.Parameter) else list(target.parameters())
     for parameter in parameters:
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -229,6 +225,16 @@ def bake_temperature(model: nn.Module, temperature: float, *, record: Mapping[st
             for parameter in parameters:
                 parameter.div_(temperature)
     config.calibration = {**calibration, **record}
+
+
+def check_not_baked(model: nn.Module) -> None:
+    """Raise a RuntimeError if a temperature is baked into the model: a second one would act on top of it."""
+    record = getattr(getattr(model, "config", None), "calibration", None)
+    if record is not None:
+        raise RuntimeError(
+            f"Expected a model without a baked temperature, got one with {record}. "
+            "Call `carot_hf.unbake_temperature(model)` first, and fit on the logits of the unbaked model."
+        )
 
 
 def unbake_temperature(model: nn.Module) -> None:

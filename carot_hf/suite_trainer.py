@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset
 from transformers import CLIPModel, EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
 
-from .calibration import bake_temperature, calibration_metrics, fit_temperature
+from .calibration import bake_temperature, calibration_metrics, check_not_baked, fit_temperature
 from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, normalize_pixels
 from .ece.binning import CalibrationBins
 from .evaluation import Metrics, flat_names, label_bins, set_metrics, with_aggregates
@@ -209,7 +209,7 @@ class SuiteTrainer(Trainer):
         Raises:
             RuntimeError: If the model is calibrated already.
         """
-        _check_uncalibrated(self.model)
+        check_not_baked(self.model)
         loader = self.get_eval_dataloader(self.suite.validation)
         embeds, labels = self._embed(loader, "Calibration", "eval")
         if labels is None:
@@ -343,15 +343,6 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             f"Expected a transformers.CLIPModel, got {type(model).__name__}. Load the checkpoint with "
             "CLIPModel.from_pretrained(..., dtype=torch.float32)."
-        )
-
-
-def _check_uncalibrated(model: Any) -> None:
-    record = getattr(model.config, "calibration", None)
-    if record is not None:
-        raise RuntimeError(
-            f"Expected an uncalibrated model, got one with temperature {record['temperature']:.4g} baked in. Call "
-            "carot_hf.unbake_temperature(model) first."
         )
 
 

@@ -3,9 +3,9 @@
     python examples/demo.py                # what `make demo` runs: one seed, about two minutes on two cores
     python examples/demo.py --seeds 3      # means and ranges over three seeds
 
-Each method is one run of finetune_imagenet.py. At the end one table compares them; every run leaves its calibrated
-model, metrics.json and reliability.png in its own folder. Digits demonstrate the method; they are no evidence for
-ImageNet.
+Each method is one run of finetune_imagenet.py. At the end one table and one picture compare them; every run leaves its
+calibrated model, metrics.json and reliability.png in its own folder. Digits demonstrate the method; they are no
+evidence for ImageNet.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from pathlib import Path
 
 import finetune_imagenet
 import torch
+
+from carot_hf.ece.binning import CalibrationBins
+from carot_hf.plots import reliability_grid
 
 METHODS = {
     "zero-shot": ["--zero_shot"],
@@ -46,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     if options.output_dir.exists():
         shutil.rmtree(options.output_dir)
     results: dict[str, list[dict[str, float]]] = {}
+    pictures: dict[str, dict[str, CalibrationBins]] = {}
     for method, flags in METHODS.items():
         for seed in range(42, 42 + (1 if method == "zero-shot" else options.seeds)):
             folder = options.output_dir / (method if options.seeds == 1 else f"{method}-{seed}")
@@ -53,13 +57,18 @@ def main(argv: Sequence[str]) -> None:
             arguments = ["--suite", "digits", *flags, "--output_dir", str(folder), "--seed", str(seed)]
             report = finetune_imagenet.main([*arguments, "--use_cpu", "--logging_steps", "50"])
             results.setdefault(method, []).append(report["metrics"])
+            tables = {name: CalibrationBins.from_dict(bins) for name, bins in report["bins"].items()}
+            pictures.setdefault(method, {name: bins for name, bins in tables.items() if name != "validation"})
+    reliability_grid(pictures, title="Without temperature scaling").savefig(
+        options.output_dir / "reliability.png", dpi=60
+    )
     print(f"\n=== {options.seeds} seed(s), {time.perf_counter() - start:.0f} s ===\n")
     print(comparison(results))
     print(
         "\nECE: expected calibration error, 10 bins, whole set (0 is calibrated). T: with the temperature that was"
         "\nfitted on the validation split. ID: UCI digits. OOD: mean over the shifted sets. Reliability diagrams:"
     )
-    for picture in sorted(options.output_dir.glob("*/reliability.png")):
+    for picture in sorted(options.output_dir.glob("**/reliability.png")):
         print(f"  {picture}")
 
 

@@ -90,7 +90,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     metrics = trainer.evaluate()
     calibration = trainer.calibrate()
     trainer.save_model()
-    report = {
+    report: dict[str, Any] = {
         "command": " ".join(["examples/finetune_imagenet.py", *argv]),
         "suite": script.suite,
         "method": "zero-shot" if script.zero_shot else script.preset,
@@ -105,7 +105,10 @@ def main(argv: list[str]) -> dict[str, Any]:
         },
         "calibration": calibration,
         "metrics": metrics,
+        "bins": {name: bins.to_dict() for name, bins in trainer.bins.items()},
+        "bins_ts": {name: bins.to_dict() for name, bins in trainer.bins_ts.items()},
     }
+    report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan, e.g. of empty bins, is no JSON
     if trainer.is_world_process_zero():
         (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         draw(trainer, output_dir / "reliability.png")

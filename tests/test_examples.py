@@ -1,0 +1,70 @@
+"""The example scripts: precedence of options, errors before anything is loaded, the tables they print."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import demo
+import finetune_imagenet
+import pytest
+from conftest import ROOT
+
+
+def parse(tmp_path, *flags):
+    arguments = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path), *flags]
+    return finetune_imagenet.parse(arguments)[1]
+
+
+def test_command_line_goes_before_suite_before_preset(tmp_path):
+    args = parse(tmp_path, "--preset", "flyp-ls")
+    assert (args.label_smoothing_factor, args.distillation_weight) == (0.1, 0.0)  # preset
+    assert (args.learning_rate, args.per_device_train_batch_size, args.teacher_update_every) == (5e-4, 128, 4)  # suite
+    assert args.weight_decay == 0.1  # default
+    args = parse(tmp_path, "--preset", "flyp-ls", "--learning_rate", "1e-3", "--label_smoothing_factor", "0.05")
+    assert (args.learning_rate, args.label_smoothing_factor) == (1e-3, 0.05)
+
+
+def test_the_suite_recommends_about_200_steps_and_a_fiftieth_for_the_teacher(tmp_path):
+    args = parse(tmp_path)
+    steps = int(args.num_train_epochs) * (800 // args.per_device_train_batch_size)
+    assert 190 <= steps <= 210
+    assert args.teacher_update_every == round(steps / 50)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--suite", "imagenet"], "not part of it yet"),
+        (["--suite", "digits", "--teacher_momentum_end", "1.2"], "`teacher_momentum_end` in [0, 1], got 1.2"),
+        (["--suite", "digits", "--preset", "clip"], "invalid choice: 'clip'"),
+        (["--suite", "digits", "--no_such_flag"], "--no_such_flag"),
+    ],
+)
+def test_bad_options_end_with_one_line_before_anything_is_loaded(tmp_path, flags, message):
+    script = str(ROOT / "examples" / "finetune_imagenet.py")
+    command = [sys.executable, script, "--use_cpu", "--output_dir", str(tmp_path), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Loading weights" not in result.stderr
+
+
+def test_table_has_a_row_a_set(suite):
+    metrics = {f"eval_{name}_{key}": 0.5 for name in ("home", "far", "part", "ood") for key in ("accuracy", "ece")}
+    metrics["eval_far_ece_ts"] = 0.25
+    lines = finetune_imagenet.table(suite, metrics).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "home (in distribution)",
+        "far",
+        "part",
+        "mean of shifts",
+    ]
+    assert lines[3].split("|")[2:5] == [" 0.500    ", " 0.500 ", " 0.250       "]
+
+
+def test_comparison_shows_mean_and_range():
+    runs = [dict.fromkeys([key for _, key in demo.COLUMNS], value) for value in (0.1, 0.2, 0.6)]
+    text = demo.comparison({"zero-shot": runs[:1], "carot": runs})
+    assert "| zero-shot | 0.100 | 0.100 |" in text
+    assert "| carot | 0.300 (0.100-0.600) |" in text
