@@ -63,6 +63,7 @@ class SuiteTrainer(Trainer):
         if model is not None:
             _check_model(model)
         self.suite = suite
+        self._processor = processing_class
         self._transform = ImageTransform.from_processor(processing_class)
         super().__init__(
             model=model,
@@ -96,13 +97,27 @@ class SuiteTrainer(Trainer):
         """Return the training loader; its samples carry the number of their draw (see :mod:`carot_hf.data`)."""
         if self.train_dataset is None:
             raise ValueError("Expected a training set, got None. Pass a suite with `train` or a `train_dataset`.")
+        data = self._as_set("train", self.train_dataset)
+        whole_batch = self._train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and len(data) < whole_batch:
+            raise ValueError(
+                f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. "
+                "Lower `per_device_train_batch_size`, or set `dataloader_drop_last` False."
+            )
         return self._get_dataloader(
-            dataset=DrawnSet(self.train_dataset),
+            dataset=DrawnSet(data),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=self._draw_sampler,
             is_training=True,
         )
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Make a model with ``model_init`` and prepare it as one that is passed in."""
+        model = super().call_model_init(trial)
+        _check_model(model)
+        _align_markers(model, self._processor)
+        return model
 
     def _draw_sampler(self, dataset: DrawnSet) -> DrawSampler:
         shuffle = self.args.train_sampling_strategy != "sequential"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_clip
+from PIL import Image
 from transformers import CLIPModel, TrainerCallback, TrainingArguments
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
@@ -279,6 +280,39 @@ def test_wrong_model_or_arguments_are_refused(suite, processor, model, tmp_path)
     for option in ("compute_loss_func", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"no `{option}`"):
             CaRotTrainer(model=model, args=args, suite=suite, processing_class=processor, **{option: print})
+
+
+def test_training_set_smaller_than_a_batch_is_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"one whole batch of 32 samples in set 'train', got 26\. Lower"):
+        make_trainer(per_device_train_batch_size=32).train()
+    trainer = make_trainer(per_device_train_batch_size=32, dataloader_drop_last=False, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_in_training_names_set_and_index(make_trainer, suite, workers):
+    rows = [{"image": Image.new("RGB", (9, 9)), "label": 0}] * 5 + [{"image": None, "label": 0}] * 3
+    trainer = make_trainer(trainer={"train_dataset": rows}, dataloader_num_workers=workers)
+    with pytest.raises(ValueError, match=r"decoded in set 'train' at index [567], got"):
+        trainer.train()
+
+
+def test_model_init_makes_a_prepared_model_for_each_run(suite, processor, make_trainer):
+    def legacy():
+        model = tiny_clip(processor.tokenizer)
+        model.text_model.eos_token_id = model.config.text_config.eos_token_id = 2
+        return model
+
+    args = make_trainer(max_steps=2).args
+    trainer = CaRotTrainer(args=args, model_init=legacy, suite=suite, processing_class=processor)
+    trainer.train()
+    assert trainer.model.text_model.eos_token_id == processor.tokenizer.eos_token_id
+    first = logged(trainer)[0]
+    trainer.train()
+    again = logged(trainer)[0]
+    assert first["loss"] == again["loss"]
+    assert again["distillation"] == pytest.approx(0, abs=1e-6)
 
 
 def test_caption_beyond_the_context_is_refused_before_training(make_trainer, suite):
