@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,15 +22,35 @@ def gather_rows(local: Tensor, *, with_grad: bool) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return local
     if with_grad:
-        from torch.distributed.nn.functional import all_gather
-
-        return torch.cat(all_gather(local.contiguous()))
-    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, local.detach().contiguous())
-    return torch.cat(parts)
+        gathered: Tensor = _GatherRows.apply(local)  # type: ignore[no-untyped-call]
+        return gathered
+    return _stacked(local)
 
 
 def local_columns(rows: int, device: torch.device) -> Tensor:
     """Return the columns, among all gathered ones, of this process's own ``rows`` samples: ``(rows,)`` int64."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     return torch.arange(rows, device=device) + rank * rows
+
+
+class _GatherRows(torch.autograd.Function):
+    """all_gather whose backward sums each row's gradient over all processes and hands it to the row's own process."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.rows = len(local)
+        return _stacked(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        start = dist.get_rank() * ctx.rows
+        return grad[start : start + ctx.rows]
+
+
+def _stacked(local: Tensor) -> Tensor:
+    local = local.detach().contiguous()
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local)
+    return torch.cat(parts)
