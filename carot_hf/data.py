@@ -164,11 +164,16 @@ class CaRotCollator:
         self.transform, self.captions, self.seed = transform, captions, seed
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return ``pixel_values`` ``(b, 3, h, w)`` uint8, ``labels`` ``(b,)`` int64 and, in training, the tokens."""
-        labels = torch.tensor([sample["label"] for sample in samples])
+        """Return ``pixel_values`` ``(b, 3, h, w)`` uint8, ``labels`` ``(b,)`` int64 and, in training, the tokens.
+
+        Samples without labels give a batch without them (for prediction only).
+        """
         if "draw" not in samples[0]:
-            pixels = [self.transform.evaluate(sample["image"]) for sample in samples]
-            return {"pixel_values": torch.stack(pixels), "labels": labels}
+            batch = {"pixel_values": torch.stack([self.transform.evaluate(sample["image"]) for sample in samples])}
+            if "label" in samples[0]:
+                batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+            return batch
+        labels = torch.tensor([sample["label"] for sample in samples])
         pixels, templates = [], []
         for sample in samples:
             generator = np.random.default_rng((self.seed, sample["draw"]))

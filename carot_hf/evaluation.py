@@ -14,6 +14,10 @@ from .suites import ShiftSuite
 
 Metrics = dict[str, float]
 SCALED = ("ece", "nll")  # reported with a fitted temperature as well, under <name>_ts
+METRICS = (
+    "accuracy", "top5_accuracy", "ece", "ece_batch_mean", "adaptive_ece", "classwise_ece", "mce", "nll", "brier",
+    "auroc", "overconfidence",
+)  # fmt: skip
 
 
 def label_bins(logits: Tensor, labels: Tensor, *, n_bins: int, temperature: float = 1.0) -> CalibrationBins:

@@ -9,20 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 from transformers import CLIPModel, EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
+from transformers.utils import logging
 
 from .calibration import bake_temperature, calibration_metrics, check_not_baked, fit_temperature
 from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, normalize_pixels
 from .ece.binning import CalibrationBins
-from .evaluation import Metrics, flat_names, label_bins, set_metrics, with_aggregates
+from .evaluation import METRICS, SCALED, Metrics, flat_names, label_bins, set_metrics, with_aggregates
 from .losses import similarity_logits
 from .prompts import CaptionTable, class_embeddings
 from .suites import ShiftSet, ShiftSuite
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
+
+logger = logging.get_logger(__name__)
 
 
 class SuiteTrainer(Trainer):
@@ -61,7 +65,7 @@ class SuiteTrainer(Trainer):
         args = CaRotTrainingArguments() if args is None else args
         _check_options(args, suite, processing_class, compute_metrics, kwargs)
         if model is not None:
-            _check_model(model)
+            _prepare(model, processing_class)
         self.suite = suite
         self._processor = processing_class
         self._transform = ImageTransform.from_processor(processing_class)
@@ -69,18 +73,17 @@ class SuiteTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=kwargs.pop("train_dataset", suite.train),
+            train_dataset=self._training_set(kwargs.pop("train_dataset", suite.train)),
             eval_dataset=kwargs.pop("eval_dataset", suite.evaluation_sets),
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             **kwargs,
         )
-        _check_model(self.model)
+        _check_launch(args)
         context = self.model.config.text_config.max_position_embeddings
         self.captions = CaptionTable(processing_class, suite.class_names, suite.templates, context)
         if data_collator is None:
             self.data_collator = CaRotCollator(self._transform, self.captions, self._data_seed)
-        _align_markers(self.model, processing_class)
         self.label_names = ["labels"]
         self.can_return_loss = True
         self.bins: dict[str, CalibrationBins] = {}
@@ -115,9 +118,22 @@ class SuiteTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> Any:
         """Make a model with ``model_init`` and prepare it as one that is passed in."""
         model = super().call_model_init(trial)
-        _check_model(model)
-        _align_markers(model, self._processor)
+        _prepare(model, self._processor)
         return model
+
+    def _training_set(self, data: Any) -> ShiftSet | None:
+        if data is None:
+            return None
+        train = self._as_set("train", data)
+        if train.label_column is None:
+            raise ValueError(
+                f"Expected labels in set '{train.name}', got none. Each training caption is made from a class name."
+            )
+        return train
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the loader of a set to predict; its items may come without labels."""
+        return super().get_test_dataloader(self._as_set("prediction", test_dataset))
 
     def _draw_sampler(self, dataset: DrawnSet) -> DrawSampler:
         shuffle = self.args.train_sampling_strategy != "sequential"
@@ -261,9 +277,13 @@ class SuiteTrainer(Trainer):
         return False, {"set": self._as_set("evaluation", data)}
 
     def _as_set(self, name: str, data: Any) -> ShiftSet:
-        return (
-            data if isinstance(data, ShiftSet) else ShiftSet(data, name=name, num_classes=len(self.suite.class_names))
-        )
+        if isinstance(data, ShiftSet):
+            return data
+        keys = getattr(data, "column_names", None)
+        if keys is None and hasattr(data, "__len__") and len(data):
+            keys = data[0]
+        label_column = "label" if keys is None or "label" in keys else None
+        return ShiftSet(data, name=name, num_classes=len(self.suite.class_names), label_column=label_column)
 
     def _embed(self, loader: Any, description: str, prefix: str) -> tuple[Tensor, Tensor | None]:
         """Embed the images of a loader: ``(n, D)`` float32 and labels ``(n,)``, on the CPU."""
@@ -353,11 +373,25 @@ def _align_markers(model: Any, processor: Any) -> None:
             module.eos_token_id = config.eos_token_id
 
 
-def _check_model(model: Any) -> None:
+def _prepare(model: Any, processor: Any) -> None:
+    """Check a model before training, bring it to float32 and align its markers."""
     if not isinstance(model, CLIPModel):
         raise TypeError(
             f"Expected a transformers.CLIPModel, got {type(model).__name__}. Load the checkpoint with "
             "CLIPModel.from_pretrained(..., dtype=torch.float32)."
+        )
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+        logger.info("The model comes in half precision; it is trained and saved in float32. `bf16` is for speed.")
+        model.float()
+    _align_markers(model, processor)
+
+
+def _check_launch(args: CaRotTrainingArguments) -> None:
+    """Refuse processes that do not know of each other: each would train alone and write the same files."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() != args.world_size:
+        raise ValueError(
+            f"Expected {dist.get_world_size()} processes that train together, got {args.world_size} in the training "
+            "arguments. On a machine without accelerators add `--use_cpu`."
         )
 
 
@@ -385,13 +419,14 @@ def _check_options(
     metric = args.metric_for_best_model
     if metric is None:
         return
-    bare = metric.removeprefix("eval_").removeprefix("teacher_")
-    if any(bare.startswith(f"{name}_") for name in suite.shifts):
+    bare = metric.removeprefix("eval_")
+    if any(bare.removeprefix("teacher_").startswith(f"{name}_") for name in suite.shifts):
         raise_selection_on_shift(metric)
-    known = ("id", "validation", suite.test.name)
-    ours = compute_metrics is None and "eval_dataset" not in kwargs
-    if ours and not any(bare.startswith(f"{name}_") for name in known):
+    sets = ("id", "validation", suite.test.name)
+    known = {f"{name}_{key}" for name in sets for key in METRICS}
+    known |= {f"{name}_{key}_ts" for name in sets if name != "validation" for key in SCALED}
+    if bare not in known and compute_metrics is None and "eval_dataset" not in kwargs:
         raise ValueError(
-            f"Expected `metric_for_best_model` as eval_<set>_<metric> with a set of {known}, got {metric!r}. "
-            f"Use for example '{DEFAULT_BEST_METRIC}'; there is no evaluation loss."
+            f"Expected `metric_for_best_model` as eval_<set>_<metric> with a set of {sets} and a metric of {METRICS}, "
+            f"got {metric!r}. Use for example '{DEFAULT_BEST_METRIC}'; there is no evaluation loss."
         )

@@ -32,7 +32,7 @@ class ShiftSet(Dataset):
         labels: All labels, if they can be had without decoding images. Read from ``data`` when it is a
             ``datasets.Dataset``. They are checked at once; otherwise each label is checked when it is read.
         image_column: Key of the image.
-        label_column: Key of the label.
+        label_column: Key of the label; ``None``: the items have none (for prediction only).
     Raises:
         ValueError: If the set is empty, a label or a column is out of range, or, when an item is read, its image
             cannot be decoded (the set and the index are named).
@@ -47,11 +47,16 @@ class ShiftSet(Dataset):
         columns: Sequence[Sequence[int]] | None = None,
         labels: Sequence[int] | np.ndarray | None = None,
         image_column: str = "image",
-        label_column: str = "label",
+        label_column: str | None = "label",
     ) -> None:
         self.data, self.name, self.num_classes = data, name, num_classes
         self.columns = None if columns is None else [list(group) for group in columns]
         self.image_column, self.label_column = image_column, label_column
+        if not hasattr(data, "__len__"):
+            raise ValueError(
+                f"Expected a data set with a length for '{name}', got {type(data).__name__}. Streamed data cannot be "
+                "drawn by index; load it whole, or save it to disk first."
+            )
         if len(data) == 0:
             raise ValueError(f"Expected at least one sample in set '{name}', got an empty data set. Check its split.")
         if self.columns is not None:
@@ -59,10 +64,11 @@ class ShiftSet(Dataset):
         if labels is None and hasattr(data, "column_names") and label_column in data.column_names:
             labels = np.asarray(data.with_format(None)[label_column])
         self.labels = None if labels is None else np.asarray(labels)
+        if self.labels is not None and self.labels.dtype.kind not in "iu":
+            self.labels = np.array([self._check_label(label, index) for index, label in enumerate(self.labels)])
         if self.labels is not None:
-            wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_labels))
-            if len(wrong):
-                self._check_label(self.labels[wrong[0]], int(wrong[0]))
+            for index in np.flatnonzero((self.labels < 0) | (self.labels >= self.num_labels))[:1].tolist():
+                self._check_label(self.labels[index], index)
 
     @property
     def num_labels(self) -> int:
@@ -86,6 +92,8 @@ class ShiftSet(Dataset):
                 f"Expected the key '{self.image_column}' in set '{self.name}' at index {index}, got the keys "
                 f"{sorted(item)}. Name the right one with `image_column`."
             ) from error
+        if self.label_column is None:
+            return {"image": image}
         if self.label_column not in item:
             raise ValueError(
                 f"Expected the key '{self.label_column}' in set '{self.name}' at index {index}, got the keys "
@@ -108,7 +116,8 @@ class ShiftSet(Dataset):
         return torch.stack([logits[:, group].amax(dim=1) for group in self.columns], dim=1)
 
     def _check_label(self, label: Any, index: int) -> int:
-        if isinstance(label, bool) or int(label) != label or not 0 <= label < self.num_labels:
+        whole = isinstance(label, int | np.integer) or (isinstance(label, float | np.floating) and label == label // 1)
+        if isinstance(label, bool) or not whole or not 0 <= label < self.num_labels:
             raise ValueError(
                 f"Expected labels in [0, {self.num_labels}) in set '{self.name}', got {label} at index {index}. "
                 "Pass class indices in the order of the class names, or the set's own `columns`."
@@ -228,6 +237,8 @@ def _digits_suite() -> ShiftSuite:
             "warmup_steps": 0.1,
             "teacher_update_every": 4,  # 1/50 of the run, as 500 of 25,030
             "logging_steps": 10,
+            "save_steps": 20,
+            "save_total_limit": 2,
         },
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from transformers import CLIPModel
 from transformers.utils import logging
 
 from .callbacks import LogitScaleCallback, TeacherCallback
-from .checkpoints import checkpoint_folders, newest_complete_checkpoint
+from .checkpoints import checkpoint_folders, is_complete, newest_complete_checkpoint
 from .distributed import gather_rows, local_columns
 from .losses import (
     contrastive_loss,
@@ -94,7 +94,7 @@ class CaRotTrainer(SuiteTrainer):
             **kwargs: As for ``Trainer.train``.
         Raises:
             ValueError: If there is no complete checkpoint to resume from.
-            RuntimeError: If the loss is not finite; the last checkpoint is intact.
+            RuntimeError: If the loss or a weight is not finite; the last checkpoint is intact.
         """
         if resume_from_checkpoint is True or resume_from_checkpoint == "latest":
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
@@ -102,19 +102,30 @@ class CaRotTrainer(SuiteTrainer):
             logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
             del self.model.config.calibration
         self._term_sums, self._term_steps = {}, 0.0
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._check_weights()
+        return output
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch; stop before the optimizer step if its loss is not finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            kept = checkpoint_folders(self.args.output_dir)
-            raise RuntimeError(
-                f"Expected a finite loss at step {self.state.global_step + 1}, got {loss.item()}. "
-                + (f"The last checkpoint is {kept[-1]}; " if kept else "No checkpoint was kept yet; ")
-                + "lower `learning_rate` or look at the data of this step, then resume."
-            )
+            self._stop(f"Expected a finite loss at step {self.state.global_step + 1}, got {loss.item()}.")
         return loss
+
+    def _check_weights(self) -> None:
+        """Stop before weights that are not finite reach a checkpoint or a user."""
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                self._stop(f"Expected finite weights after step {self.state.global_step}, got nan or inf in `{name}`.")
+
+    def _stop(self, reason: str) -> NoReturn:
+        kept = [folder for folder in checkpoint_folders(self.args.output_dir) if is_complete(folder)]
+        raise RuntimeError(
+            f"{reason} "
+            + (f"The last checkpoint is {kept[-1]}; " if kept else "No checkpoint was kept yet; ")
+            + "lower `learning_rate` or look at the data of this step, then resume."
+        )
 
     def compute_loss(
         self,
@@ -191,6 +202,7 @@ class CaRotTrainer(SuiteTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights()
         if self.teacher is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -230,13 +230,19 @@ class CaRotTrainingArguments(TrainingArguments):
                 "`compute_metrics` is called once with all of its logits."
             )
 
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "Expected `bf16_full_eval` and `fp16_full_eval` False, got True. They round the model's own weights, "
+                "and with them the scale that calibration sets; use `bf16` or `fp16`, which act in evaluation too."
+            )
+
     def _set_best_metric(self) -> None:
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = DEFAULT_BEST_METRIC
         metric = self.metric_for_best_model
         if metric is None:
             return
-        if _without_prefix(metric).startswith("ood_"):
+        if metric.removeprefix("eval_").startswith(("ood_", "teacher_ood_")):
             raise_selection_on_shift(metric)
         if self.greater_is_better is None:
             self.greater_is_better = not any(metric == name or metric.endswith(f"_{name}") for name in _LOWER_IS_BETTER)
@@ -255,10 +261,6 @@ def raise_selection_on_shift(metric: str) -> None:
         f"Expected `metric_for_best_model` of the in-distribution or the validation set, got {metric!r}. Choosing a "
         f"model by shifted test sets spoils them as tests; use '{DEFAULT_BEST_METRIC}' or 'eval_id_accuracy'."
     )
-
-
-def _without_prefix(metric: str) -> str:
-    return metric.removeprefix("eval_").removeprefix("teacher_")
 
 
 def _refuse_sharding(args: CaRotTrainingArguments) -> None:
@@ -280,6 +282,8 @@ def _zero_stage(config: Any) -> int:
         config = config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         if stage is not None and not config:
             return int(stage)
+    if isinstance(config, str) and not config.startswith("{") and not Path(config).is_file():
+        raise ValueError(f"Expected a DeepSpeed config, got no such file: {config}. Correct the path in `deepspeed`.")
     if isinstance(config, str):
         config = json.loads(config if config.startswith("{") else Path(config).read_text(encoding="utf-8"))
     return int((config or {}).get("zero_optimization", {}).get("stage", 0)) if isinstance(config, Mapping) else 0

@@ -28,6 +28,7 @@ METHODS = {
     "flyp": ["--preset", "flyp"],
     "carot": ["--preset", "carot"],
 }
+MARK = ".carot_hf_demo"  # the folder is the demo's own and may be emptied
 COLUMNS = [
     ("ID acc", "eval_id_accuracy"),
     ("OOD acc", "eval_ood_accuracy"),
@@ -41,13 +42,18 @@ COLUMNS = [
 def main(argv: Sequence[str]) -> None:
     """Run the methods, print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="emptied first")
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="made anew each time")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 42, 43, ... for each trained method")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # the model is small: a second thread only gets in the way
     start = time.perf_counter()
+    mark = options.output_dir / MARK
+    if options.output_dir.exists() and any(options.output_dir.iterdir()) and not mark.exists():
+        parser.error(f"expected a new folder or one of an earlier demo, got {options.output_dir}: choose another one")
     if options.output_dir.exists():
         shutil.rmtree(options.output_dir)
+    options.output_dir.mkdir(parents=True)
+    mark.touch()
     results: dict[str, list[dict[str, float]]] = {}
     pictures: dict[str, dict[str, CalibrationBins]] = {}
     for method, flags in METHODS.items():

@@ -25,8 +25,8 @@ import transformers
 from transformers import CLIPModel, CLIPProcessor, HfArgumentParser
 
 import carot_hf
-from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite
-from carot_hf.checkpoints import checkpoint_folders
+from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
+from carot_hf.checkpoints import checkpoint_folders, is_complete
 from carot_hf.evaluation import comparison_table
 from carot_hf.training_args import PRESETS, preset_arguments
 
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     """Run the job; return what metrics.json holds."""
     script, args, suite = parse(argv)
     output_dir = Path(args.output_dir)
-    if checkpoint_folders(output_dir) and args.resume_from_checkpoint is None and not script.zero_shot:
+    complete = [folder for folder in checkpoint_folders(output_dir) if is_complete(folder)]
+    if complete and args.resume_from_checkpoint is None and not script.zero_shot:
         raise ValueError(
             f"Expected an `output_dir` without checkpoints, got {output_dir}. Add --resume_from_checkpoint to go on "
             "from them, or choose another folder."
@@ -84,6 +85,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     start_model = script.model_name_or_path or START_MODELS[script.suite]
     processor = CLIPProcessor.from_pretrained(start_model)
     model = CLIPModel.from_pretrained(start_model, dtype=torch.float32)
+    if script.zero_shot and getattr(model.config, "calibration", None) is not None:
+        print("The start model is calibrated: its temperature is taken out and fitted anew.")
+        unbake_temperature(model)
     trainer = CaRotTrainer(model=model, args=args, suite=suite, processing_class=processor)
     if not script.zero_shot:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

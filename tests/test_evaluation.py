@@ -16,7 +16,7 @@ from torch.utils.data import SequentialSampler
 from transformers import CLIPModel, CLIPProcessor, EarlyStoppingCallback, TrainerCallback, pipeline
 
 from carot_hf import unbake_temperature
-from carot_hf.evaluation import comparison_table, with_aggregates
+from carot_hf.evaluation import METRICS, SCALED, comparison_table, with_aggregates
 from carot_hf.prompts import class_embeddings
 
 KEYS = {"accuracy", "top5_accuracy", "ece", "ece_batch_mean", "adaptive_ece", "classwise_ece", "mce", "nll", "brier"}
@@ -127,6 +127,19 @@ def test_predict_returns_logits_of_the_sets_labels(make_trainer, suite, processo
     assert output.metrics["test_accuracy"] == trainer.evaluate("part")["eval_part_accuracy"]
 
 
+def test_predict_takes_images_without_labels(make_trainer):
+    trainer = make_trainer()
+    rows = [{"image": Image.new("L", (20, 18), 9 * i)} for i in range(5)]
+    output = trainer.predict(rows)
+    assert output.predictions.shape == (5, 4)
+    assert output.label_ids is None
+    assert "test_accuracy" not in output.metrics
+    labelled = trainer.predict([{**row, "label": 0} for row in rows])
+    np.testing.assert_array_equal(labelled.predictions, output.predictions)
+    with pytest.raises(ValueError, match="Expected labels in every set, got none"):
+        trainer.evaluate(rows)
+
+
 def test_own_metrics_get_the_logits_of_each_set(make_trainer, suite):
     shapes = []
 
@@ -232,9 +245,20 @@ def test_selection_on_a_shift_is_refused(make_trainer, metric):
         make_trainer(metric_for_best_model=metric)
 
 
-def test_selection_by_a_loss_that_does_not_exist_is_refused(make_trainer):
+@pytest.mark.parametrize(
+    "metric", ["eval_loss", "eval_id_eceee", "eval_teacher_id_accuracy", "eval_validation_ece_ts", "eval_"]
+)
+def test_selection_by_a_metric_that_does_not_exist_is_refused(make_trainer, metric):
     with pytest.raises(ValueError, match="there is no evaluation loss"):
-        make_trainer(metric_for_best_model="eval_loss")
+        make_trainer(metric_for_best_model=metric)
+
+
+def test_every_metric_that_may_be_selected_exists(make_trainer):
+    metrics = make_trainer().evaluate()
+    assert {key.removeprefix("eval_home_") for key in metrics if key.startswith("eval_home_")} == {
+        *METRICS,
+        *(f"{name}_ts" for name in SCALED),
+    }
 
 
 def test_evaluating_during_training_changes_nothing(make_trainer):

@@ -30,6 +30,7 @@ def test_the_suite_recommends_about_200_steps_and_a_fiftieth_for_the_teacher(tmp
     steps = int(args.num_train_epochs) * (800 // args.per_device_train_batch_size)
     assert 190 <= steps <= 210
     assert args.teacher_update_every == round(steps / 50)
+    assert args.save_steps < steps / 5  # an interrupted run has something to go on from
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,32 @@ def test_bad_options_end_with_one_line_before_anything_is_loaded(tmp_path, flags
     assert result.returncode != 0
     assert message in result.stderr
     assert "Loading weights" not in result.stderr
+
+
+def test_a_folder_with_an_interrupted_save_alone_can_be_started_anew(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-4").mkdir()
+
+    class Reached(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        raise Reached
+
+    monkeypatch.setattr(finetune_imagenet.CLIPProcessor, "from_pretrained", stop)
+    command = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path)]
+    with pytest.raises(Reached):
+        finetune_imagenet.main(command)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
+    with pytest.raises(ValueError, match="Add --resume_from_checkpoint"):
+        finetune_imagenet.main(command)
+
+
+def test_the_demo_empties_no_folder_but_its_own(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit):
+        demo.main(["--output_dir", str(tmp_path)])
+    assert "choose another one" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").exists()
 
 
 def test_table_has_a_row_a_set(suite):

@@ -58,6 +58,8 @@ def test_labels_out_of_range_are_refused_at_once_or_when_read():
     good = png(Noise(1, 0)[0]["image"])
     with pytest.raises(ValueError, match=r"labels in \[0, 2\) in set 's', got 3 at index 1"):
         ShiftSet(hub_like([good, good], [0, 3]), name="s", num_classes=2)
+    with pytest.raises(ValueError, match="got None at index 1"):
+        ShiftSet(hub_like([good, good], [0, None]), name="s", num_classes=2)
     lazy = ShiftSet([{"image": Image.new("RGB", (2, 2)), "label": 5}], name="s", num_classes=2)
     with pytest.raises(ValueError, match="got 5 at index 0"):
         lazy[0]

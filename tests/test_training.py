@@ -14,6 +14,7 @@ from transformers import CLIPModel, TrainerCallback, TrainingArguments
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 from carot_hf.losses import contrastive_loss, cross_norm_penalty, distillation_loss, orthogonality_penalty
+from carot_hf.suite_trainer import _check_launch
 from carot_hf.teacher import ema_momentum
 
 
@@ -139,13 +140,16 @@ def test_bf16_autocast_keeps_losses_in_float32(make_trainer):
     assert all(p.dtype == torch.float32 for p in trainer.teacher.model.parameters())
 
 
-def test_a_bf16_student_trains_beside_a_float32_teacher(make_trainer, processor):
-    trainer = make_trainer(tiny_clip(processor.tokenizer).to(torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_is_trained_and_calibrated_in_float32(make_trainer, processor, dtype):
+    """At these rates a bf16 weight would not move, and a bf16 scale could not hold a temperature."""
+    trainer = make_trainer(tiny_clip(processor.tokenizer).to(dtype), learning_rate=1e-5)
     before = trainer.teacher.model.visual_projection.weight.clone()
     trainer.train()
     after = trainer.teacher.model.visual_projection.weight
-    assert after.dtype == torch.float32
-    assert not torch.equal(before, after)
+    assert {p.dtype for p in [*trainer.model.parameters(), *trainer.teacher.model.parameters()]} == {torch.float32}
+    assert 0 < (before - after).abs().max() < 1e-4
+    trainer.calibrate()
 
 
 # ---- teacher in the loop ----
@@ -260,6 +264,23 @@ def test_nan_loss_stops_the_run_and_names_step_and_checkpoint(make_trainer, tmp_
     assert resumed.state.global_step == 6
 
 
+@pytest.mark.parametrize(("save", "step"), [("steps", 2), ("no", 3)])
+def test_broken_weights_are_never_saved_or_returned(make_trainer, save, step):
+    """An update that blows up leaves a finite loss behind: the weights themselves are checked."""
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == step:
+                with torch.no_grad():
+                    model.text_projection.weight[0, 0] = float("inf")
+
+    trainer = make_trainer(max_steps=step, save_strategy=save, save_steps=1, trainer={"callbacks": [Poison()]})
+    kept = r"The last checkpoint is .*checkpoint-1;" if save == "steps" else "No checkpoint was kept yet"
+    with pytest.raises(RuntimeError, match=rf"finite weights after step {step}, got nan or inf in `text_proj.*{kept}"):
+        trainer.train()
+    assert not (Path(trainer.args.output_dir) / f"checkpoint-{step}").exists()
+
+
 def test_nan_loss_without_checkpoint_says_so(make_trainer):
     trainer = make_trainer()
     with torch.no_grad():
@@ -296,6 +317,33 @@ def test_a_bad_image_in_training_names_set_and_index(make_trainer, suite, worker
     trainer = make_trainer(trainer={"train_dataset": rows}, dataloader_num_workers=workers)
     with pytest.raises(ValueError, match=r"decoded in set 'train' at index [567], got"):
         trainer.train()
+
+
+def test_a_training_set_of_ones_own_is_checked_like_the_suites(make_trainer):
+    image = Image.new("L", (9, 9))
+
+    def train_on(rows):
+        make_trainer(trainer={"train_dataset": rows}).train()
+
+    train_on([{"image": image, "label": i % 4} for i in range(8)])  # grey images become RGB
+    with pytest.raises(ValueError, match=r"labels in \[0, 4\) in set 'train', got -1 at index [0-7]"):
+        train_on([{"image": image, "label": -1}] * 8)
+    with pytest.raises(ValueError, match="at least one sample in set 'train'"):
+        train_on([])
+    with pytest.raises(ValueError, match="Expected labels in set 'train', got none"):
+        train_on([{"image": image}] * 8)
+    with pytest.raises(ValueError, match="a data set with a length for 'train', got list_iterator"):
+        train_on(iter([{"image": image, "label": 0}] * 8))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(make_trainer, monkeypatch):
+    """torchrun on a machine without accelerators and without --use_cpu: two ranks, each of which is its own world."""
+    args = make_trainer().args
+    _check_launch(args)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"Expected 2 processes that train together, got 1 .* add `--use_cpu`"):
+        _check_launch(args)
 
 
 def test_model_init_makes_a_prepared_model_for_each_run(suite, processor, make_trainer):

@@ -87,6 +87,8 @@ def test_every_own_option_has_help_and_a_line_in_the_docstring():
         ({"n_bins": 0}, r"`n_bins` >= 1, got 0"),
         ({"calibration_criterion": "mse"}, r"'nll' or 'ece', got 'mse'"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics"),
+        ({"bf16_full_eval": True}, "They round the model's own weights"),
+        ({"deepspeed": "/no/such.json"}, r"Expected a DeepSpeed config, got no such file: /no/such.json"),
         ({"metric_for_best_model": "eval_ood_ece"}, "spoils them as tests"),
         ({"metric_for_best_model": "ood_accuracy"}, "spoils them as tests"),
         ({"fsdp": "full_shard"}, "got FSDP. It cannot wrap CLIPModel"),
