@@ -237,7 +237,7 @@ def _digits_suite() -> ShiftSuite:
             "warmup_steps": 0.1,
             "teacher_update_every": 4,  # 1/50 of the run, as 500 of 25,030
             "logging_steps": 10,
-            "save_steps": 20,
+            "save_steps": 50,
             "save_total_limit": 2,
         },
     )
