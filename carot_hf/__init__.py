@@ -18,6 +18,7 @@ _HOMES = {
     "calibration_metrics": "calibration",
     "confidence_histogram": "plots",
     "fit_temperature": "calibration",
+    "load_ece": "metric",
     "load_suite": "suites",
     "reliability_diagram": "plots",
     "unbake_temperature": "calibration",
@@ -26,6 +27,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from .calibration import bake_temperature, calibration_metrics, fit_temperature, unbake_temperature
     from .callbacks import TeacherCallback
+    from .metric import load_ece
     from .plots import confidence_histogram, reliability_diagram
     from .suites import ShiftSet, ShiftSuite, load_suite
     from .teacher import Teacher
@@ -44,6 +46,7 @@ __all__ = [
     "calibration_metrics",
     "confidence_histogram",
     "fit_temperature",
+    "load_ece",
     "load_suite",
     "reliability_diagram",
     "unbake_temperature",

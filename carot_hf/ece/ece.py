@@ -1,0 +1,282 @@
+"""Calibration errors as a metric of Hugging Face evaluate.
+
+    metric = evaluate.load("carot_hf/ece")  # from the root of the repository; carot_hf.load_ece() from anywhere
+    metric.compute(predictions=probabilities, references=labels)["ece"]
+
+Rows are reduced to a confidence and a hit as they come, and never pass through Arrow: 50,000 x 1000 float32 takes
+well under a second and a few MB. The file stands alone with the siblings it imports; evaluate copies these along.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from .binning import calibration_bins
+from .inputs import ROW_OPTIONS, Options
+from .rows import ReducedRows, RowBuffer, reduce_rows
+from .uncertainty import bootstrap_ece, debiased_ece
+
+_DESCRIPTION = """\
+Expected calibration error (ECE) of a classifier, with its relatives: how far the confidence of the predictions is
+from the share of them that is right.
+"""
+_CITATION = """\
+@inproceedings{guo2017calibration,
+  title     = {On Calibration of Modern Neural Networks},
+  author    = {Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2017}
+}
+@inproceedings{naeini2015obtaining,
+  title     = {Obtaining Well Calibrated Probabilities Using {Bayesian} Binning},
+  author    = {Naeini, Mahdi Pakdaman and Cooper, Gregory F. and Hauskrecht, Milos},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year      = {2015}
+}
+"""
+_INPUTS = """
+Inputs:
+    predictions: (N, K) probabilities, or logits with from_logits=True; (N,) confidences with mode="top_label";
+        (N,) probabilities of class 1 with mode="positive". numpy, torch on any device, or lists.
+    references: (N,) class indices in [0, K); for 1-D predictions 0/1 hits ("top_label") or labels ("positive").
+
+Example:
+    >>> metric = evaluate.load("carot_hf/ece")
+    >>> rows = [[0.6, 0.2, 0.2], [0.0, 0.95, 0.05], [0.7, 0.1, 0.2]]
+    >>> round(metric.compute(predictions=rows, references=[0, 1, 2])["ece"], 4)
+    0.3833
+"""
+
+
+class ECE(evaluate.Metric):
+    """ECE, MCE, RMSCE, NLL and Brier score of class probabilities, confidences or logits.
+
+    Every option may be given when the metric is loaded, and again in `compute`, which then takes precedence. With
+    `add` and `add_batch` rows are reduced at once, so what acts on rows (``mode``, ``from_logits``, ``temperature``,
+    ``check_sums``, ``classwise``, and ``n_bins`` with ``classwise``) has to be known when the metric is loaded.
+
+    Args:
+        config_name: Name of a configuration, for evaluate only.
+        n_bins: How many bins to make.
+        strategy: ``"uniform"``: bins of equal width. ``"quantile"``: of equal mass as far as ties allow; equal
+            confidences share a bin, so there may be fewer.
+        mode: What 1-D predictions are: ``"top_label"`` confidences with 0/1 hits, or ``"positive"`` probabilities
+            of class 1 with 0/1 labels, where ``accuracy`` is the share of class 1. Rows of class scores need none.
+        from_logits: The predictions are logits; take a softmax. Never guessed.
+        temperature: Divides the logits; > 0.
+        bins: Also return the table under ``"bins"``.
+        classwise: Also return ``classwise_ece``, on ``n_bins`` uniform bins.
+        check_sums: Refuse rows that do not sum to 1.
+        n_bootstrap: Draws for the interval, the floor and the p-value; 0 for none of them. 1000 is a good number.
+        confidence_level: Of the interval.
+        seed: Of the draws.
+        evaluate_options: ``keep_in_memory``, ``cache_dir``, ``experiment_id`` and so on, as for any metric.
+
+    Raises:
+        TypeError: If an option does not exist.
+        ValueError: If an option is out of range, or ``num_process`` is not 1.
+    """
+
+    def __init__(
+        self,
+        config_name: str | None = None,
+        *,
+        n_bins: int = 10,
+        strategy: str = "uniform",
+        mode: str | None = None,
+        from_logits: bool = False,
+        temperature: float | None = None,
+        bins: bool = False,
+        classwise: bool = False,
+        check_sums: bool = True,
+        n_bootstrap: int = 0,
+        confidence_level: float = 0.95,
+        seed: int = 0,
+        **evaluate_options: Any,
+    ) -> None:
+        self.options = Options(
+            n_bins=n_bins,
+            strategy=strategy,
+            mode=mode,
+            from_logits=from_logits,
+            temperature=temperature,
+            bins=bins,
+            classwise=classwise,
+            check_sums=check_sums,
+            n_bootstrap=n_bootstrap,
+            confidence_level=confidence_level,
+            seed=seed,
+        )
+        known = inspect.signature(evaluate.EvaluationModule.__init__).parameters
+        for name in evaluate_options.keys() - known.keys():  # evaluate itself would swallow a misspelt option
+            raise TypeError(
+                f"Expected options among {[field.name for field in fields(Options)]} or those of evaluate, "
+                f"got {name!r}. Correct the spelling."
+            )
+        if evaluate_options.get("num_process", 1) != 1:
+            raise ValueError(
+                f"Expected `num_process` to be 1, got {evaluate_options['num_process']}. "
+                "Gather predictions and references (`accelerator.gather_for_metrics`) and compute on one process."
+            )
+        super().__init__(config_name=config_name, seed=seed, **evaluate_options)
+        self._buffer: RowBuffer | None = None
+
+    def _info(self) -> evaluate.MetricInfo:
+        label = datasets.Value("int64")
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=[
+                datasets.Features({"predictions": datasets.List(datasets.Value("float64")), "references": label}),
+                datasets.Features({"predictions": datasets.Value("float64"), "references": label}),
+            ],
+            reference_urls=["https://arxiv.org/abs/1706.04599"],
+        )
+
+    def __len__(self) -> int:
+        """Rows added since the last `compute`."""
+        return 0 if self._buffer is None else len(self._buffer)
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
+        """Check and reduce a batch of rows at once; nothing is kept of it if it is refused."""
+        self._append(reduce_rows(*_both(predictions, references), self.options))
+
+    def add(self, *, prediction: Any = None, reference: Any = None) -> None:
+        """Check and reduce one row, ``(K,)`` scores or one number; batches are much faster."""
+        prediction, reference = _both(prediction, reference)
+        rows = prediction[None] if hasattr(prediction, "shape") else [prediction]
+        self._append(reduce_rows(rows, [reference], self.options))
+
+    def compute(
+        self,
+        *,
+        predictions: Any = None,
+        references: Any = None,
+        n_bins: int | None = None,
+        strategy: str | None = None,
+        mode: str | None = None,
+        from_logits: bool | None = None,
+        temperature: float | None = None,
+        bins: bool | None = None,
+        classwise: bool | None = None,
+        check_sums: bool | None = None,
+        n_bootstrap: int | None = None,
+        confidence_level: float | None = None,
+        seed: int | None = None,
+    ) -> dict[str, Any]:
+        """Calibration errors of these rows and of all rows added before; the metric is empty afterwards.
+
+        Options are those of the class; None stands for what was given when the metric was loaded.
+
+        Returns:
+            Python numbers; errors are fractions, never percent:
+
+            - ``ece``, ``rmsce``, ``mce``: mean, root mean square and maximum over the bins of the distance between
+              accuracy and mean confidence, the first two weighted by the rows of the bin.
+            - ``ece_debiased``: ECE less its bias (the normal approximation of Kumar et al. 2019 for the L1 error in
+              closed form, on the same bins); may be just below 0.
+            - ``adaptive_ece``: ECE on ``n_bins`` bins of equal mass (Nguyen and O'Connor 2015).
+            - ``accuracy``, ``avg_confidence``, and ``overconfidence``, their signed difference: confidence - accuracy.
+            - ``n``, ``n_bins``: rows, and bins that were made.
+            - ``nll``, ``brier``: for ``(N, K)`` input; the Brier score is summed over the classes, in [0, 2]. ``nll``
+              is infinite where a label was given the probability 0.
+            - ``classwise_ece`` with ``classwise``: mean over the classes of the ECE of their probabilities.
+            - ``ece_low``, ``ece_high``, ``ece_floor``, ``p_value`` with ``n_bootstrap``: see `bootstrap_ece`.
+            - ``bins`` with ``bins``: lists ``edges``, ``count``, ``accuracy``, ``confidence``, ``gap`` (nan: empty).
+
+        Raises:
+            ValueError: If an input or an option is not as described; rows added before are kept.
+            RuntimeError: If an option comes too late for the rows that were added before.
+        """
+        given: dict[str, Any] = {
+            "n_bins": n_bins,
+            "strategy": strategy,
+            "mode": mode,
+            "from_logits": from_logits,
+            "temperature": temperature,
+            "bins": bins,
+            "classwise": classwise,
+            "check_sums": check_sums,
+            "n_bootstrap": n_bootstrap,
+            "confidence_level": confidence_level,
+            "seed": seed,
+        }
+        options = replace(self.options, **{name: value for name, value in given.items() if value is not None})
+        self._check_in_time(options)
+        if predictions is not None or references is not None:
+            rows = reduce_rows(*_both(predictions, references), options)
+            if self._buffer is not None:
+                self._append(rows)
+                rows = self._buffer.rows()
+        elif self._buffer is not None:
+            rows = self._buffer.rows()
+        else:
+            raise ValueError("Expected at least one row, got none. Pass `predictions` and `references`, or add them.")
+        result = _measure(rows, options)
+        self._buffer = None
+        return result
+
+    def _append(self, rows: ReducedRows) -> None:
+        if self._buffer is None:
+            self._buffer = RowBuffer(rows)
+        else:
+            self._buffer.append(rows)
+
+    def _check_in_time(self, options: Options) -> None:
+        if self._buffer is None:
+            return
+        before, now = asdict(self.options), asdict(options)
+        for name in (*ROW_OPTIONS, *(("n_bins",) if self.options.classwise else ())):
+            if before[name] != now[name]:
+                raise RuntimeError(
+                    f"Expected `{name}` before the first row, got {name}={now[name]!r} after {len(self)} rows were "
+                    f"reduced with {name}={before[name]!r}. Give it when loading the metric: load(..., {name}=...)."
+                )
+
+
+def _both(predictions: Any, references: Any) -> tuple[Any, Any]:
+    """Both as they are, unless one is missing."""
+    for name, value in (("predictions", predictions), ("references", references)):
+        if value is None:
+            raise ValueError(f"Expected predictions and references, got no {name}. Pass both, by name.")
+    return predictions, references
+
+
+def _measure(rows: ReducedRows, options: Options) -> dict[str, Any]:
+    """All numbers that `options` asks for."""
+    bins = calibration_bins(rows.confidences, rows.correct, options.n_bins, options.strategy)
+    result: dict[str, Any] = {
+        "ece": bins.ece,
+        "mce": bins.mce,
+        "rmsce": bins.rmsce,
+        "ece_debiased": debiased_ece(bins),
+        "adaptive_ece": calibration_bins(rows.confidences, rows.correct, options.n_bins, "quantile").ece,
+        "accuracy": bins.avg_accuracy,
+        "avg_confidence": bins.avg_confidence,
+        "overconfidence": bins.overconfidence,
+        "n": bins.n,
+        "n_bins": bins.n_bins,
+    }
+    if rows.n_classes is not None:
+        result |= {"nll": rows.nll / rows.n, "brier": rows.brier / rows.n}
+    if rows.n_classes is not None and rows.class_sums is not None:
+        result["classwise_ece"] = float(np.abs(rows.class_sums).sum() / (rows.n * rows.n_classes))
+    if options.n_bootstrap:
+        result |= bootstrap_ece(
+            rows.confidences,
+            rows.correct,
+            bins,
+            n_bootstrap=options.n_bootstrap,
+            confidence_level=options.confidence_level,
+            seed=options.seed,
+        )
+    if options.bins:
+        result["bins"] = bins.to_dict()
+    return result
