@@ -98,9 +98,9 @@ class SuiteTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Return the training loader; its samples carry the number of their draw (see :mod:`carot_hf.data`)."""
-        if self.train_dataset is None:
+        data = self._training_set(self.train_dataset)
+        if data is None:
             raise ValueError("Expected a training set, got None. Pass a suite with `train` or a `train_dataset`.")
-        data = self._as_set("train", self.train_dataset)
         whole_batch = self._train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and len(data) < whole_batch:
             raise ValueError(
