@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
 from carot_hf.ece import binning
-from carot_hf.ece.binning import CalibrationBins, calibration_bins, classwise_sums, uniform_edges
+from carot_hf.ece.binning import BinSums, CalibrationBins, _cell, calibration_bins, classwise_sums, uniform_edges
 
 FLOATS = [np.float64, np.float32, np.float16]
 SIX_ROWS = [[0.31, 0.32, 0.27], [0.37, 0.33, 0.30], [0.30, 0.31, 0.39], [0.61, 0.38, 0.01], [0.10, 0.65, 0.25]]
@@ -245,3 +245,59 @@ def test_binning_imports_numpy_only():
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     assert modules <= {"__future__", "collections.abc", "dataclasses", "typing", "numpy", "numpy.typing"}
+
+
+# ---- sums of rows that are not kept ----
+
+DRAWS = {
+    "broad": lambda rng, n: rng.beta(5, 1, n),
+    "near one": lambda rng, n: 1 - rng.beta(0.2, 5, n),
+    "near zero": lambda rng, n: rng.beta(0.2, 5, n),
+    "tied": lambda rng, n: rng.integers(0, 21, n) / 20,
+    "constant": lambda rng, n: np.full(n, 0.7),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_sums_over_parts_give_the_table_of_all_rows(draw, dtype):
+    rng = np.random.default_rng(3)
+    confidences = DRAWS[draw](rng, 150_000).astype(dtype)
+    correct = rng.random(150_000) < confidences.astype(np.float64) ** 1.5
+    expected = calibration_bins(confidences, correct, 12)
+    sums = BinSums(12, dtype)
+    for start in range(0, 150_000, 70_000):  # one part is longer than what is summed at a time
+        sums.add(confidences[start : start + 70_000], correct[start : start + 70_000])
+    table = sums.bins()
+    assert sums.n == 150_000
+    assert np.array_equal(table.edges, expected.edges)
+    assert table.edges.dtype == expected.edges.dtype
+    assert np.array_equal(table.count, expected.count)
+    np.testing.assert_allclose(table.confidence, expected.confidence, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(table.accuracy, expected.accuracy, rtol=0, atol=1e-15)
+    # bins of equal mass differ from the exact ones by at most the rows of a cell at each edge
+    assert sums.adaptive_ece() == pytest.approx(calibration_bins(confidences, correct, 12, "quantile").ece, abs=2e-5)
+
+
+def test_cells_rise_with_the_confidence_and_hold_it_closely():
+    """Equal mass from cells equals equal mass from rows once no two rows share a cell, here down to 2^-24."""
+    low = np.geomspace(2.0**-24, 0.5, 12_000)
+    confidences = np.concatenate([low, 1 - low[:-1][::-1]])
+    index = _cell(confidences)
+    assert (np.diff(index) >= 0).all()
+    assert index.min() == 0
+    _, first = np.unique(index, return_index=True)
+    last = np.append(first[1:], len(confidences)) - 1
+    distance = np.minimum(confidences, 1 - confidences)
+    spread = np.abs(distance[last] - distance[first]) / np.minimum(distance[last], distance[first])
+    assert spread.max() <= 2.0**-9 + 1e-6
+    assert _cell(np.array([0.0, 1e-30, 2.0**-25]))[[0, 1, 2]].tolist() == [0, 0, 0]
+    assert _cell(np.array([1.0]))[0] == _cell(np.array([1 - 2.0**-26]))[0] == index.max()
+
+
+def test_sums_check_their_rows():
+    sums = BinSums(10, np.float64)
+    with pytest.raises(ValueError, match=r"got 1.5 in row 1"):
+        sums.add([0.5, 1.5], [1, 0])
+    with pytest.raises(ValueError, match="n_bins"):
+        BinSums(0, np.float64)

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -571,17 +572,71 @@ def test_a_refused_batch_leaves_no_trace():
     assert metric.compute() == compute(ROWS, LABELS)
 
 
-def test_a_million_rows_in_batches_take_five_bytes_each():
-    metric, exact = ECE(mode="top_label"), 0.0
-    confidences = np.linspace(0, 1, 10_000, dtype=np.float32)
-    for i in range(100):
-        metric.add_batch(predictions=confidences, references=np.arange(10_000) % 3 == i % 3)
-        exact += math.fsum(confidences.tolist())
-    held = metric._buffer._confidences.nbytes + metric._buffer._correct.nbytes
-    assert held <= 2 * 5 * len(metric)
+def millions(options, n_batches=500):
+    """Stream 10,000 rows at a time; return the metric, and what stood in memory: (at most halfway, at most)."""
+    metric = ECE(mode="top_label", **options)
+    confidences = np.sqrt(np.linspace(0, 1, 10_000, dtype=np.float32))
+    tracemalloc.start()
+    try:
+        for i in range(n_batches):
+            metric.add_batch(predictions=confidences, references=np.arange(10_000) % 3 == i % 3)
+            if i == n_batches // 2:
+                early = tracemalloc.get_traced_memory()[1]
+        return metric, metric.compute(), confidences, (early, tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+def test_five_million_rows_are_streamed_in_constant_memory():
+    """Each third of the batches has every third row right, so that exactly a third of all rows is."""
+    _, result, confidences, (early, most) = millions({"n_bins": 15}, n_batches=501)
+    assert most <= early + 1e5
+    assert most < 25e6
+    assert result["n"] == 5_010_000
+    hits = np.zeros(10_000)
+    for i in range(3):
+        hits += 167 * (np.arange(10_000) % 3 == i)
+    mean, total = math.fsum(confidences.tolist()) / 10_000, 0.0
+    for low in range(15):
+        inside = (confidences > np.float32(low / 15)) & (confidences <= np.float32((low + 1) / 15))
+        inside |= (confidences == 0) & (low == 0)
+        total += abs(501 * math.fsum(confidences[inside].tolist()) - math.fsum(hits[inside].tolist()))
+    assert result["avg_confidence"] == pytest.approx(mean, abs=1e-14)
+    assert result["accuracy"] == 1 / 3
+    assert result["ece"] == pytest.approx(total / 5_010_000, abs=1e-13)
+
+
+@pytest.mark.parametrize("rows_kept", [1, 37, 100, 232, 233])
+def test_folded_rows_give_the_numbers_of_kept_ones(monkeypatch, rows_kept):
+    logits, labels = sample(233, 5)
+    expected = compute(logits, labels, from_logits=True, classwise=True, bins=True, n_bins=7)
+    monkeypatch.setattr(sys.modules[ECE.__module__], "ROWS_KEPT", rows_kept)
+    metric = ECE(from_logits=True, classwise=True, bins=True, n_bins=7)
+    for start in range(0, 233, 50):
+        metric.add_batch(predictions=logits[start : start + 50], references=labels[start : start + 50])
+    assert len(metric) == 233
+    more = {} if rows_kept < 233 else {"predictions": logits[:10], "references": labels[:10]}
+    for late in ({"strategy": "quantile"}, {"n_bootstrap": 5}):
+        (name,) = late
+        with pytest.raises(RuntimeError, match=rf"`{name}` .* more than {rows_kept} .* 2[34]3 rows .*load\("):
+            metric.compute(**late, **more)
     result = metric.compute()
-    assert result["n"] == 1_000_000
-    assert result["avg_confidence"] == pytest.approx(exact / 1_000_000, abs=1e-13)
+    table, expected_table = result.pop("bins"), expected.pop("bins")
+    assert result == pytest.approx(expected, abs=1e-12)  # these confidences lie in cells of their own
+    for name, column in expected_table.items():
+        assert table[name] == pytest.approx(column, abs=1e-12, nan_ok=True)
+
+
+def test_what_needs_the_rows_keeps_them_all(monkeypatch):
+    logits, labels = sample(100, 3)
+    monkeypatch.setattr(sys.modules[ECE.__module__], "ROWS_KEPT", 10)
+    for options in ({"strategy": "quantile"}, {"n_bootstrap": 20}):
+        metric = ECE(from_logits=True, **options)
+        for start in range(0, 100, 20):
+            metric.add_batch(predictions=logits[start : start + 20], references=labels[start : start + 20])
+        held = metric._buffer._confidences.nbytes + metric._buffer._correct.nbytes
+        assert held <= 2 * 9 * 512 + 9 * 100
+        assert metric.compute() == pytest.approx(compute(logits, labels, from_logits=True, **options), abs=1e-12)
 
 
 # ---- properties ----

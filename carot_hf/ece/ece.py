@@ -17,9 +17,9 @@ import datasets
 import evaluate
 import numpy as np
 
-from .binning import calibration_bins
+from .binning import CalibrationBins, calibration_bins
 from .inputs import ROW_OPTIONS, Options
-from .rows import ReducedRows, RowBuffer, reduce_rows
+from .rows import ROWS_KEPT, ReducedRows, RowBuffer, reduce_rows
 from .uncertainty import bootstrap_ece, debiased_ece
 
 _DESCRIPTION = """\
@@ -59,7 +59,9 @@ class ECE(evaluate.Metric):
 
     Every option may be given when the metric is loaded, and again in `compute`, which then takes precedence. With
     `add` and `add_batch` rows are reduced at once, so what acts on rows (``mode``, ``from_logits``, ``temperature``,
-    ``check_sums``, ``classwise``, and ``n_bins`` with ``classwise``) has to be known when the metric is loaded.
+    ``check_sums``, ``classwise``, and ``n_bins`` with ``classwise``) has to be known when the metric is loaded. From
+    some million rows on only sums are kept, so that memory does not grow: then this holds for ``n_bins``,
+    ``strategy`` and ``n_bootstrap`` as well, and the last two, given in time, keep the rows at 5 bytes each.
 
     Args:
         config_name: Name of a configuration, for evaluate only.
@@ -212,24 +214,27 @@ class ECE(evaluate.Metric):
         self._check_in_time(options)
         if predictions is not None or references is not None:
             rows = reduce_rows(*_both(predictions, references), options)
-            if self._buffer is not None:
+            if self._buffer is None:
+                result = _measure(rows, options)
+            else:
+                self._check_in_time(options, rows.n)
                 self._append(rows)
-                rows = self._buffer.rows()
+                result = _measure_buffer(self._buffer, options)
         elif self._buffer is not None:
-            rows = self._buffer.rows()
+            result = _measure_buffer(self._buffer, options)
         else:
             raise ValueError("Expected at least one row, got none. Pass `predictions` and `references`, or add them.")
-        result = _measure(rows, options)
         self._buffer = None
         return result
 
     def _append(self, rows: ReducedRows) -> None:
         if self._buffer is None:
-            self._buffer = RowBuffer(rows)
+            keep_all = self.options.n_bootstrap > 0 or self.options.strategy != "uniform"
+            self._buffer = RowBuffer(rows, self.options.n_bins, None if keep_all else ROWS_KEPT)
         else:
             self._buffer.append(rows)
 
-    def _check_in_time(self, options: Options) -> None:
+    def _check_in_time(self, options: Options, n_more: int = 0) -> None:
         if self._buffer is None:
             return
         before, now = asdict(self.options), asdict(options)
@@ -238,6 +243,13 @@ class ECE(evaluate.Metric):
                 raise RuntimeError(
                     f"Expected `{name}` before the first row, got {name}={now[name]!r} after {len(self)} rows were "
                     f"reduced with {name}={before[name]!r}. Give it when loading the metric: load(..., {name}=...)."
+                )
+        for name in ("n_bins", "strategy", "n_bootstrap"):
+            if self._buffer.folds(n_more) and before[name] != now[name]:
+                raise RuntimeError(
+                    f"Expected `{name}` before the first of more than {ROWS_KEPT:,} rows, got {name}={now[name]!r} "
+                    f"with {len(self) + n_more:,} rows that are summed up with {name}={before[name]!r}. "
+                    f"Give it when loading the metric: load(..., {name}=...)."
                 )
 
 
@@ -252,22 +264,8 @@ def _both(predictions: Any, references: Any) -> tuple[Any, Any]:
 def _measure(rows: ReducedRows, options: Options) -> dict[str, Any]:
     """All numbers that `options` asks for."""
     bins = calibration_bins(rows.confidences, rows.correct, options.n_bins, options.strategy)
-    result: dict[str, Any] = {
-        "ece": bins.ece,
-        "mce": bins.mce,
-        "rmsce": bins.rmsce,
-        "ece_debiased": debiased_ece(bins),
-        "adaptive_ece": calibration_bins(rows.confidences, rows.correct, options.n_bins, "quantile").ece,
-        "accuracy": bins.avg_accuracy,
-        "avg_confidence": bins.avg_confidence,
-        "overconfidence": bins.overconfidence,
-        "n": bins.n,
-        "n_bins": bins.n_bins,
-    }
-    if rows.n_classes is not None:
-        result |= {"nll": rows.nll / rows.n, "brier": rows.brier / rows.n}
-    if rows.n_classes is not None and rows.class_sums is not None:
-        result["classwise_ece"] = float(np.abs(rows.class_sums).sum() / (rows.n * rows.n_classes))
+    adaptive_ece = calibration_bins(rows.confidences, rows.correct, options.n_bins, "quantile").ece
+    result = _numbers(bins, adaptive_ece, rows, options)
     if options.n_bootstrap:
         result |= bootstrap_ece(
             rows.confidences,
@@ -277,6 +275,35 @@ def _measure(rows: ReducedRows, options: Options) -> dict[str, Any]:
             confidence_level=options.confidence_level,
             seed=options.seed,
         )
+    return result
+
+
+def _measure_buffer(buffer: RowBuffer, options: Options) -> dict[str, Any]:
+    """`_measure` of rows that were added, kept or not."""
+    if not buffer.folds():
+        return _measure(buffer.rows(), options)
+    sums = buffer.bins()
+    return _numbers(sums.bins(), sums.adaptive_ece(), buffer.totals(), options)
+
+
+def _numbers(bins: CalibrationBins, adaptive_ece: float, rows: ReducedRows, options: Options) -> dict[str, Any]:
+    """What does not need the rows themselves; of `rows` only the sums are read."""
+    result: dict[str, Any] = {
+        "ece": bins.ece,
+        "mce": bins.mce,
+        "rmsce": bins.rmsce,
+        "ece_debiased": debiased_ece(bins),
+        "adaptive_ece": adaptive_ece,
+        "accuracy": bins.avg_accuracy,
+        "avg_confidence": bins.avg_confidence,
+        "overconfidence": bins.overconfidence,
+        "n": bins.n,
+        "n_bins": bins.n_bins,
+    }
+    if rows.n_classes is not None:
+        result |= {"nll": rows.nll / bins.n, "brier": rows.brier / bins.n}
+    if rows.n_classes is not None and rows.class_sums is not None:
+        result["classwise_ece"] = float(np.abs(rows.class_sums).sum() / (bins.n * rows.n_classes))
     if options.bins:
         result["bins"] = bins.to_dict()
     return result

@@ -7,13 +7,13 @@ into probabilities unless ``from_logits`` says so. numpy only.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .binning import classwise_sums
+from .binning import BinSums, classwise_sums
 from .inputs import (
     FLOATS,
     Options,
@@ -27,6 +27,7 @@ from .inputs import (
     to_numpy,
 )
 
+ROWS_KEPT = 1 << 20  # of the rows that are added; of more, sums over bins are kept unless an option needs the rows
 _CHUNK_VALUES = 1 << 17  # scores worked on at a time: small enough for the cache of one core
 _LOWEST_EXPONENT = -80.0  # exp(-80) is 0 for every sum here and still a normal float32; denormals are slow
 
@@ -58,12 +59,27 @@ class ReducedRows:
 
 
 class RowBuffer:
-    """Rows of many batches in two growing arrays, 5 bytes a row for float32; the sums are added up."""
+    """Rows of many batches: in growing arrays, and from a limit on as sums over bins, so that the memory is bounded.
 
-    def __init__(self, first: ReducedRows) -> None:
-        self._confidences, self._correct = first.confidences, first.correct
-        self._length = first.n
-        self._sums = first
+    Args:
+        first: The first rows.
+        n_bins: Of the sums.
+        limit: How many rows to keep before they are turned into sums; None: keep all, 5 bytes a row for float32.
+    """
+
+    def __init__(self, first: ReducedRows, n_bins: int, limit: int | None) -> None:
+        self._confidences, self._correct = first.confidences[:0], first.correct[:0]
+        self._length, self._limit = 0, limit
+        self._bins = BinSums(n_bins, first.confidences.dtype)
+        self._sums = replace(
+            first,
+            confidences=self._confidences,
+            correct=self._correct,
+            nll=0.0,
+            brier=0.0,
+            class_sums=None if first.class_sums is None else np.zeros_like(first.class_sums),
+        )
+        self.append(first)
 
     def append(self, rows: ReducedRows) -> None:
         """Add rows of the same kind.
@@ -80,37 +96,52 @@ class RowBuffer:
                     f"Expected `predictions` of the same {name} in all batches, {expected}, got {got}. "
                     "Use one metric object for each kind of input, or cast them all alike."
                 )
+        if self._limit is not None and self._length + rows.n > self._limit:
+            self._fold()
+        self._keep(rows)
+        sums = self._sums.class_sums
+        self._sums = replace(
+            self._sums,
+            nll=self._sums.nll + rows.nll,
+            brier=self._sums.brier + rows.brier,
+            class_sums=None if sums is None or rows.class_sums is None else sums + rows.class_sums,
+        )
+
+    def __len__(self) -> int:
+        return self._bins.n + self._length
+
+    def folds(self, n_more: int = 0) -> bool:
+        """Whether rows were turned into sums, or will be with so many more."""
+        return self._bins.n > 0 or (self._limit is not None and len(self) + n_more > self._limit)
+
+    def rows(self) -> ReducedRows:
+        """All rows so far, as views; before they were folded."""
+        return replace(self._sums, confidences=self._confidences[: self._length], correct=self._correct[: self._length])
+
+    def bins(self) -> BinSums:
+        """All rows so far as sums."""
+        self._fold()
+        return self._bins
+
+    def totals(self) -> ReducedRows:
+        """The sums beside the bins, without rows."""
+        return self._sums
+
+    def _keep(self, rows: ReducedRows) -> None:
         end = self._length + rows.n
         if end > len(self._confidences):
             room = max(end, 2 * self._length, 1024)
+            room = room if self._limit is None else max(end, min(room, self._limit))
             self._confidences = np.resize(self._confidences, room)
             self._correct = np.resize(self._correct, room)
         self._confidences[self._length : end] = rows.confidences
         self._correct[self._length : end] = rows.correct
         self._length = end
-        sums = self._sums.class_sums
-        self._sums = ReducedRows(
-            confidences=self._confidences[:0],
-            correct=self._correct[:0],
-            nll=self._sums.nll + rows.nll,
-            brier=self._sums.brier + rows.brier,
-            n_classes=rows.n_classes,
-            class_sums=None if sums is None or rows.class_sums is None else sums + rows.class_sums,
-        )
 
-    def __len__(self) -> int:
-        return self._length
-
-    def rows(self) -> ReducedRows:
-        """All rows so far, as views."""
-        return ReducedRows(
-            confidences=self._confidences[: self._length],
-            correct=self._correct[: self._length],
-            nll=self._sums.nll,
-            brier=self._sums.brier,
-            n_classes=self._sums.n_classes,
-            class_sums=self._sums.class_sums,
-        )
+    def _fold(self) -> None:
+        if self._length:
+            self._bins.add(self._confidences[: self._length], self._correct[: self._length])
+            self._length = 0
 
 
 def reduce_rows(predictions: Any, references: Any, options: Options) -> ReducedRows:
