@@ -23,6 +23,7 @@ from .ece.binning import CalibrationBins
 from .evaluation import METRICS, SCALED, Metrics, flat_names, label_bins, set_metrics, with_aggregates
 from .losses import similarity_logits
 from .prompts import CaptionTable, class_embeddings
+from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
 from .suites import ShiftSet, ShiftSuite
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
 
@@ -166,6 +167,9 @@ class SuiteTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure accuracy and calibration of every set in one pass over the images.
 
+        Outside of training the reliability diagrams are written to ``<output_dir>/<prefix>_reliability.png`` and sent
+        to TensorBoard if it is among ``report_to`` (needs matplotlib; ``args.reliability_diagrams`` False: neither).
+
         Args:
             eval_dataset: ``None``: all sets of the suite. A name of one of them, or a dict of sets: metrics are called
                 ``eval_<set>_<metric>``. One set: ``eval_<metric>``.
@@ -196,6 +200,11 @@ class SuiteTrainer(Trainer):
         self.log(flat)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         self._memory_tracker.stop_and_update_metrics(flat)
+        if self.args.reliability_diagrams and not self.is_in_train and self.is_world_process_zero() and can_draw():
+            write_diagrams(diagrams_path(self.args.output_dir, prefix), self.bins, self.bins_ts, temperature)
+            callbacks, step = self.callback_handler.callbacks, self.state.global_step
+            send_diagrams(callbacks, self.bins, prefix=prefix, step=step)
+            send_diagrams(callbacks, self.bins_ts, prefix=prefix, step=step, ending="_ts")
         return flat
 
     def evaluation_loop(

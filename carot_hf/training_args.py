@@ -86,6 +86,7 @@ class CaRotTrainingArguments(TrainingArguments):
         parity: Do as the published code: decay all parameters, never clamp the logit scale.
         n_bins: Confidence bins of the calibration errors.
         calibration_criterion: What ``calibrate`` minimises on the validation split, "nll" or "ece".
+        reliability_diagrams: Draw the diagrams of each final evaluation.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
@@ -169,6 +170,14 @@ class CaRotTrainingArguments(TrainingArguments):
     calibration_criterion: str = field(
         default="nll",
         metadata={"help": "What the temperature minimises on the validation split.", "choices": ["nll", "ece"]},
+    )
+
+    reliability_diagrams: bool = field(
+        default=True,
+        metadata={
+            "help": "After each evaluation outside of training write reliability diagrams into output_dir and send "
+            "them to TensorBoard if it is among the reporters. Needs matplotlib."
+        },
     )
 
     @classmethod

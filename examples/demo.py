@@ -4,7 +4,7 @@
     python examples/demo.py --seeds 3      # means and ranges over three seeds
 
 Each method is one run of finetune_imagenet.py. At the end one table and one picture compare them; every run leaves its
-calibrated model, metrics.json and reliability.png in its own folder. Digits demonstrate the method; they are no
+calibrated model, metrics.json and eval_reliability.png in its own folder. Digits demonstrate the method; they are no
 evidence for ImageNet.
 """
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         "\nECE: expected calibration error, 10 bins, whole set (0 is calibrated). T: with the temperature that was"
         "\nfitted on the validation split. ID: UCI digits. OOD: mean over the shifted sets. Reliability diagrams:"
     )
-    for picture in sorted(options.output_dir.glob("**/reliability.png")):
+    for picture in sorted(options.output_dir.glob("**/*reliability.png")):
         print(f"  {picture}")
 
 

@@ -8,7 +8,7 @@ before what the suite recommends, which goes before the preset. An interrupted r
 bit, with the same command and --resume_from_checkpoint.
 
 In the output folder: the calibrated model and its processor (load them with CLIPModel.from_pretrained, or in the stock
-pipeline "zero-shot-image-classification"), metrics.json, reliability.png, and checkpoint-<step> folders.
+pipeline "zero-shot-image-classification"), metrics.json, eval_reliability.png, and checkpoint-<step> folders.
 """
 
 from __future__ import annotations
@@ -115,7 +115,6 @@ def main(argv: list[str]) -> dict[str, Any]:
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan, e.g. of empty bins, is no JSON
     if trainer.is_world_process_zero():
         (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        draw(trainer, output_dir / "reliability.png")
         print(f"\n{report['method']} on {script.suite}, temperature {calibration['temperature']:.3f}\n")
         print(table(suite, metrics))
         print(f"\nSaved to {output_dir}")
@@ -131,15 +130,6 @@ def table(suite: ShiftSuite, metrics: dict[str, float]) -> str:
     rows = {title: _of_set(metrics, name) for name, title in titles.items()}
     rows["mean of shifts"] = _of_set(metrics, "ood")
     return comparison_table(rows, [("accuracy", "accuracy"), ("ECE", "ece"), ("ECE after T", "ece_ts")])
-
-
-def draw(trainer: CaRotTrainer, path: Path) -> None:
-    """Write the reliability diagrams of all test sets, without and with the temperature."""
-    from carot_hf.plots import reliability_grid
-
-    columns = {"without T": trainer.bins, "with T": trainer.bins_ts}
-    grid = {name: {title: bins[name] for title, bins in columns.items()} for name in trainer.bins_ts}
-    reliability_grid(grid).savefig(path, dpi=100)
 
 
 def _of_set(metrics: dict[str, float], name: str) -> dict[str, float]:

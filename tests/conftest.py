@@ -108,6 +108,7 @@ def make_trainer(suite, processor, tmp_path):
             "save_strategy": "no",
             "disable_tqdm": True,
             "report_to": "none",
+            "reliability_diagrams": False,
             "use_cpu": True,
         }
         args = CaRotTrainingArguments.from_preset(preset, **{**defaults, **arguments})

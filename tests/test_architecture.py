@@ -35,9 +35,11 @@ ALLOWED = {
     "callbacks": {"teacher"},
     "evaluation": {"calibration", "ece.binning", "suites"},
     "plots": {"ece.binning"},
+    "reporting": {"ece.binning", "plots"},
     # floor 3: the trainer
     "suite_trainer": {
-        "calibration", "data", "ece.binning", "evaluation", "losses", "prompts", "suites", "training_args",
+        "calibration", "data", "ece.binning", "evaluation", "losses", "prompts", "reporting", "suites",
+        "training_args",
     },
     "trainer": {
         "callbacks", "checkpoints", "distributed", "losses", "suite_trainer", "suites", "teacher", "training_args",
@@ -58,6 +60,7 @@ THIRD_PARTY = {
     "digits": {"numpy", "PIL", "matplotlib", "mlxtend", "sklearn"},
     "evaluation": {"numpy", "torch"},
     "plots": {"numpy", "matplotlib"},
+    "reporting": {"numpy", "matplotlib"},
 }
 
 
