@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,10 @@ from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, sp
 from transformers.utils import logging
 
 from .calibration import bake_temperature, calibration_metrics, check_not_baked, fit_temperature
+from .classifier import CLIPClassifier, export_classifier
 from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, normalize_pixels
 from .ece.binning import CalibrationBins
 from .evaluation import METRICS, SCALED, Metrics, flat_names, label_bins, set_metrics, with_aggregates
-from .losses import similarity_logits
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
 from .suites import ShiftSet, ShiftSuite
@@ -34,7 +35,8 @@ class SuiteTrainer(Trainer):
     """A ``Trainer`` whose data are a :class:`~carot_hf.ShiftSuite` and whose model is a ``CLIPModel``.
 
     Args:
-        model: A ``CLIPModel``.
+        model: A ``CLIPModel``. With the objective "cross_entropy" it is turned into a
+            :class:`~carot_hf.CLIPClassifier` with the suite's zero-shot head; a classifier is taken as it is.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
         processing_class: The model's ``CLIPProcessor``.
@@ -65,10 +67,11 @@ class SuiteTrainer(Trainer):
     ) -> None:
         args = CaRotTrainingArguments() if args is None else args
         _check_options(args, suite, processing_class, compute_metrics, kwargs)
-        if model is not None:
-            _prepare(model, processing_class)
         self.suite = suite
         self._processor = processing_class
+        self._objective = args.objective
+        if model is not None:
+            model = self._prepared(model)
         self._transform = ImageTransform.from_processor(processing_class)
         super().__init__(
             model=model,
@@ -81,8 +84,7 @@ class SuiteTrainer(Trainer):
             **kwargs,
         )
         _check_launch(args)
-        context = self.model.config.text_config.max_position_embeddings
-        self.captions = CaptionTable(processing_class, suite.class_names, suite.templates, context)
+        self.captions = self._captions(self.model)
         if data_collator is None:
             self.data_collator = CaRotCollator(self._transform, self.captions, self._data_seed)
         self.label_names = ["labels"]
@@ -118,9 +120,38 @@ class SuiteTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Make a model with ``model_init`` and prepare it as one that is passed in."""
-        model = super().call_model_init(trial)
-        _prepare(model, self._processor)
+        return self._prepared(super().call_model_init(trial))
+
+    def _prepared(self, model: Any) -> Any:
+        """Check a model, bring it to float32, align its markers; make the classifier that FT trains of a CLIPModel."""
+        kinds = (CLIPModel, CLIPClassifier) if self._objective == "cross_entropy" else (CLIPModel,)
+        if not isinstance(model, kinds):
+            raise TypeError(
+                f"Expected a transformers.{' or a '.join(kind.__name__ for kind in kinds)}, got {type(model).__name__} "
+                f"for the objective '{self._objective}'. Load the checkpoint with "
+                "CLIPModel.from_pretrained(..., dtype=torch.float32)."
+            )
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+            logger.info("The model comes in half precision; it is trained and saved in float32. `bf16` is for speed.")
+            model.float()
+        if isinstance(model, CLIPModel):
+            _align_markers(model, self._processor)
+            if self._objective == "contrastive":
+                return model
+            head = class_embeddings(model, self._captions(model))
+            return CLIPClassifier.from_clip(model, head, self.suite.class_names)
+        if model.head.out_features != len(self.suite.class_names):
+            raise ValueError(
+                f"Expected a classifier of the {len(self.suite.class_names)} classes of suite '{self.suite.name}', got "
+                f"one of {model.head.out_features}. Start from a CLIPModel, or from a classifier of this suite."
+            )
         return model
+
+    def _captions(self, model: Any) -> CaptionTable:
+        """Tokenise the captions; a classifier has no text tower whose context they could exceed."""
+        text = getattr(model.config, "text_config", None)
+        context = self._processor.tokenizer.model_max_length if text is None else text.max_position_embeddings
+        return CaptionTable(self._processor, self.suite.class_names, self.suite.templates, context)
 
     def _training_set(self, data: Any) -> ShiftSet | None:
         if data is None:
@@ -270,6 +301,19 @@ class SuiteTrainer(Trainer):
         bake_temperature(self.model, temperature, record=record)
         return dict(self.model.config.calibration)
 
+    def export_classifier(self) -> CLIPClassifier:
+        """Return the model as a classifier of the suite's classes, with its head and its temperature.
+
+        It gives the probabilities that :meth:`predict` gives, needs no text tower, and works in the stock pipeline
+        "image-classification".
+        """
+        network = self.accelerator.unwrap_model(self.model)
+        if isinstance(network, CLIPClassifier):
+            return copy.deepcopy(network)
+        with torch.no_grad():
+            classes = class_embeddings(network, self.captions)
+        return export_classifier(network, classes, self.suite.class_names)
+
     def _sets(self, eval_dataset: Any) -> tuple[bool, dict[str, ShiftSet]]:
         """Return whether the metrics carry the names of the sets, and the sets."""
         known = self.eval_dataset
@@ -304,14 +348,19 @@ class SuiteTrainer(Trainer):
         return _joined(output.predictions), None if output.label_ids is None else _joined(output.label_ids)
 
     @torch.no_grad()
-    def _head(self) -> Tensor:
-        """Embed the classes with the evaluated model: ``(K, D)`` float32, CPU."""
+    def _head(self) -> tuple[Tensor, Tensor]:
+        """Weight ``(K, D)`` and bias ``(K,)``, float32, CPU, that turn the evaluated model's embeddings into logits."""
+        network = self._network
+        if isinstance(network, CLIPClassifier):
+            return network.head.weight.float().cpu(), network.head.bias.float().cpu()
         with self.accelerator.autocast():
-            return class_embeddings(self._network, self.captions).cpu()
+            classes = class_embeddings(network, self.captions).cpu()
+        weight = network.logit_scale.float().exp().cpu() * classes
+        return weight, torch.zeros(len(weight))
 
-    def _class_logits(self, embeds: Tensor, head: Tensor) -> Tensor:
-        """Compare embeddings ``(n, D)`` with the head: ``(n, K)`` float32, CPU."""
-        return similarity_logits(embeds, head, self._network.logit_scale.detach().cpu())
+    def _class_logits(self, embeds: Tensor, head: tuple[Tensor, Tensor]) -> Tensor:
+        """Apply the head to embeddings ``(n, D)``: ``(n, K)`` float32, CPU."""
+        return F.linear(embeds, *head)
 
     def _set_metrics(self, logits: Tensor, labels: Tensor, temperature: float | None = None) -> Metrics:
         metrics = set_metrics(logits, labels, n_bins=self.args.n_bins, temperature=temperature)
@@ -380,19 +429,6 @@ def _align_markers(model: Any, processor: Any) -> None:
     for module in model.text_model.modules():
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = config.eos_token_id
-
-
-def _prepare(model: Any, processor: Any) -> None:
-    """Check a model before training, bring it to float32 and align its markers."""
-    if not isinstance(model, CLIPModel):
-        raise TypeError(
-            f"Expected a transformers.CLIPModel, got {type(model).__name__}. Load the checkpoint with "
-            "CLIPModel.from_pretrained(..., dtype=torch.float32)."
-        )
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
-        logger.info("The model comes in half precision; it is trained and saved in float32. `bf16` is for speed.")
-        model.float()
-    _align_markers(model, processor)
 
 
 def _check_launch(args: CaRotTrainingArguments) -> None:

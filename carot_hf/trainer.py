@@ -14,19 +14,23 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 from transformers.utils import logging
 
-from .callbacks import LogitScaleCallback, TeacherCallback
+from .callbacks import LogitScaleCallback, Schedule, TeacherCallback
 from .checkpoints import checkpoint_folders, is_complete, newest_complete_checkpoint
+from .classifier import linear_probe
 from .distributed import gather_rows, local_columns
 from .losses import (
     contrastive_loss,
+    cross_entropy_loss,
     cross_norm_penalty,
     distillation_loss,
+    feature_distillation_loss,
     orthogonality_penalty,
+    same_class_targets,
     similarity_logits,
 )
 from .suite_trainer import SuiteTrainer
 from .suites import ShiftSuite
-from .teacher import Teacher, ema_momentum
+from .teacher import Teacher, beta_momentum, ema_momentum, half_life
 from .training_args import CaRotTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -44,7 +48,7 @@ class CaRotTrainer(SuiteTrainer):
         processing_class: The model's ``CLIPProcessor``.
         **kwargs: ``data_collator``, ``compute_metrics`` as for :class:`SuiteTrainer`; the rest as for ``Trainer``.
     Attributes:
-        teacher: The :class:`~carot_hf.Teacher`, ``None`` when ``distillation_weight`` is 0.
+        teacher: The :class:`~carot_hf.Teacher`, ``None`` when no term of the loss needs one.
         bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature.
     Raises:
         TypeError: If the model is not a ``CLIPModel``.
@@ -74,15 +78,11 @@ class CaRotTrainer(SuiteTrainer):
             self.add_callback(LogitScaleCallback(options.max_logit_multiplier))
         self.teacher: Teacher | None = None
         self._teacher_callback: TeacherCallback | None = None
-        if options.distillation_weight:
+        _freeze(self.model, options.freeze)
+        if options.needs_teacher:
             self.teacher = Teacher(self.model)
-            schedule = partial(
-                ema_momentum,
-                start=options.teacher_momentum_start,
-                end=options.teacher_momentum_end,
-                ramp=options.teacher_momentum_ramp,
-            )
-            self._teacher_callback = TeacherCallback(self.teacher, schedule, options.teacher_update_every)
+            update_every = 0 if options.teacher == "frozen" else options.teacher_update_every
+            self._teacher_callback = TeacherCallback(self.teacher, _schedule(options), update_every)
             self.add_callback(self._teacher_callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -102,6 +102,8 @@ class CaRotTrainer(SuiteTrainer):
             logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
             del self.model.config.calibration
         self._term_sums, self._term_steps = {}, 0.0
+        if self.args.linear_probe and resume_from_checkpoint is None:
+            self._fit_head()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._check_weights()
         return output
@@ -144,7 +146,9 @@ class CaRotTrainer(SuiteTrainer):
         """
         weights = {
             "contrastive": 1.0,
+            "cross_entropy": 1.0,
             "distillation": self.args.distillation_weight,
+            "feature_distillation": self.args.feature_distillation_weight,
             "orthogonality": self.args.orthogonality_weight,
             "cross_norm": self.args.cross_norm_weight,
         }
@@ -156,25 +160,58 @@ class CaRotTrainer(SuiteTrainer):
 
     def loss_terms(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Compute the loss terms by name, unweighted, and the model's output."""
+        epsilon = self.args.label_smoothing_factor
+        if self.args.objective == "cross_entropy":
+            outputs = model(pixel_values=inputs["pixel_values"])
+            return {
+                "cross_entropy": cross_entropy_loss(outputs.logits, inputs["labels"], label_smoothing=epsilon)
+            }, outputs
         student = self.accelerator.unwrap_model(model)
         pairs = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}
         outputs = model(**pairs)
-        logits = _batch_logits(outputs, student.logit_scale, with_grad=True)
-        columns = local_columns(len(logits[0]), logits[0].device)
-        epsilon = self.args.label_smoothing_factor
-        terms = {"contrastive": contrastive_loss(*logits, columns, label_smoothing=epsilon)}
+        embeds = _unit_embeds(outputs)
+        logits = _batch_logits(*embeds, student.logit_scale, with_grad=True)
+        targets, ignore = self._targets(inputs, logits[0])
+        terms = {"contrastive": contrastive_loss(*logits, targets, label_smoothing=epsilon, ignore=ignore)}
         if self.teacher is not None:
             network: Any = self.teacher.model
             with torch.no_grad(), self.accelerator.autocast():
-                taught = network(**pairs)
-            terms["distillation"] = distillation_loss(
-                *logits, *_batch_logits(taught, network.logit_scale, with_grad=False)
-            )
+                taught = _unit_embeds(network(**pairs))
+            if self.args.distillation_weight:
+                teacher_logits = _batch_logits(*taught, network.logit_scale, with_grad=False)
+                terms["distillation"] = distillation_loss(*logits, *teacher_logits)
+            if self.args.feature_distillation_weight:
+                terms["feature_distillation"] = feature_distillation_loss(*embeds, *taught)
         if self.args.orthogonality_weight:
             terms["orthogonality"] = orthogonality_penalty(student.visual_projection.weight)
         if self.args.cross_norm_weight:
             terms["cross_norm"] = cross_norm_penalty(student.visual_projection.weight, student.text_projection.weight)
         return terms, outputs
+
+    def _targets(self, inputs: Mapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Targets and ignored columns of the contrastive loss for the rows of this device."""
+        columns = local_columns(len(logits), logits.device)
+        if self.args.same_class == "negative":
+            return columns, None
+        if "labels" not in inputs:
+            raise ValueError(
+                f"Expected `labels` in the batch for `same_class` '{self.args.same_class}', got {sorted(inputs)}. "
+                "Let the data collator add them, or use 'negative'."
+            )
+        labels = inputs["labels"]
+        return same_class_targets(labels, gather_rows(labels, with_grad=False), columns, self.args.same_class)
+
+    def _fit_head(self) -> None:
+        """Fit the linear head on the frozen features of the training images, as evaluation sees them."""
+        logger.info("Linear probe: fitting the head on frozen features before the first step.")
+        embeds, labels = self._embed(self.get_eval_dataloader(self.train_dataset), "Linear probe", "probe")
+        if labels is None:
+            raise ValueError("Expected labels in the training set, got none. A linear probe needs them.")
+        network = self.accelerator.unwrap_model(self.model)
+        fitted = linear_probe(embeds, labels, *self._head(), label_smoothing=self.args.label_smoothing_factor)
+        with torch.no_grad():
+            network.head.weight.copy_(fitted[0])
+            network.head.bias.copy_(fitted[1])
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of matrices and higher tensors; with ``parity`` of all parameters, as published."""
@@ -197,8 +234,12 @@ class CaRotTrainer(SuiteTrainer):
                 logs[name] = self.accelerator.reduce(total / self._term_steps, reduction="mean").item()
             self._term_sums, self._term_steps = {}, 0.0
             if self._teacher_callback is not None and self._teacher_callback.momentum is not None:
-                logs["teacher_momentum"] = self._teacher_callback.momentum
-            logs["logit_multiplier"] = self.model.logit_scale.detach().float().exp().item()
+                momentum = self._teacher_callback.momentum
+                logs["teacher_momentum"] = momentum
+                if momentum < 1:
+                    logs["teacher_half_life"] = half_life(momentum, self._teacher_callback.update_every)
+            if isinstance(self.model, CLIPModel):
+                logs["logit_multiplier"] = self.model.logit_scale.detach().float().exp().item()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -228,6 +269,19 @@ class CaRotTrainer(SuiteTrainer):
             )
         self.teacher.load_state_dict(load_file(str(path)))
 
+    def save_teacher(self, output_dir: str | Path) -> None:
+        """Save the teacher as a model of its own, with the processor; load it with ``CLIPModel.from_pretrained``.
+
+        Raises:
+            RuntimeError: If there is no teacher.
+        """
+        if self.teacher is None:
+            raise RuntimeError("Expected a teacher to save, got none. Train with `distillation_weight` > 0.")
+        if self.args.should_save:
+            network: Any = self.teacher.model
+            network.save_pretrained(output_dir)
+            self.processing_class.save_pretrained(output_dir)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -254,10 +308,35 @@ class CaRotTrainer(SuiteTrainer):
             return super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_teacher")
 
 
-def _batch_logits(outputs: Any, logit_scale: Tensor, *, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """Compare this device's samples with the whole batch: two ``(b, B)`` float32 matrices, rows image and text."""
+def _unit_embeds(outputs: Any) -> tuple[Tensor, Tensor]:
+    """Image and text embeddings of length 1, ``(b, D)`` float32 each."""
     with torch.autocast(outputs.image_embeds.device.type, enabled=False):
-        image = F.normalize(outputs.image_embeds.float(), dim=-1)  # (b, D)
-        text = F.normalize(outputs.text_embeds.float(), dim=-1)  # (b, D)
-        all_image, all_text = gather_rows(image, with_grad=with_grad), gather_rows(text, with_grad=with_grad)
-        return similarity_logits(image, all_text, logit_scale), similarity_logits(text, all_image, logit_scale)
+        return F.normalize(outputs.image_embeds.float(), dim=-1), F.normalize(outputs.text_embeds.float(), dim=-1)
+
+
+def _batch_logits(image: Tensor, text: Tensor, logit_scale: Tensor, *, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """Compare this device's samples with the whole batch: two ``(b, B)`` float32 matrices, rows image and text."""
+    all_image, all_text = gather_rows(image, with_grad=with_grad), gather_rows(text, with_grad=with_grad)
+    return similarity_logits(image, all_text, logit_scale), similarity_logits(text, all_image, logit_scale)
+
+
+def _schedule(options: CaRotTrainingArguments) -> Schedule:
+    """Momentum of the teacher as a function of the step and the number of steps."""
+    if options.teacher == "beta":
+        return partial(beta_momentum, update_every=options.teacher_update_every, beta=options.teacher_beta)
+    return partial(
+        ema_momentum,
+        start=options.teacher_momentum_start,
+        end=options.teacher_momentum_end,
+        ramp=options.teacher_momentum_ramp,
+    )
+
+
+def _freeze(model: Any, tower: str | None) -> None:
+    """Exempt a tower and its projection from training."""
+    if tower is not None:
+        for part in (
+            getattr(model, f"{tower}_model"),
+            getattr(model, f"{tower}_projection".replace("vision", "visual")),
+        ):
+            part.requires_grad_(False)

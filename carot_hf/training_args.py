@@ -11,7 +11,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .losses import SAME_CLASS
 from .teacher import check_momentum
+
+TEACHERS = ("ema", "frozen", "beta")
+_WEIGHTS = ("distillation_weight", "feature_distillation_weight", "orthogonality_weight", "cross_norm_weight")
 
 _LOWER_IS_BETTER = ("loss", "nll", "ece", "ece_ts", "nll_ts", "ece_batch_mean", "mce", "brier", "overconfidence")
 DEFAULT_BEST_METRIC = "eval_validation_nll"
@@ -26,6 +30,32 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
+    "ft": Preset(
+        {"objective": "cross_entropy", "distillation_weight": 0.0, "learning_rate": 3e-5, "max_grad_norm": 1.0},
+        "Cross-entropy of a linear head that starts as the zero-shot classes; the text tower is left behind. CaRot "
+        "2023, A.1; WiSE-FT (arXiv 2109.01903).",
+    ),
+    "ft-ls": Preset(
+        {
+            "objective": "cross_entropy",
+            "distillation_weight": 0.0,
+            "learning_rate": 3e-5,
+            "max_grad_norm": 1.0,
+            "label_smoothing_factor": 0.1,
+        },
+        "ft with smoothed targets. CaRot 2023, Table 1; the paper picks epsilon from {0.01, 0.03, 0.05, 0.1, 0.2} on "
+        "the validation split.",
+    ),
+    "lp-ft": Preset(
+        {
+            "objective": "cross_entropy",
+            "linear_probe": True,
+            "distillation_weight": 0.0,
+            "learning_rate": 3e-5,
+            "max_grad_norm": 1.0,
+        },
+        "A linear probe on the frozen tower first, then ft from that head. Kumar et al. 2022 (arXiv 2202.10054).",
+    ),
     "flyp": Preset(
         {"distillation_weight": 0.0},
         "Contrastive loss alone. FLYP (arXiv 2212.00638); the baseline of CaRot's Table 1.",
@@ -43,6 +73,18 @@ PRESETS: dict[str, Preset] = {
         {"distillation_weight": 3.0, "orthogonality_weight": 0.2, "cross_norm_weight": 0.05},
         "The NeurIPS 2024 version: with both projections held apart and the visual one near orthonormal. Its code "
         "halves the contrastive term but sums the two directions of the distillation with weight 1.5: 3.0 here.",
+    ),
+    "tracer": Preset(
+        {
+            "distillation_weight": 1.8,
+            "feature_distillation_weight": 0.9,
+            "cross_norm_weight": 0.05,
+            "teacher": "beta",
+            "teacher_update_every": 1,
+        },
+        "Distillation of features and of contrastive relations from a beta-weighted mean of all snapshots. TRACER "
+        "(arXiv 2605.29380): its FD + CRD, 0.9 (L_fd + 2 L_kd), without ICL and CrossKD. The published code weighs "
+        "0.9 (3.906 L_fd + L_kd + ICL + CrossKD) and flips images.",
     ),
 }
 
@@ -75,9 +117,18 @@ class CaRotTrainingArguments(TrainingArguments):
     </Tip>
 
     Args:
+        objective: "contrastive": image-caption pairs. "cross_entropy": a linear head on the image tower (FT); the model
+            becomes a :class:`~carot_hf.CLIPClassifier`.
+        linear_probe: Fit the head on frozen features before the first step (LP-FT).
+        same_class: What other samples of the same class are in the contrastive loss: "negative" (as published),
+            "positive" or "ignore"; see :func:`~carot_hf.losses.same_class_targets`.
+        freeze: Tower that is not trained, with its projection: "vision" or "text".
         distillation_weight: lambda, the weight of the distillation from the teacher; 0: no teacher.
+        feature_distillation_weight: Weight of the squared distance to the teacher's embeddings (TRACER).
         orthogonality_weight: Weight of ``|| W_v^T W_v - I ||_F`` on the visual projection.
         cross_norm_weight: Weight of ``|| W_v W_t^T ||_F`` of the two projections.
+        teacher: "ema" (CaRot), "frozen" (the pretrained model), or "beta" (TRACER's weighted mean of all snapshots).
+        teacher_beta: b of the "beta" teacher's kernel.
         teacher_update_every: Optimizer steps between updates of the teacher; 0: it stays the pretrained model.
         teacher_momentum_start: m0, weight of the old teacher in an update at step 0.
         teacher_momentum_end: m1, its weight after the ramp.
@@ -140,8 +191,33 @@ class CaRotTrainingArguments(TrainingArguments):
             "const": "latest",
         },
     )
+    objective: str = field(
+        default="contrastive",
+        metadata={
+            "help": "'contrastive': image-caption pairs. 'cross_entropy': a linear head on the image tower.",
+            "choices": ["contrastive", "cross_entropy"],
+        },
+    )
+    linear_probe: bool = field(
+        default=False, metadata={"help": "With 'cross_entropy': fit the head on frozen features first (LP-FT)."}
+    )
+    same_class: str = field(
+        default="negative",
+        metadata={
+            "help": "What other samples of the same class in the batch are: 'negative' (as published), 'positive' "
+            "(they share the target) or 'ignore' (left out).",
+            "choices": list(SAME_CLASS),
+        },
+    )
+    freeze: str | None = field(
+        default=None,
+        metadata={"help": "Tower that is not trained, with its projection.", "choices": ["vision", "text"]},
+    )
     distillation_weight: float = field(
         default=0.75, metadata={"help": "Weight (lambda) of the distillation from the EMA teacher. 0: no teacher."}
+    )
+    feature_distillation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the squared distance to the teacher's embeddings (TRACER)."}
     )
     orthogonality_weight: float = field(
         default=0.0, metadata={"help": "Weight of the orthogonality penalty on the visual projection (CaRot-2024)."}
@@ -149,6 +225,14 @@ class CaRotTrainingArguments(TrainingArguments):
     cross_norm_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-norm penalty on the two projections (CaRot-2024)."}
     )
+    teacher: str = field(
+        default="ema",
+        metadata={
+            "help": "How the teacher follows the student: 'ema' (CaRot), 'frozen' (never) or 'beta' (TRACER).",
+            "choices": list(TEACHERS),
+        },
+    )
+    teacher_beta: float = field(default=0.5, metadata={"help": "b of the 'beta' teacher's kernel Beta(b, b)."})
     teacher_update_every: int = field(
         default=500, metadata={"help": "Optimizer steps between updates of the teacher. 0: it is never updated."}
     )
@@ -185,7 +269,7 @@ class CaRotTrainingArguments(TrainingArguments):
         """Make arguments from a method's name.
 
         Args:
-            preset: A key of ``PRESETS``: "flyp", "flyp-ls", "carot" or "carot-2024".
+            preset: A key of ``PRESETS``: "ft", "ft-ls", "lp-ft", "flyp", "flyp-ls", "carot", "carot-2024", "tracer".
             **overrides: Any argument, ``output_dir`` first of all; they go before the preset. For a suite pass
                 ``**{**suite.recommended, ...}``.
         Raises:
@@ -202,12 +286,18 @@ class CaRotTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether a term of the loss reads a teacher."""
+        return self.distillation_weight > 0 or self.feature_distillation_weight > 0
+
+    @property
     def clamps_logit_scale(self) -> bool:
         """Whether ``exp(logit_scale)`` is clamped during training."""
-        return self.max_logit_multiplier > 0 and not self.parity
+        return self.max_logit_multiplier > 0 and not self.parity and self.objective == "contrastive"
 
     def _check_ranges(self) -> None:
-        for name in ("distillation_weight", "orthogonality_weight", "cross_norm_weight", "max_logit_multiplier"):
+        self._check_objective()
+        for name in (*_WEIGHTS, "max_logit_multiplier"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"Expected `{name}` >= 0 and finite, got {getattr(self, name)}. 0 switches it off.")
         for name in ("teacher_momentum_start", "teacher_momentum_end"):
@@ -226,6 +316,8 @@ class CaRotTrainingArguments(TrainingArguments):
                 f"Expected `label_smoothing_factor` in [0, 1), got {self.label_smoothing_factor}. "
                 "It is the share of the target that is spread evenly."
             )
+        if not 0 < self.teacher_beta < float("inf"):
+            raise ValueError(f"Expected `teacher_beta` > 0, got {self.teacher_beta}. TRACER uses 0.5.")
         if self.n_bins < 1:
             raise ValueError(f"Expected `n_bins` >= 1, got {self.n_bins}. The papers use 10.")
         if self.calibration_criterion not in ("nll", "ece"):
@@ -243,6 +335,34 @@ class CaRotTrainingArguments(TrainingArguments):
             raise ValueError(
                 "Expected `bf16_full_eval` and `fp16_full_eval` False, got True. They round the model's own weights, "
                 "and with them the scale that calibration sets; use `bf16` or `fp16`, which act in evaluation too."
+            )
+
+    def _check_objective(self) -> None:
+        for name, known in (
+            ("objective", ("contrastive", "cross_entropy")),
+            ("teacher", TEACHERS),
+            ("same_class", SAME_CLASS),
+            ("freeze", (None, "vision", "text")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Expected `{name}` to be one of {known}, got {getattr(self, name)!r}. Choose one.")
+        if self.objective == "contrastive":
+            if self.linear_probe:
+                raise ValueError(
+                    "Expected `linear_probe` False with the contrastive objective, got True. There is no linear head; "
+                    "use the preset 'lp-ft' or `objective` 'cross_entropy'."
+                )
+            return
+        for name in _WEIGHTS:
+            if getattr(self, name):
+                raise ValueError(
+                    f"Expected `{name}` 0 with the objective 'cross_entropy', got {getattr(self, name)}. It needs both "
+                    "towers; set it to 0, or use a preset with the contrastive objective."
+                )
+        if self.same_class != "negative" or self.freeze == "text":
+            raise ValueError(
+                f"Expected `same_class` 'negative' and `freeze` None or 'vision' with the objective 'cross_entropy', "
+                f"got {self.same_class!r} and {self.freeze!r}. A linear head knows no pairs and no text tower."
             )
 
     def _set_best_metric(self) -> None:

@@ -30,7 +30,7 @@ ALLOWED = {
     "prompts": set(),
     "data": {"prompts"},
     "suites": {"prompts", "digits"},
-    "training_args": {"teacher"},
+    "training_args": {"losses", "teacher"},
     # floor 2: when and what to show
     "callbacks": {"teacher"},
     "evaluation": {"calibration", "ece.binning", "suites"},
@@ -38,11 +38,11 @@ ALLOWED = {
     "reporting": {"ece.binning", "plots"},
     # floor 3: the trainer
     "suite_trainer": {
-        "calibration", "data", "ece.binning", "evaluation", "losses", "prompts", "reporting", "suites",
+        "calibration", "classifier", "data", "ece.binning", "evaluation", "prompts", "reporting", "suites",
         "training_args",
     },
     "trainer": {
-        "callbacks", "checkpoints", "distributed", "losses", "suite_trainer", "suites", "teacher", "training_args",
+        "callbacks", "checkpoints", "classifier", "distributed", "losses", "suite_trainer", "suites", "teacher", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {

@@ -288,7 +288,7 @@ def test_calibrate_fits_on_validation_and_bakes(make_trainer, suite, processor, 
     assert (record["split"], record["n"], record["criterion"]) == ("validation", 15, criterion)
     assert record["templates"] == suite.templates
     assert record["nll_before"] == pytest.approx(before["eval_validation_nll"], abs=1e-6)
-    assert record["nll_after"] == pytest.approx(after["eval_validation_nll"], abs=1e-6)
+    assert record["nll_after"] == pytest.approx(after["eval_validation_nll"], abs=1e-5)
     assert record[f"{criterion}_after"] < record[f"{criterion}_before"]
     for name in ("home", "far", "part", "id", "ood"):
         assert after[f"eval_{name}_ece"] == pytest.approx(before[f"eval_{name}_ece_ts"], abs=1e-6)

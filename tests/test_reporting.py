@@ -56,7 +56,8 @@ def test_single_sets_and_other_prefixes_have_their_own_file(make_trainer, suite,
     assert [list(cells) for cells in drawn[0].values()] == [["as trained"]]
 
 
-def test_the_option_switches_it_off(make_trainer, drawn):
+def test_the_option_switches_it_off(make_trainer, drawn, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer = make_trainer(report_to="tensorboard")
     trainer.evaluate()
     assert not drawn
