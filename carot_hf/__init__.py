@@ -8,25 +8,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CLIPClassifier": "classifier",
     "CaRotTrainer": "trainer",
     "CaRotTrainingArguments": "training_args",
     "ShiftSet": "suites",
     "ShiftSuite": "suites",
     "Teacher": "teacher",
     "TeacherCallback": "callbacks",
+    "alpha_sweep": "merging",
     "bake_temperature": "calibration",
     "calibration_metrics": "calibration",
+    "clip_from_state_dict": "convert",
     "confidence_histogram": "plots",
+    "export_classifier": "classifier",
     "fit_temperature": "calibration",
+    "greedy_soup": "merging",
+    "interpolate": "merging",
+    "load_clip_checkpoint": "convert",
     "load_ece": "metric",
     "load_suite": "suites",
     "reliability_diagram": "plots",
     "unbake_temperature": "calibration",
+    "uniform_soup": "merging",
 }
 
 if TYPE_CHECKING:
     from .calibration import bake_temperature, calibration_metrics, fit_temperature, unbake_temperature
     from .callbacks import TeacherCallback
+    from .classifier import CLIPClassifier, export_classifier
+    from .convert import clip_from_state_dict, load_clip_checkpoint
+    from .merging import alpha_sweep, greedy_soup, interpolate, uniform_soup
     from .metric import load_ece
     from .plots import confidence_histogram, reliability_diagram
     from .suites import ShiftSet, ShiftSuite, load_suite
@@ -35,6 +46,7 @@ if TYPE_CHECKING:
     from .training_args import CaRotTrainingArguments
 
 __all__ = [
+    "CLIPClassifier",
     "CaRotTrainer",
     "CaRotTrainingArguments",
     "ShiftSet",
@@ -42,14 +54,21 @@ __all__ = [
     "Teacher",
     "TeacherCallback",
     "__version__",
+    "alpha_sweep",
     "bake_temperature",
     "calibration_metrics",
+    "clip_from_state_dict",
     "confidence_histogram",
+    "export_classifier",
     "fit_temperature",
+    "greedy_soup",
+    "interpolate",
+    "load_clip_checkpoint",
     "load_ece",
     "load_suite",
     "reliability_diagram",
     "unbake_temperature",
+    "uniform_soup",
 ]
 
 

@@ -6,7 +6,7 @@ is computed anew from rows. No pyplot: figures are returned, never shown or kept
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 OVER, UNDER = "#D55E00", "#0072B2"  # told apart by colour-blind readers; the hatches tell them apart in print
 OVER_HATCH, UNDER_HATCH = "//", "\\\\"
 _BAR, _EDGE, _NOISE = "#D4D4D4", "#555555", "#C9B800"
+_LINES = ["-", "--", ":", "-."]
+_MARKERS = "osD^vP*X<>h8"
+_COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
 _NOISE_SDS = 1.96  # 95 % of a normal distribution
 
 
@@ -123,6 +126,48 @@ def reliability_grid(tables: Mapping[str, Mapping[str, CalibrationBins]], *, tit
         ax.set_xlabel("confidence")
     if title is not None:
         figure.suptitle(title)
+    return figure
+
+
+def id_ood_scatter(
+    points: Mapping[str, tuple[float, float]],
+    curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    *,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Accuracy under shift against accuracy at home: one mark a method, one line a sweep such as WiSE-FT's.
+
+    Args:
+        points: ``{method: (accuracy in distribution, accuracy under shift)}``, fractions. Marks differ in shape as
+            well as in colour.
+        curves: ``{name: [(in distribution, under shift), ...]}`` in the order of the sweep.
+        title: Shown above.
+        ax: Draw here; by default in a new figure.
+
+    Returns:
+        The new figure, or that of ``ax``.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is no point.
+    """
+    if not points:
+        raise ValueError("Expected at least one point, got none. Pass {method: (id_accuracy, ood_accuracy)}.")
+    figure = _new_figure((6.4, 4.8)) if ax is None else ax.figure.figure
+    target = figure.subplots() if ax is None else ax
+    for line, (name, path) in zip(_LINES * len(curves or {}), (curves or {}).items(), strict=False):
+        xs, ys = zip(*path, strict=True)
+        label = f"{name}, sweep"
+        target.plot(xs, ys, color=_EDGE, linestyle=line, marker=".", markersize=4, zorder=1, label=label)
+    for i, (name, (home, shifted)) in enumerate(points.items()):
+        color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
+        target.plot([home], [shifted], color=color, marker=marker, linestyle="none", markersize=8, label=name)
+    target.set(xlabel="accuracy in distribution", ylabel="accuracy under shift (mean)")
+    target.grid(alpha=0.3)
+    target.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    if title is not None:
+        target.set_title(title)
     return figure
 
 

@@ -81,5 +81,5 @@ def _pixels(figure: Any) -> NDArray[np.uint8]:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())
-    return pixels[..., :3].copy()
+    pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels

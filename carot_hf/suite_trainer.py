@@ -352,7 +352,7 @@ class SuiteTrainer(Trainer):
         """Weight ``(K, D)`` and bias ``(K,)``, float32, CPU, that turn the evaluated model's embeddings into logits."""
         network = self._network
         if isinstance(network, CLIPClassifier):
-            return network.head.weight.float().cpu(), network.head.bias.float().cpu()
+            return network.head.weight.detach().float().cpu(), network.head.bias.detach().float().cpu()
         with self.accelerator.autocast():
             classes = class_embeddings(network, self.captions).cpu()
         weight = network.logit_scale.float().exp().cpu() * classes

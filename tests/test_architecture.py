@@ -26,7 +26,10 @@ ALLOWED = {
     "checkpoints": set(),
     "digits": set(),
     "calibration": {"ece.binning"},
-    # floor 1: data and options
+    "merging": set(),
+    # floor 1: data, options, and models beside CLIPModel
+    "classifier": set(),
+    "convert": set(),
     "prompts": set(),
     "data": {"prompts"},
     "suites": {"prompts", "digits"},
@@ -57,6 +60,9 @@ THIRD_PARTY = {
     "distributed": {"torch"},
     "checkpoints": set(),
     "calibration": {"numpy", "torch"},
+    "merging": {"torch"},
+    "classifier": {"torch", "transformers"},
+    "convert": {"torch", "safetensors", "transformers"},
     "digits": {"numpy", "PIL", "matplotlib", "mlxtend", "sklearn"},
     "evaluation": {"numpy", "torch"},
     "plots": {"numpy", "matplotlib"},

@@ -1,0 +1,145 @@
+"""WiSE-FT: the models on the line from a zero-shot to a fine-tuned one, each with its own temperature.
+
+    python examples/interpolate.py --fine_tuned out/carot --suite digits --output_dir out/wise
+    python examples/interpolate.py --fine_tuned out/carot --suite digits --output_dir out/wise --alpha 0.5 --save
+
+takes about a minute and a half on two cores without a GPU and prints one row for each alpha, the weight of the
+fine-tuned end: accuracy and ECE in distribution (ID) and as mean over the shifted sets (OOD), the ECE without and with
+the temperature T. T is fitted anew for each alpha, on the validation split: averaging weights changes the confidence.
+
+The ends are merged without temperatures: one that is baked into an end is taken out first. The fine-tuned end may be a
+CLIPModel or a CLIPClassifier (presets ft, ft-ls, lp-ft); for a classifier the zero-shot end gets the suite's head.
+
+In the output folder: sweep.json (all metrics), sweep.csv (the table) and with --save the merged model of --alpha,
+calibrated, with its processor, in model/. Alpha is a choice like any other: fix it beforehand (0.5 is WiSE-FT's) or
+choose it by the validation metrics in sweep.json, never by the shifted sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo import COLUMNS
+from finetune_imagenet import START_MODELS
+from transformers import AutoConfig, CLIPModel, CLIPProcessor
+from transformers.trainer_callback import PrinterCallback
+
+from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
+from carot_hf.classifier import CLIPClassifier
+from carot_hf.evaluation import comparison_table
+from carot_hf.merging import SWEEP, alpha_sweep, interpolate
+
+KINDS = {"clip": CLIPModel, "clip_classifier": CLIPClassifier}
+TABLE = [*COLUMNS, ("T", "eval_temperature")]
+
+
+def main(argv: Sequence[str]) -> list[dict[str, float]]:
+    """Run the sweep; return what sweep.json holds under "rows"."""
+    options = parse(argv)
+    suite = load_suite(options.suite)
+    zero_shot, fine_tuned = (load_end(end) for end in (options.zero_shot, options.fine_tuned))
+    processor = CLIPProcessor.from_pretrained(options.fine_tuned)
+    objective = "cross_entropy" if isinstance(fine_tuned, CLIPClassifier) else "contrastive"
+    if objective == "cross_entropy":  # the trainer turns a CLIPModel into a classifier of the suite
+        zero_shot = make_trainer(zero_shot, suite, processor, options, objective).model
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, float]] = []
+    for alpha, model in alpha_sweep(zero_shot, fine_tuned, options.alphas):
+        metrics = make_trainer(model, suite, processor, options, objective).evaluate()
+        rows.append({"alpha": alpha, **metrics})
+        print(f"alpha {alpha:g}: T {metrics['eval_temperature']:.3f}", flush=True)
+    write(rows, list(argv), options.output_dir)
+    print("\n" + comparison_table({f"alpha {row['alpha']:g}": row for row in rows}, TABLE))
+    print(f"\nSaved to {options.output_dir}")
+    if options.save:
+        merged = interpolate(zero_shot, fine_tuned, options.alpha)
+        trainer = make_trainer(merged, suite, processor, options, objective)
+        record = trainer.calibrate()
+        trainer.save_model(str(options.output_dir / "model"))
+        print(f"The model of alpha {options.alpha:g}, temperature {record['temperature']:.3f}, is in model/")
+    return rows
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; what is wrong ends here, before anything is loaded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zero_shot", help="the end at alpha 0; default: the start model of the suite")
+    parser.add_argument("--fine_tuned", required=True, help="the end at alpha 1: folder or name of the model")
+    parser.add_argument("--suite", default="digits", choices=sorted(START_MODELS))
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--alphas", type=weight, nargs="+", default=list(SWEEP), help="default: 0 to 1 by 0.1")
+    parser.add_argument("--alpha", type=weight, default=0.5, help="of the model that --save keeps")
+    parser.add_argument("--save", action="store_true", help="save the model of --alpha, calibrated")
+    parser.add_argument("--criterion", default="nll", choices=["nll", "ece"], help="what the temperature minimises")
+    parser.add_argument("--batch_size", type=int, default=256, help="images at a time")
+    parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
+    options = parser.parse_args(argv)
+    if options.zero_shot is None:
+        options.zero_shot = START_MODELS[options.suite]
+    return options
+
+
+def weight(text: str) -> float:
+    """Read a number in [0, 1]."""
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a weight in [0, 1], got {text}: it is that of the fine-tuned end")
+    return value
+
+
+def load_end(name: str) -> CLIPModel | CLIPClassifier:
+    """Load an end in float32, without a baked temperature."""
+    kind = AutoConfig.from_pretrained(name).model_type
+    if kind not in KINDS:
+        raise ValueError(f"Expected a model of {sorted(KINDS)}, got '{kind}' in {name}. Pass another end.")
+    model = KINDS[kind].from_pretrained(name, dtype=torch.float32)
+    if getattr(model.config, "calibration", None) is not None:
+        print(f"{name} is calibrated: its temperature is taken out before merging, and fitted anew for each alpha.")
+        unbake_temperature(model)
+    return model
+
+
+def make_trainer(
+    model: CLIPModel | CLIPClassifier, suite: ShiftSuite, processor: Any, options: argparse.Namespace, objective: str
+) -> CaRotTrainer:
+    """Make a trainer that only evaluates: no teacher, no bars, no lines and pictures of its own."""
+    arguments = CaRotTrainingArguments(
+        output_dir=str(options.output_dir),
+        objective=objective,
+        distillation_weight=0.0,
+        reliability_diagrams=False,
+        calibration_criterion=options.criterion,
+        per_device_eval_batch_size=options.batch_size,
+        use_cpu=options.use_cpu,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = CaRotTrainer(model=model, args=arguments, suite=suite, processing_class=processor)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def write(rows: Sequence[dict[str, float]], argv: Sequence[str], folder: Path) -> None:
+    """Write all metrics as JSON and the table as CSV."""
+    report = {"command": " ".join(["examples/interpolate.py", *argv]), "rows": rows}
+    report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan, e.g. an AUROC without errors
+    (folder / "sweep.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    keys = ["alpha", *(key for _, key in TABLE)]
+    with (folder / "sweep.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, keys, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, TypeError) as error:
+        sys.exit(f"interpolate.py: {error}")

@@ -1,0 +1,291 @@
+"""The report of reproduce_tables.py: tables with intervals, figures, and the page that puts them together."""
+
+from __future__ import annotations
+
+import csv
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from scipy.stats import t as student_t
+
+import carot_hf
+from carot_hf import ShiftSuite
+from carot_hf.ece.binning import CalibrationBins
+from carot_hf.plots import id_ood_scatter, reliability_grid
+
+Metrics = Mapping[str, float]
+TITLES = {
+    "zero-shot": "ZS",
+    "ft": "FT",
+    "ft-ls": "FT + LS",
+    "wise-ft": "WiSE-FT",
+    "wise-ft-ls": "WiSE-FT + LS",
+    "flyp": "FLYP",
+    "flyp-ls": "FLYP + LS",
+    "carot": "CaRot",
+    "lp-ft": "LP-FT",
+    "wise-carot": "WiSE-CaRot",
+    "carot-2024": "CaRot-2024",
+    "tracer": "TRACER",
+}
+PAPER_ROWS = list(TITLES)[:8]
+COLUMNS = {
+    "ID acc": "eval_id_accuracy",
+    "OOD acc": "eval_ood_accuracy",
+    "ID ECE": "eval_id_ece",
+    "OOD ECE": "eval_ood_ece",
+    "ID ECE, T": "eval_id_ece_ts",
+    "OOD ECE, T": "eval_ood_ece_ts",
+}
+INTERVALS = {"every-1": "1", "carot": "default", "every-2x": "2 x default", "never": "never"}
+PUBLISHED = {  # CaRot, NeurIPS 2023 workshop, Table 1: CLIP ViT-B/16 on ImageNet
+    "zero-shot": (0.6832, 0.5840, 0.0571, 0.0836, 0.0561, 0.0748),
+    "ft": (0.8153, 0.5750, 0.0884, 0.2186, 0.0629, 0.1629),
+    "ft-ls": (0.8223, 0.5833, 0.0460, 0.1147, 0.0481, 0.1282),
+    "wise-ft": (0.8043, 0.6350, 0.2129, 0.1764, 0.0872, 0.1533),
+    "wise-ft-ls": (0.8068, 0.6405, 0.5231, 0.3601, 0.3382, 0.2425),
+    "flyp": (0.8258, 0.5946, 0.0643, 0.1831, 0.0392, 0.1217),
+    "flyp-ls": (0.8271, 0.5975, 0.0459, 0.1295, 0.0427, 0.1145),
+    "carot": (0.8319, 0.6197, 0.0395, 0.1093, 0.0380, 0.0980),
+}
+PUBLISHED_INTERVALS = {  # its Table 2: ID acc, OOD acc, ID ECE, OOD ECE
+    "every-1": (0.8261, 0.5956, 0.0630, 0.1824),
+    "carot": (0.8319, 0.6197, 0.0395, 0.1093),
+    "every-2x": (0.8303, 0.6266, 0.0511, 0.0781),
+    "never": (0.7848, 0.6199, 0.1257, 0.0936),
+}
+
+
+def write_report(
+    folder: Path,
+    suite: ShiftSuite,
+    *,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    sweeps: Mapping[str, Sequence[Sequence[Metrics]]],
+    smoothings: Mapping[str, Mapping[float, float]],
+    seeds: Sequence[int],
+    interval: int,
+    command: str,
+    seconds: tuple[float, float],
+    quick: bool,
+) -> Path:
+    """Write README.md, results.csv and the figures into `folder`; return the page.
+
+    Args:
+        folder: Made if missing.
+        suite: What was trained and evaluated on.
+        runs: What metrics.json holds, by method, one a seed.
+        sweeps: Rows of sweep.json by merged method, one list a seed; each has the alpha 0.5.
+        smoothings: Validation NLL by label smoothing, by method.
+        seeds: Seeds, in the order of the runs.
+        interval: Optimizer steps between updates of CaRot's teacher.
+        command: What made the report.
+        seconds: Of all cells together, and of this call.
+        quick: Whether the runs were shortened.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics: dict[str, list[Metrics]] = {
+        method: [run["metrics"] for run in by_seed] for method, by_seed in runs.items()
+    }
+    for method, by_seed in sweeps.items():
+        metrics[method] = [at_alpha(rows, 0.5) for rows in by_seed]
+    write_csv(folder / "results.csv", metrics, seeds)
+    draw_figures(folder, suite, runs, metrics, {method: by_seed[0] for method, by_seed in sweeps.items()})
+    published = suite.name == "imagenet"
+    chosen = ", ".join(
+        f"{TITLES[method]} {min(scores, key=scores.__getitem__):g} (validation NLL "
+        + ", ".join(f"{eps:g}: {score:.4f}" for eps, score in scores.items())
+        + ")"
+        for method, scores in smoothings.items()
+    )
+    lines = [
+        f"# CaRot's tables and figures on `{suite.name}`",
+        "",
+        *(
+            ["A demonstration on small images of digits, not evidence for ImageNet. Nothing was tuned on it.", ""]
+            if suite.name == "digits"
+            else []
+        ),
+        *(
+            ["**Quick**: shortened runs and a fixed label smoothing; for a look at the page, not for its figures.", ""]
+            if quick
+            else []
+        ),
+        f"    {command}",
+        "",
+        f"Seeds {', '.join(map(str, seeds))}. Cells {seconds[0] / 60:.0f} min of computing in all, this call "
+        f"{seconds[1] / 60:.0f} min. carot_hf {carot_hf.__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, Python {platform.python_version()}.",
+        "",
+        f"ID: {suite.test.name}. OOD: unweighted mean over {', '.join(suite.shifts)}. ECE: 10 bins, whole set. "
+        ", T: with a temperature fitted on the validation split. Values are means over the seeds, ± half of a 95 % "
+        "interval (Student's t). Label smoothing by the validation NLL of the first seed: " + chosen + ".",
+        "",
+        "## Table 1: methods",
+        "",
+        *table({TITLES[name]: metrics[name] for name in TITLES}, COLUMNS),
+        "",
+        *(published_table(PUBLISHED, TITLES, list(COLUMNS)) if published else []),
+        f"## Table 2: steps between updates of the teacher (default {interval})",
+        "",
+        *table({title: metrics[name] for name, title in INTERVALS.items()}, dict(list(COLUMNS.items())[:4])),
+        "",
+        *(published_table(PUBLISHED_INTERVALS, INTERVALS, list(COLUMNS)[:4]) if published else []),
+        "## Does CaRot beat FLYP here?",
+        "",
+        *paired(metrics["carot"], metrics["flyp"]),
+        "",
+        "## Figures",
+        "",
+        "First seed. Bars: accuracy in each bin of confidence; hatched: the gap to the mean confidence.",
+        "",
+        *(f"{title}\n\n![{title}]({name})\n" for name, title in FIGURES.items()),
+    ]
+    page = folder / "README.md"
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return page
+
+
+FIGURES = {
+    "figure1.png": "Figure 1: the in-distribution set, without temperature scaling",
+    "figure2.png": "Figure 2: a shifted set, without temperature scaling",
+    "figure4.png": "Figure 4: all sets, without temperature scaling",
+    "figure5.png": "Figure 5: all sets, with temperature scaling",
+    "scatter.png": "Accuracy in distribution and under shift; the lines are WiSE-FT's, alpha 0 to 1, first seed",
+}
+
+
+def at_alpha(rows: Sequence[Metrics], alpha: float) -> Metrics:
+    """The row of a sweep with this alpha."""
+    return next(row for row in rows if abs(row["alpha"] - alpha) < 1e-9)
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval; nan for a single value.
+
+    Source:
+        Student's t with n - 1 degrees of freedom.
+    """
+    n = len(values)
+    mean = float(np.mean(values))
+    if n < 2:
+        return mean, math.nan
+    return mean, float(student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def number(values: Sequence[float], digits: int = 3) -> str:
+    """``mean ± half width`` without leading zeros."""
+    mean, half = mean_and_half_width(values)
+    text = f"{mean:.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+def table(rows: Mapping[str, Sequence[Metrics]], columns: Mapping[str, str]) -> list[str]:
+    """Lay out a Markdown table of means and intervals."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for title, runs in rows.items():
+        lines.append(
+            f"| {title} | " + " | ".join(number([run[key] for run in runs]) for key in columns.values()) + " |"
+        )
+    return lines
+
+
+def published_table(
+    published: Mapping[str, Sequence[float]], titles: Mapping[str, str], columns: Sequence[str]
+) -> list[str]:
+    """The paper's figures, in the same order."""
+    lines = [
+        "Published (CaRot 2023; its ECE is the mean over batches of 512, compare it with `ece_batch_mean` in "
+        "results.csv):",
+        "",
+        "| | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for method, values in published.items():
+        lines.append(f"| {titles[method]} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+    return [*lines, ""]
+
+
+def paired(ours: Sequence[Metrics], theirs: Sequence[Metrics]) -> list[str]:
+    """Differences seed by seed, with their interval, and what follows from it."""
+    lines = ["| CaRot - FLYP | difference | by seed | |", "|---|---|---|---|"]
+    for title, better in (("OOD acc", 1), ("OOD ECE", -1), ("OOD ECE, T", -1)):
+        key = COLUMNS[title]
+        differences = [a[key] - b[key] for a, b in zip(ours, theirs, strict=True)]
+        mean, half = mean_and_half_width(differences)
+        if math.isnan(half) or abs(mean) <= half:
+            verdict = "undecided" if not math.isnan(half) else "one seed: undecided"
+        else:
+            verdict = "CaRot is better" if mean * better > 0 else "FLYP is better"
+        by_seed = ", ".join(f"{value:+.3f}" for value in differences)
+        width = "" if math.isnan(half) else f" ± {half:.3f}"
+        lines.append(f"| {title} | {mean:+.3f}{width} | {by_seed} | {verdict} |")
+    return lines
+
+
+def write_csv(path: Path, metrics: Mapping[str, Sequence[Metrics]], seeds: Sequence[int]) -> None:
+    """One row a method and seed, one column a metric."""
+    names = sorted({name for runs in metrics.values() for run in runs for name in run if name.startswith("eval_")})
+    names = [name for name in names if not name.endswith(("_runtime", "_per_second"))]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", *names])
+        for method, runs in metrics.items():
+            for seed, run in zip(seeds, runs, strict=False):
+                writer.writerow(
+                    [
+                        method,
+                        seed if len(runs) > 1 or method != "zero-shot" else "",
+                        *(_cell(run.get(n)) for n in names),
+                    ]
+                )
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def draw_figures(
+    folder: Path,
+    suite: ShiftSuite,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    metrics: Mapping[str, Sequence[Metrics]],
+    sweeps: Mapping[str, Sequence[Metrics]],
+) -> None:
+    """Write the reliability grids and the scatter."""
+    methods = ("zero-shot", "ft", "flyp", "carot")
+    sets = [suite.test.name, *suite.shifts]
+
+    def grid(names: Sequence[str], key: str) -> dict[str, dict[str, CalibrationBins]]:
+        return {
+            name: {TITLES[method]: CalibrationBins.from_dict(runs[method][0][key][name]) for method in methods}
+            for name in names
+        }
+
+    shifted = next((name for name in suite.shifts if name.endswith("-r")), next(iter(suite.shifts)))
+    for name, tables in {
+        "figure1.png": grid(sets[:1], "bins"),
+        "figure2.png": grid([shifted], "bins"),
+        "figure4.png": grid(sets, "bins"),
+        "figure5.png": grid(sets, "bins_ts"),
+    }.items():
+        reliability_grid(tables).savefig(folder / name, dpi=60)
+    points = {
+        TITLES[method]: (
+            mean_and_half_width([run["eval_id_accuracy"] for run in metrics[method]])[0],
+            mean_and_half_width([run["eval_ood_accuracy"] for run in metrics[method]])[0],
+        )
+        for method in TITLES
+    }
+    curves = {
+        TITLES.get(method, method): [(row["eval_id_accuracy"], row["eval_ood_accuracy"]) for row in rows]
+        for method, rows in sweeps.items()
+        if method in ("wise-ft", "wise-carot")
+    }
+    id_ood_scatter(points, curves).savefig(folder / "scatter.png", dpi=80)

@@ -1,0 +1,128 @@
+"""The WiSE-FT script: rows against direct evaluation, both model kinds, baked ends, the saved model, its files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import interpolate
+import pytest
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+from carot_hf import bake_temperature
+from carot_hf.classifier import CLIPClassifier
+from carot_hf.merging import interpolate as merge
+
+
+@pytest.fixture
+def ends(tmp_path, model, processor, make_trainer, suite, monkeypatch):
+    """Folders of a zero-shot and of a fine-tuned end, baked with T = 2, and the unbaked fine-tuned end itself."""
+    monkeypatch.setattr(interpolate, "load_suite", lambda name: suite)
+    model.save_pretrained(tmp_path / "zero_shot")
+    trained = make_trainer(model, preset="flyp", learning_rate=2e-3, max_steps=6)
+    trained.train()
+    fine_tuned = trained.model
+    bake_temperature(fine_tuned, 2.0)
+    fine_tuned.save_pretrained(tmp_path / "fine_tuned")
+    processor.save_pretrained(tmp_path / "fine_tuned")
+    fine_tuned.logit_scale.data += math.log(2.0)
+    del fine_tuned.config.calibration
+    return tmp_path / "zero_shot", tmp_path / "fine_tuned", fine_tuned
+
+
+def run(folders, output_dir, *flags):
+    zero_shot, fine_tuned = (str(folder) for folder in folders)
+    command = ["--zero_shot", zero_shot, "--fine_tuned", fine_tuned, "--output_dir", str(output_dir), "--use_cpu"]
+    return interpolate.main([*command, *flags])
+
+
+def direct(make_trainer, model, **arguments):
+    metrics = make_trainer(model, distillation_weight=0.0, **arguments).evaluate()
+    return {name: value for name, value in metrics.items() if not name.endswith(("runtime", "per_second"))}
+
+
+def test_rows_files_and_saved_model(ends, make_trainer, tmp_path, capsys):
+    capsys.readouterr()
+    rows = run(ends[:2], tmp_path / "wise", "--alphas", "0", "0.3", "1", "--alpha", "0.3", "--save")
+    output = capsys.readouterr().out
+    zero_shot = CLIPModel.from_pretrained(ends[0])
+    for row, model in zip(rows, (zero_shot, merge(zero_shot, ends[2], 0.3), ends[2]), strict=True):
+        for name, value in direct(make_trainer, model).items():
+            assert row[name] == pytest.approx(value, abs=1e-5, nan_ok=True), name
+    temperatures = [row["eval_temperature"] for row in rows]
+    assert len(set(temperatures)) == 3  # fitted anew for each
+    assert all(0.5 < temperature < 10 for temperature in temperatures[1:])  # and not stuck at a bound
+    assert f"{ends[1]} is calibrated: its temperature is taken out" in output
+    lines = [line.split("|") for line in output.splitlines() if line.startswith("| alpha")]
+    assert [line[1].strip() for line in lines] == ["alpha 0", "alpha 0.3", "alpha 1"]
+    assert [float(line[-2]) for line in lines] == pytest.approx(temperatures, abs=5e-4)
+    assert "eval_runtime" not in output
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    report = json.loads((tmp_path / "wise" / "sweep.json").read_text(), parse_constant=refuse)
+    assert [row["alpha"] for row in report["rows"]] == [0.0, 0.3, 1.0]
+    assert report["rows"][1]["eval_validation_nll"] == rows[1]["eval_validation_nll"]
+    with (tmp_path / "wise" / "sweep.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["alpha", *(key for _, key in interpolate.TABLE)]
+    assert [float(row["eval_ood_ece_ts"]) for row in table] == [row["eval_ood_ece_ts"] for row in rows]
+    saved = tmp_path / "wise" / "model"
+    model = CLIPModel.from_pretrained(saved)
+    assert model.config.calibration["temperature"] == pytest.approx(temperatures[1], rel=1e-6)
+    merged = merge(zero_shot, ends[2], 0.3)
+    assert torch.equal(model.visual_projection.weight, merged.visual_projection.weight)
+    assert model.logit_scale.item() == pytest.approx(merged.logit_scale.item() - math.log(temperatures[1]), abs=1e-5)
+    assert CLIPProcessor.from_pretrained(saved).tokenizer("one").input_ids
+    assert not list((tmp_path / "wise").glob("*.png"))
+
+
+def test_a_classifier_as_fine_tuned_end(ends, make_trainer, processor, tmp_path):
+    """The zero-shot end gets the suite's head: alpha 0 has the metrics of the CLIPModel itself."""
+    zero_shot = CLIPModel.from_pretrained(ends[0])
+    trainer = make_trainer(zero_shot, preset="ft", max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    fine_tuned = trainer.model
+    assert isinstance(fine_tuned, CLIPClassifier)
+    bake_temperature(fine_tuned, 2.0)
+    fine_tuned.save_pretrained(tmp_path / "ft")
+    processor.save_pretrained(tmp_path / "ft")
+    for parameter in fine_tuned.head.parameters():
+        parameter.data *= 2.0
+    del fine_tuned.config.calibration
+    rows = run((ends[0], tmp_path / "ft"), tmp_path / "wise", "--alphas", "0", "1", "--alpha", "1", "--save")
+    for row, metrics in zip(
+        rows,
+        (
+            direct(make_trainer, CLIPModel.from_pretrained(ends[0])),
+            direct(make_trainer, fine_tuned, preset="ft"),
+        ),
+        strict=True,
+    ):
+        for name, value in metrics.items():
+            assert row[name] == pytest.approx(value, abs=1e-5, nan_ok=True), name
+    saved = CLIPClassifier.from_pretrained(tmp_path / "wise" / "model")
+    temperature = saved.config.calibration["temperature"]
+    torch.testing.assert_close(saved.head.weight * temperature, fine_tuned.head.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_defaults_are_wise_ft_on_the_start_model_of_the_suite():
+    options = interpolate.parse(["--fine_tuned", "x", "--output_dir", "y"])
+    assert options.alphas == pytest.approx([k / 10 for k in range(11)])
+    assert (options.alpha, options.zero_shot) == (0.5, interpolate.START_MODELS["digits"])
+
+
+@pytest.mark.parametrize("flags", [["--alpha", "1.5"], ["--alphas", "0", "nan"]])
+def test_weights_out_of_range_end_before_anything_is_loaded(flags, capsys):
+    with pytest.raises(SystemExit):
+        interpolate.parse(["--fine_tuned", "x", "--output_dir", "y", *flags])
+    assert "expected a weight in [0, 1], got" in capsys.readouterr().err
+
+
+def test_another_kind_of_model_is_refused(tmp_path, model):
+    model.config.vision_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got 'clip_vision_model' in"):
+        interpolate.load_end(str(tmp_path))

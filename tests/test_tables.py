@@ -1,0 +1,200 @@
+"""The report: intervals against scipy, verdicts, the page, and cells that survive an interruption."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reproduce_tables
+import tables
+from PIL import Image
+from reproduce_tables import Cell, Runner
+from scipy import stats
+
+from carot_hf import load_suite
+from carot_hf.ece.binning import calibration_bins
+from carot_hf.plots import id_ood_scatter
+
+
+def test_intervals_are_students():
+    values = [0.81, 0.83, 0.80, 0.86, 0.84]
+    mean, half = tables.mean_and_half_width(values)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high), abs=1e-12)
+    assert np.isnan(tables.mean_and_half_width([0.5])[1])
+    assert tables.number([0.5]) == "0.500"
+    assert tables.number([0.4, 0.6]) == f"0.500 ± {12.706204736 * np.std([0.4, 0.6], ddof=1) / np.sqrt(2):.3f}"
+
+
+def rows(accuracies, eces=None):
+    eces = accuracies if eces is None else eces
+    return [
+        {"eval_ood_accuracy": a, "eval_ood_ece": e, "eval_ood_ece_ts": e} for a, e in zip(accuracies, eces, strict=True)
+    ]
+
+
+def test_the_paired_verdict_follows_the_interval():
+    """Differences of .1 with little spread decide; the same mean with a large spread does not."""
+    theirs = rows([0.5, 0.6, 0.7], [0.10, 0.10, 0.10])
+    lines = tables.paired(rows([0.6, 0.7, 0.801], [0.2, 0.2, 0.201]), theirs)
+    assert "+0.100 ± 0.001" in lines[2]
+    assert lines[2].endswith("| CaRot is better |")  # more accurate
+    assert lines[3].endswith("| FLYP is better |")  # a larger error
+    assert tables.paired(rows([0.9, 0.6, 0.6], [0.1, 0.2, 0.0]), theirs)[2].endswith("| undecided |")
+    assert tables.paired(theirs[:1], theirs[:1])[2].endswith("| one seed: undecided |")
+
+
+def fake_results(suite, seeds):
+    rng = np.random.default_rng(0)
+    names = [suite.test.name, *suite.shifts]
+    keys = [*tables.COLUMNS.values(), "eval_validation_nll", "eval_runtime"]
+
+    def run():
+        bins = {
+            name: calibration_bins(rng.random(200), rng.random(200) < 0.7).to_dict() for name in [*names, "validation"]
+        }
+        return {
+            "metrics": {key: float(rng.random()) for key in keys},
+            "bins": bins,
+            "bins_ts": {name: bins[name] for name in names},
+        }
+
+    trained = ("ft", "ft-ls", "flyp", "flyp-ls", "carot", "lp-ft", "carot-2024", "tracer")
+    runs = {"zero-shot": [run()]}
+    runs |= {name: [run() for _ in seeds] for name in (*trained, "every-1", "every-2x", "never")}
+    merged = ("wise-ft", "wise-ft-ls", "wise-carot")
+    sweeps = {
+        name: [[{"alpha": alpha, **run()["metrics"]} for alpha in (0.0, 0.5, 1.0)] for _ in seeds] for name in merged
+    }
+    return runs, sweeps
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_page_holds_every_figure_that_was_measured(tmp_path, published):
+    suite, seeds = load_suite("digits"), [42, 43, 44]
+    if published:
+        suite.name = "imagenet"
+    runs, sweeps = fake_results(suite, seeds)
+    page = tables.write_report(
+        tmp_path,
+        suite,
+        runs=runs,
+        sweeps=sweeps,
+        smoothings={"ft-ls": {0.1: 0.3, 0.2: 0.25}, "flyp-ls": {0.1: 0.4, 0.2: 0.5}},
+        seeds=seeds,
+        interval=4,
+        command="python examples/reproduce_tables.py --seeds 3",
+        seconds=(1200.0, 60.0),
+        quick=False,
+    ).read_text()
+    suite.name = "digits"
+    for method, title in tables.TITLES.items():
+        results = [run["metrics"] for run in runs[method]] if method in runs else [s[1] for s in sweeps[method]]
+        cells = [tables.number([r[key] for r in results]) for key in tables.COLUMNS.values()]
+        assert f"| {title} | {' | '.join(cells)} |" in page
+    for method, title in tables.INTERVALS.items():
+        cells = [tables.number([r["metrics"][key] for r in runs[method]]) for key in list(tables.COLUMNS.values())[:4]]
+        assert f"| {title} | {' | '.join(cells)} |" in page
+    assert "FT + LS 0.2 (validation NLL 0.1: 0.3000, 0.2: 0.2500), FLYP + LS 0.1 (" in page
+    assert "default 4)" in page
+    assert "Seeds 42, 43, 44" in page
+    assert ("| CaRot | 0.8319 | 0.6197 |" in page) == published
+    assert ("not evidence for ImageNet" in page) == (not published)
+    for picture in re.findall(r"\((\w+\.png)\)", page):
+        with Image.open(tmp_path / picture) as image:
+            assert min(image.size) > 100
+    with (tmp_path / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 1 + 3 * 11 + 3 * 3
+    (cell,) = [row for row in table if (row["method"], row["seed"]) == ("tracer", "43")]
+    assert float(cell["eval_ood_ece"]) == pytest.approx(runs["tracer"][1]["metrics"]["eval_ood_ece"], rel=1e-5)
+    assert "eval_runtime" not in cell
+
+
+def test_the_interval_of_the_teacher_is_the_published_share_of_the_run():
+    suite = load_suite("digits")
+    assert reproduce_tables.teacher_interval(suite, argparse.Namespace(quick=False)) == 4  # 198 steps / 50.06
+    assert reproduce_tables.teacher_interval(suite, argparse.Namespace(quick=True)) == 2
+    imagenet = SimpleNamespace(train=range(1_281_167), recommended={})
+    assert reproduce_tables.teacher_interval(imagenet, argparse.Namespace(quick=False)) == 500
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A script that fails while a file `broken` exists and counts its runs otherwise."""
+    monkeypatch.setattr(reproduce_tables, "HERE", tmp_path)
+    (tmp_path / "job.py").write_text(
+        "import pathlib, sys\n"
+        "here, out = pathlib.Path(__file__).parent, pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+        "(out / 'seen').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        "print('hello'); (here / 'broken').exists() and sys.exit(3)\n"
+        "(out / 'metrics.json').write_text('{\"metrics\": 1}')\n"
+    )
+    return tmp_path
+
+
+def test_finished_cells_are_not_run_again_and_failures_are_named(script, capsys):
+    runner = Runner(script / "cells", 2)
+    cells = [Cell(f"cell-{i}", "job.py", ("--seed", str(i))) for i in range(3)]
+    (script / "broken").touch()
+    with pytest.raises(RuntimeError, match=r"job.py to finish for 'cell-\d', got exit status 3.*log.txt"):
+        runner.run(cells)
+    (script / "broken").unlink()
+    runner = Runner(script / "cells", 2)
+    runner.run(cells)
+    seconds = runner.seconds()
+    assert seconds > 0
+    before = [(runner.folder(cell) / "seen").read_text() for cell in cells]
+    Runner(script / "cells", 2).run(cells)
+    assert [(runner.folder(cell) / "seen").read_text() for cell in cells] == before
+    assert "3 cells, 3 of them finished before" in capsys.readouterr().out
+    assert runner.read(cells[0]) == {"metrics": 1}
+    assert runner.seconds() == seconds
+    assert "hello" in (runner.folder(cells[0]) / "log.txt").read_text()
+    other = Cell("cell-1", "job.py", ("--seed", "7"))
+    with pytest.raises(
+        ValueError, match=r"Expected the arguments .*cell-1 was begun, --seed 1, got --seed 7"
+    ):
+        runner.run([other])
+
+
+def test_an_interrupted_training_run_goes_on_from_its_checkpoint(script):
+    (script / "finetune_imagenet.py").write_text((script / "job.py").read_text())
+    cell = Cell("run-42", "finetune_imagenet.py", ("--seed", "42"))
+    runner = Runner(script / "cells", 1)
+    checkpoint = runner.folder(cell) / "checkpoint-50"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 50}))
+    runner.run([cell])
+    assert "--resume_from_checkpoint" in (runner.folder(cell) / "seen").read_text()
+
+
+@pytest.mark.parametrize("argv", [["--seeds", "0"], ["--jobs", "0"], ["--quick", "--suite", "imagenet"], ["--nothing"]])
+def test_bad_options_end_before_anything_is_loaded(argv, capsys):
+    with pytest.raises(SystemExit):
+        reproduce_tables.parse(argv)
+    assert "error" in capsys.readouterr().err
+
+
+def test_the_scatter_draws_what_it_is_given():
+    points = {f"method {i}": (0.5 + i / 100, 0.4 + i / 50) for i in range(12)}
+    curves = {"WiSE-FT": [(0.5, 0.6), (0.7, 0.65), (0.8, 0.5)]}
+    figure = id_ood_scatter(points, curves, title="here")
+    (ax,) = figure.axes
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert set(lines) == {*points, "WiSE-FT, sweep"}
+    for name, (home, shifted) in points.items():
+        assert (lines[name].get_xdata()[0], lines[name].get_ydata()[0]) == (home, shifted)
+    assert list(zip(*lines["WiSE-FT, sweep"].get_data(), strict=True)) == curves["WiSE-FT"]
+    looks = {(lines[name].get_color(), lines[name].get_marker()) for name in points}
+    assert len(looks) == 12
+    assert len({look[1] for look in looks}) == 12  # told apart without colour
+    assert ax.get_title() == "here"
+    assert id_ood_scatter(points, ax=ax) is figure
+    with pytest.raises(ValueError, match="at least one point"):
+        id_ood_scatter({})
