@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _LENGTH_TOLERANCE = 1e-3  # of rows of length 1; rounding to bfloat16 stays below it
 _CHUNK_VALUES = 1 << 22  # logits of the linear probe held at a time
 _PROBE_HISTORY = 50  # steps that L-BFGS remembers; with 10 the digits suite takes 7 times as many passes
-_PROBE_TOLERANCE = 1e-7  # on the gradient of the mean, over the number of classes
+_PROBE_TOLERANCE = 1e-11  # nats a step; on the digits suite probabilities are then within 1.2e-4 of the optimum's
 
 
 class CLIPClassifierConfig(PreTrainedConfig):
@@ -160,10 +160,14 @@ class CLIPClassifier(CLIPPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, CLIPClassifier):
-            for linear in (module.visual_projection, module.head):
-                init.normal_(linear.weight, std=linear.in_features**-0.5 * self.config.initializer_factor)
+        if not isinstance(module, nn.Linear):
+            super()._init_weights(module)
+            return
+        # Projection or head (the tower draws its own weights), each as it comes: transformers calls this function for
+        # the whole model only if its class is one of the library's own.
+        init.normal_(module.weight, std=module.in_features**-0.5 * self.config.initializer_factor)
+        if module.bias is not None:
+            init.zeros_(module.bias)
 
     def get_image_features(
         self,
@@ -293,8 +297,8 @@ def linear_probe(
     .. math:: \frac1N \Big[ \sum_i CE(W f_i + b, \, y_i) + \frac{\lambda}{2} \|W\|_F^2 \Big],
 
     which is strictly convex in W; with :math:`\lambda = 1/C` it is scikit-learn's ``LogisticRegression``. Logits
-    are made in chunks of rows and in float64: in float32 the search stalls and the probabilities of the digits suite
-    are off by up to 4e-4. Nothing is random. Each pass over the features is logged at level INFO.
+    are made in chunks of rows and in float64 (in float32 the search stalls while the gradient is still 1e-6). Nothing
+    is random. 100 to 250 passes over the features are usual; each one is logged at level DEBUG, the outcome at INFO.
 
     Args:
         features: ``(N, D)`` float, rows of length 1, of images without augmentation. The work is done on their device.
@@ -304,7 +308,7 @@ def linear_probe(
         label_smoothing: epsilon, in ``[0, 1)``: share of the target that is spread evenly over the classes.
         l2: :math:`\lambda`, > 0. The default is ours: of the powers of ten the one with the lowest NLL on the
             validation split of the digits suite.
-        max_iter: Most steps of the search, >= 1. If they do not suffice a warning is logged.
+        max_iter: Most steps of the search, >= 1. If they end before a step gains less than 1e-11, a warning is logged.
     Returns:
         Weight and bias, new tensors of the dtype and on the device of those given.
     Raises:
@@ -319,6 +323,7 @@ def linear_probe(
     step = max(1, _CHUNK_VALUES // n_classes)
     passes = 0
 
+    @torch.no_grad()  # the search turns gradients on around it
     def objective() -> float:
         nonlocal passes
         loss, head.grad, shift.grad = 0.5 * l2 * float(head.square().sum()), l2 * head, torch.zeros_like(shift)
@@ -335,29 +340,25 @@ def linear_probe(
         head.grad.div_(n_rows)
         shift.grad.div_(n_rows)
         passes += 1
-        logger.info("Linear probe: pass %d, objective %.9f", passes, loss / n_rows)
+        logger.debug("Linear probe: pass %d, objective %.9f", passes, loss / n_rows)
         return loss / n_rows
 
-    tolerance = _PROBE_TOLERANCE / n_classes  # a class has its share of the rows and so of the gradient
     search = torch.optim.LBFGS(
         [head, shift],
         max_iter=max_iter,
         max_eval=25 * max_iter,  # as many as a line search may take: the limit is that of the steps
-        tolerance_grad=tolerance,
-        tolerance_change=0.0,
+        tolerance_grad=0.0,
+        tolerance_change=_PROBE_TOLERANCE,
         history_size=_PROBE_HISTORY,
         line_search_fn="strong_wolfe",
     )
-    search.step(objective)
-    objective()  # the gradient at the end, not at the last point that the line search tried
-    steepest = max(float(part.grad.abs().max()) for part in (head, shift) if part.grad is not None)
-    if steepest > tolerance:
+    first, last = float(search.step(objective)), objective()
+    logger.info("Linear probe: objective %.6f, then %.6f after %d passes", first, last, passes)
+    if search.state[head]["n_iter"] >= max_iter:
         logger.warning(
-            "The linear probe stopped with a gradient of %.1e after %d passes; it should be at most %.1e. "
-            "Raise `max_iter`, or `l2`.",
-            steepest,
-            passes,
-            tolerance,
+            "The linear probe is not at its optimum after %d steps. Raise `max_iter`, or `l2`: a weak penalty takes "
+            "more steps.",
+            max_iter,
         )
     return head.to(weight.device, weight.dtype), shift.to(bias.device, bias.dtype)
 
@@ -382,7 +383,7 @@ def _check_class_embeddings(class_embeddings: Tensor, size: int) -> None:
 
 def _check_lengths(name: str, rows: Tensor) -> None:
     """Raise a ValueError unless all rows are finite and of length 1."""
-    lengths = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.float32)  # (n,)
+    lengths = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
     wrong = ~((lengths - 1).abs() <= _LENGTH_TOLERANCE)  # so that nan is wrong
     if wrong.any():
         row = int(wrong.nonzero()[0, 0])
