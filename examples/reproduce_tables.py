@@ -1,6 +1,6 @@
 """The tables and figures of the CaRot paper, and what came after it, by one command.
 
-    python examples/reproduce_tables.py --suite digits --seeds 5              # about 40 minutes on two cores
+    python examples/reproduce_tables.py --suite digits --seeds 5              # 40 to 55 minutes on two cores
     python examples/reproduce_tables.py --suite digits --seeds 1 --quick      # shorter runs: about 4 minutes
     python examples/reproduce_tables.py --suite imagenet --seeds 1            # with the published figures beside ours
 

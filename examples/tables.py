@@ -124,7 +124,7 @@ def write_report(
         f"{transformers.__version__}, Python {platform.python_version()}.",
         "",
         f"ID: {suite.test.name}. OOD: unweighted mean over {', '.join(suite.shifts)}. ECE: 10 bins, whole set. "
-        ", T: with a temperature fitted on the validation split. Values are means over the seeds, ± half of a 95 % "
+        "T: with a temperature fitted on the validation split. Values are means over the seeds, ± half of a 95 % "
         "interval (Student's t). Label smoothing by the validation NLL of the first seed: " + chosen + ".",
         "",
         "## Table 1: methods",

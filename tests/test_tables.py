@@ -157,9 +157,7 @@ def test_finished_cells_are_not_run_again_and_failures_are_named(script, capsys)
     assert runner.seconds() == seconds
     assert "hello" in (runner.folder(cells[0]) / "log.txt").read_text()
     other = Cell("cell-1", "job.py", ("--seed", "7"))
-    with pytest.raises(
-        ValueError, match=r"Expected the arguments .*cell-1 was begun, --seed 1, got --seed 7"
-    ):
+    with pytest.raises(ValueError, match=r"Expected the arguments .*cell-1 was begun, --seed 1, got --seed 7"):
         runner.run([other])
 
 
