@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+TERMS = ("contrastive", "cross_entropy", "distillation", "feature_distillation", "orthogonality", "cross_norm")
 WORKER = """
 import sys, json, os, dataclasses
 sys.path.insert(0, {tests!r})
@@ -25,8 +26,9 @@ processor = CLIPProcessor(image_processor=images, tokenizer=CLIPTokenizer.from_p
 suite = ShiftSuite("noise", list(CLASSES), list(TEMPLATES), noise_set("train", 48, 0), noise_set("validation", 15, 1),
                    noise_set("home", 19, 2), {{"far": noise_set("far", 17, 3)}})
 args = CaRotTrainingArguments.from_preset(
-    "carot-2024", output_dir={out!r}, per_device_train_batch_size={batch}, per_device_eval_batch_size=4, max_steps=8,
-    learning_rate=3e-3, warmup_steps=0, teacher_update_every=2, logging_steps=1, save_strategy="no", report_to="none",
+    {preset!r}, **{options!r}, output_dir={out!r}, max_steps=8,
+    per_device_train_batch_size={batch}, per_device_eval_batch_size=4,
+    learning_rate=3e-3, warmup_steps=0, logging_steps=1, save_strategy="no", report_to="none",
     disable_tqdm=True, use_cpu=True, label_smoothing_factor=0.1, optim="sgd", max_grad_norm=0,
     ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
 )
@@ -34,17 +36,20 @@ trainer = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=su
 trainer.train()
 metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
-    torch.save({{"student": trainer.model.state_dict(), "teacher": trainer.teacher.state_dict(),
+    teacher = {{}} if trainer.teacher is None else trainer.teacher.state_dict()
+    torch.save({{"student": trainer.model.state_dict(), "teacher": teacher,
                 "log": trainer.state.log_history, "metrics": metrics}}, {out!r} + "/result.pt")
 trainer.accelerator.end_training()
 """
 
 
-def launch(tmp_path, processes, batch):
+def launch(tmp_path, processes, batch, preset, options):
     out = tmp_path / str(processes)
     out.mkdir()
     script = out / "worker.py"
-    script.write_text(WORKER.format(tests=str(ROOT / "tests"), out=str(out), batch=batch))
+    script.write_text(
+        WORKER.format(tests=str(ROOT / "tests"), out=str(out), batch=batch, preset=preset, options=options)
+    )
     command = [sys.executable, str(script)]
     if processes > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -56,15 +61,25 @@ def launch(tmp_path, processes, batch):
     return torch.load(Path(out) / "result.pt", weights_only=False)
 
 
-def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
-    one, two = launch(tmp_path, 1, 8), launch(tmp_path, 2, 4)
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("carot-2024", {"teacher_update_every": 2}),
+        pytest.param("tracer", {"teacher_update_every": 2, "same_class": "ignore"}, marks=pytest.mark.slow),
+        pytest.param("flyp", {"same_class": "positive"}, marks=pytest.mark.slow),
+        pytest.param("lp-ft", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path, preset, options):
+    one, two = launch(tmp_path, 1, 8, preset, options), launch(tmp_path, 2, 4, preset, options)
     for kind in ("student", "teacher"):
         for name, value in one[kind].items():
             torch.testing.assert_close(two[kind][name], value, atol=1e-5, rtol=1e-5, msg=f"{kind} {name}")
     logs = [[entry for entry in run["log"] if "loss" in entry] for run in (one, two)]
     assert len(logs[0]) == 8
     for a, b in zip(*logs, strict=True):
-        for key in ("loss", "contrastive", "distillation", "orthogonality", "cross_norm", "grad_norm"):
+        assert a.keys() == b.keys()
+        for key in a.keys() & {"loss", "grad_norm", *TERMS}:
             assert a[key] == pytest.approx(b[key], abs=1e-4), (a["step"], key)
     for key, value in one["metrics"].items():
         if "second" not in key and "runtime" not in key:

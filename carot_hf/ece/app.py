@@ -1,0 +1,460 @@
+"""The Space of the metric: paste or upload predictions, read the numbers, see the reliability diagram.
+
+    pip install -r carot_hf/ece/requirements.txt
+    python carot_hf/ece/app.py  # then open http://127.0.0.1:7860
+
+In a Space the files of this folder lie flat beside each other, so the metric and the picture are those of the installed
+package, here as there. Nothing of the package imports this file.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import zipfile
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from carot_hf import load_ece
+from carot_hf.plots import reliability_diagram
+
+MAX_FILE = "100mb"
+MAX_ARRAYS = 2_000_000_000  # bytes that an .npz may unpack to
+MEANINGS = {
+    "ece": "mean distance between accuracy and mean confidence over the bins, weighted by their rows",
+    "rmsce": "the root mean square of these distances",
+    "mce": "the largest of them",
+    "ece_debiased": "`ece` less a part of what noise adds to it; may be just below 0",
+    "adaptive_ece": "`ece` on bins of equal mass",
+    "ece_low": "lower end of the 95 % bootstrap interval of `ece`",
+    "ece_high": "upper end of it",
+    "ece_floor": "mean `ece` of a perfectly calibrated model with these confidences",
+    "p_value": "how often such a model has at least this `ece`",
+    "accuracy": "share of rows that are right; of class 1 with `mode` positive",
+    "avg_confidence": "mean confidence",
+    "overconfidence": "`avg_confidence` - `accuracy`",
+    "nll": "mean of -ln p of the label; inf if a label had probability 0",
+    "brier": "mean squared distance to the one-hot label, summed over the classes, in [0, 2]",
+    "n": "rows",
+    "n_bins": "bins made",
+}
+INTRODUCTION = """\
+# Expected calibration error
+
+Of all predictions made with confidence 0.8, are 80 % right? Paste a classifier's predictions and the labels, or upload
+a file, and see how far off it is.
+"""
+HINT = "<p>The numbers and the reliability diagram appear here.</p>"
+HOW_TO = """\
+**Text.** One row a line, one number for each class, separated by commas, tabs or spaces; or a JSON list. Probabilities,
+or logits with `from_logits` on: nothing is turned into probabilities by guess. Labels are class indices from 0.
+
+**One number a row.** Say what it is with `mode`: the confidence of the predicted class, with labels 1 (right) and 0
+(wrong), or the probability of class 1, with labels 0 and 1.
+
+**CSV.** The same rows with the label in the column named `label`, or in the last one. **NPZ.** The arrays `predictions`
+and `references`.
+
+**Reading it.** Errors are fractions, never percent. They depend on the bins, so say `n_bins` and `strategy` with each
+value. Noise alone makes ECE positive: with `n_bootstrap` on, compare it with `ece_floor`.
+"""
+CSS = """
+#examples { gap: 0.5em }
+#examples button { flex: 1 1 auto; min-width: 0 }
+#summary > div { padding: 0 }
+[role="alert"] { border-left: 4px solid #d55e00; padding-left: 0.8em }
+#table table { width: 100% }
+#table td, #table th { padding: 0.35em 0.6em; word-break: normal }
+#table :is(td, th):nth-child(-n + 2) { white-space: nowrap; width: 1% }
+#table td:nth-child(2) { text-align: right }
+"""
+
+
+def build() -> Any:
+    """The page, a `gr.Blocks`; the endpoint of its API is ``/measure``."""
+    with gr.Blocks(title="ECE", analytics_enabled=False) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(min_width=320):
+                with gr.Row(elem_id="examples"):
+                    examples = {name: gr.Button(name, size="sm") for name in EXAMPLES}
+                predictions = gr.Textbox(
+                    label="predictions", lines=7, max_lines=7, placeholder="0.7, 0.2, 0.1\n0.1, 0.3, 0.6"
+                )
+                references = gr.Textbox(label="labels", lines=2, max_lines=4, placeholder="0\n2")
+                file = gr.File(label="or a file, read in place of the text", file_types=[".csv", ".npz"], height=140)
+                from_logits = gr.Checkbox(label="from_logits", info="the predictions are logits; take a softmax")
+                with gr.Accordion("Options", open=False):
+                    n_bins = gr.Slider(1, 100, value=10, step=1, precision=0, label="n_bins")
+                    strategy = gr.Radio(
+                        ["uniform", "quantile"],
+                        value="uniform",
+                        label="strategy",
+                        info="bins of equal width, or of equal mass",
+                    )
+                    mode = gr.Radio(
+                        ["rows", "top_label", "positive"],
+                        value="rows",
+                        label="mode",
+                        info="rows of class scores; confidences with 0/1 hits; or P(class 1) with 0/1 labels",
+                    )
+                    temperature = gr.Textbox(
+                        value="", label="temperature", info="divides the logits; empty for none", max_lines=1
+                    )
+                    n_bootstrap = gr.Slider(
+                        0,
+                        1000,
+                        value=0,
+                        step=100,
+                        precision=0,
+                        label="n_bootstrap",
+                        info="draws for the interval, the floor and the p-value",
+                    )
+                    check_sums = gr.Checkbox(value=True, label="check_sums", info="refuse rows that do not sum to 1")
+                button = gr.Button("Compute", variant="primary")
+            with gr.Column(min_width=320):
+                summary = gr.HTML(HINT, elem_id="summary")
+                diagram = gr.Image(
+                    show_label=False,
+                    format="png",
+                    interactive=False,
+                    visible=False,
+                    buttons=["download", "fullscreen"],
+                    alt_text="Reliability diagram: accuracy against confidence, bin by bin, above a histogram",
+                )
+        with gr.Column(visible=False) as details:
+            table = gr.Markdown(elem_id="table")
+            with gr.Accordion("All numbers as JSON", open=False):
+                numbers = gr.JSON(show_label=False)
+        with gr.Accordion("What to paste, and how to read it", open=False):
+            gr.Markdown(HOW_TO)
+
+        inputs = [predictions, references, file, from_logits, n_bins, strategy, mode, temperature, n_bootstrap]
+        inputs.append(check_sums)
+        outputs = [summary, diagram, details, table, numbers]
+        button.click(show, inputs, outputs, api_visibility="private")
+        for name, values in EXAMPLES.items():
+            filled = examples[name].click(partial(list, values), None, inputs, api_visibility="private")
+            filled.then(show, inputs, outputs, api_visibility="private")
+        gr.Button(visible=False).click(respond, inputs, [numbers, diagram], api_name="measure")  # the API only
+    return page
+
+
+def compute(
+    predictions: str,
+    references: str,
+    file: str | None = None,
+    from_logits: bool = False,
+    n_bins: int = 10,
+    strategy: str = "uniform",
+    mode: str = "rows",
+    temperature: str = "",
+    n_bootstrap: int = 0,
+    check_sums: bool = True,
+) -> tuple[dict[str, Any], Image.Image]:
+    """From the inputs of the page to the numbers and the picture.
+
+    Raises:
+        ValueError: If an input is unreadable, or the metric refuses it.
+    """
+    scores, labels = read_file(file) if file else (parse_predictions(predictions), parse_labels(references))
+    divisor = parse_temperature(temperature)
+    result = measure(
+        scores,
+        labels,
+        from_logits=from_logits,
+        n_bins=n_bins,
+        strategy=strategy,
+        mode=None if mode == "rows" else mode,
+        temperature=divisor,
+        n_bootstrap=n_bootstrap,
+        check_sums=check_sums,
+    )
+    return result, draw(result, divisor)
+
+
+def show(*values: Any) -> tuple[Any, ...]:
+    """What the page shows after a click: the results, or what is wrong; never old results beside a message."""
+    try:
+        result, picture = compute(*values)
+    except ValueError as error:
+        message = f'<p role="alert"><strong>Not computed.</strong> {html.escape(str(error))}</p>'
+        return message, gr.Image(None, visible=False), gr.Column(visible=False), None, None
+    source = Path(values[2]).name if values[2] else "the text"
+    summary, table = as_summary(result, source), as_table(result)
+    return summary, gr.Image(picture, visible=True), gr.Column(visible=True), table, as_json(result)
+
+
+@wraps(compute)  # the names of its arguments are those of the endpoint
+def respond(*values: Any) -> tuple[dict[str, Any], Image.Image]:
+    """What the API answers: all numbers and the picture, or an error with the message."""
+    try:
+        result, picture = compute(*values)
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    return as_json(result), picture
+
+
+def measure(predictions: NDArray[Any], references: NDArray[Any], **options: Any) -> dict[str, Any]:
+    """All numbers of the metric, the table of the bins among them.
+
+    Raises:
+        ValueError: If an input or an option is not as the metric describes it.
+    """
+    result: dict[str, Any] = load_ece().compute(predictions=predictions, references=references, bins=True, **options)
+    return result
+
+
+def draw(result: dict[str, Any], temperature: float | None = None) -> Image.Image:
+    """The reliability diagram of the bins in `result`."""
+    buffer = io.BytesIO()
+    figure = reliability_diagram(result["bins"], title="Reliability diagram", temperature=temperature)
+    figure.savefig(buffer, format="png", dpi=150)
+    return Image.open(buffer)
+
+
+def as_summary(result: dict[str, Any], source: str) -> str:
+    """The ECE, the sign of the miscalibration and where the rows are from, in HTML."""
+    gap = round(result["overconfidence"], 4)
+    verdict = "over-confident" if gap > 0 else "under-confident" if gap < 0 else "neither over- nor under-confident"
+    return (
+        f"<h2>ECE {result['ece']:.4f}</h2>"
+        f"<p>{result['n']:,} rows from {html.escape(source)}. Mean confidence {result['avg_confidence']:.4f}, "
+        f"accuracy {result['accuracy']:.4f}: on the whole {verdict}.</p>"
+    )
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """Each number with what it says, in Markdown."""
+    lines = ["| number | value | what it is |", "|---|--:|---|"]
+    for name, meaning in MEANINGS.items():
+        if name in result:
+            value = result[name]
+            lines.append(f"| {name} | {f'{value:,}' if isinstance(value, int) else f'{value:.4f}'} | {meaning} |")
+    return "\n".join(lines)
+
+
+def as_json(result: dict[str, Any]) -> dict[str, Any]:
+    """The result with None for what JSON has no number for: nan in empty bins, an infinite NLL."""
+    plain: dict[str, Any] = json.loads(json.dumps(result), parse_constant=lambda name: None)
+    return plain
+
+
+def parse_predictions(text: str) -> NDArray[Any]:
+    """``(N, K)`` from a row a line or nested JSON lists; ``(N,)`` from one number a line or a flat JSON list.
+
+    Raises:
+        ValueError: If a cell is no number or a row is shorter or longer than the first; the message names the line.
+    """
+    if text.lstrip().startswith("["):
+        return _from_json(text, "predictions")
+    rows = _rows(_lines(text, "predictions"))
+    return rows[:, 0] if rows.shape[1] == 1 else rows
+
+
+def parse_labels(text: str) -> NDArray[Any]:
+    """``(N,)`` integers from one line or many, or a JSON list.
+
+    Raises:
+        ValueError: If a label is no whole number; the message names the line.
+    """
+    if text.lstrip().startswith("["):
+        return _from_json(text, "labels")
+    found = [(number, cell) for number, cells in _lines(text, "labels") for cell in cells]
+    return np.array([_label(cell, number) for number, cell in found])
+
+
+def parse_temperature(text: str | None) -> float | None:
+    """A number, or None if there is no text.
+
+    Raises:
+        ValueError: If there is other text.
+    """
+    if text is None or not text.strip():
+        return None
+    if not _is_number(text):
+        raise ValueError(
+            f"Expected `temperature` to be a number, got {text[:40]!r}. Write e.g. 1.5, or leave it empty."
+        )
+    return float(text)
+
+
+def read_file(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Predictions and labels of a CSV (label column named ``label``, else the last) or an NPZ.
+
+    Raises:
+        ValueError: If the file is neither, or not as described; the message names the line.
+    """
+    if path.lower().endswith(".npz"):
+        return _read_npz(path)
+    if not path.lower().endswith(".csv"):
+        raise ValueError(f"Expected a file .csv or .npz, got {Path(path).name!r}. Save it as one of these.")
+    try:
+        lines = _lines(Path(path).read_text(encoding="utf-8-sig"), "rows in the file")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected a CSV in UTF-8, got {error}. Save it as text in UTF-8.") from error
+    column = -1
+    names = [name.strip("\"'").lower() for name in lines[0][1]]
+    if not all(_is_number(name) for name in names):
+        lines = lines[1:]
+        column = names.index("label") if "label" in names else -1
+        _check_width(lines, len(names))
+    if not lines or len(names) < 2:
+        raise ValueError(
+            f"Expected at least one row of predictions and a label, got {len(lines)} rows of {len(names)} columns. "
+            "Write the predictions, then the label, separated by commas."
+        )
+    rows = _rows([(number, cells[:column] + (cells[column + 1 :] if column >= 0 else [])) for number, cells in lines])
+    labels = np.array([_label(cells[column], number) for number, cells in lines])
+    return (rows[:, 0] if rows.shape[1] == 1 else rows), labels
+
+
+def _read_npz(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_ARRAYS:
+            raise ValueError(f"arrays of {size:,} bytes, more than {MAX_ARRAYS:,}")
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = {"predictions", "references"} - set(arrays.files)
+            if missing:
+                raise ValueError(f"no {' and no '.join(sorted(missing))} among {arrays.files}")
+            return arrays["predictions"], arrays["references"]
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Expected an .npz with the arrays `predictions` and `references`, got {error}. "
+            "Write it with `np.savez(path, predictions=..., references=...)`."
+        ) from error
+
+
+def _lines(text: str, what: str) -> list[tuple[int, list[str]]]:
+    """The cells of each line that is not blank, with its number from 1."""
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"Expected {what}, got none. Paste at least one row, click an example, or upload a file.")
+    return [(number, _cells(line)) for number, line in lines]
+
+
+def _cells(line: str) -> list[str]:
+    for separator in ",;\t":
+        if separator in line:
+            return [cell.strip() for cell in line.split(separator)]
+    return line.split()
+
+
+def _check_width(lines: list[tuple[int, list[str]]], width: int) -> None:
+    for number, cells in lines:
+        if len(cells) != width:
+            raise ValueError(
+                f"Expected {width} columns in line {number}, as in the first row, got {len(cells)}. "
+                "Give each row one number for each class."
+            )
+
+
+def _rows(lines: list[tuple[int, list[str]]]) -> NDArray[np.float64]:
+    """``(N, K)`` numbers of equally long rows."""
+    _check_width(lines, len(lines[0][1]))
+    return np.array([[_number(cell, number) for cell in cells] for number, cells in lines])
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(cell: str, line: int) -> float:
+    if not _is_number(cell):
+        raise ValueError(
+            f"Expected a number in line {line}, got {cell[:40]!r}. "
+            "Write numbers with a decimal point, separated by commas, tabs or spaces, or one JSON list."
+        )
+    return float(cell)
+
+
+def _label(cell: str, line: int) -> int:
+    value = _number(cell, line)
+    if not value.is_integer():
+        raise ValueError(f"Expected a whole number as label in line {line}, got {cell[:40]!r}. Write class indices.")
+    return int(value)
+
+
+def _from_json(text: str, what: str) -> NDArray[Any]:
+    try:
+        values = np.array(json.loads(text))
+    except RecursionError as error:
+        raise ValueError(
+            f"Expected a JSON list of {what}, got one nested too deeply. Paste one list of rows."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"Expected a JSON list of {what}, got text that breaks off in line {error.lineno}, column {error.colno} "
+            f"({error.msg}). Close every bracket and put commas between numbers, or paste plain rows."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"Expected JSON rows of one length, got {error}. Give each row one number a class.") from error
+    if values.dtype.kind not in "iuf":
+        raise ValueError(
+            f"Expected numbers only in the JSON list of {what}, got other values. Leave quotes and null out."
+        )
+    return values
+
+
+def _example(rows: list[list[float]], labels: list[int], **options: Any) -> tuple[Any, ...]:
+    """What the inputs of the page are set to."""
+    defaults = {
+        "file": None,
+        "from_logits": False,
+        "n_bins": 10,
+        "strategy": "uniform",
+        "mode": "rows",
+        "temperature": "",
+        "n_bootstrap": 0,
+        "check_sums": True,
+    }
+    lines = [", ".join(f"{value:g}" for value in row) for row in rows]
+    return ("\n".join(lines), " ".join(map(str, labels)), *(defaults | options).values())
+
+
+def _levels(too_confident: int) -> tuple[list[list[float]], list[int]]:
+    """Twenty rows at each of five confidences; of the hits that would be fit, so many are missing."""
+    confidences = (0.55, 0.65, 0.75, 0.85, 0.95)
+    rows = [[confidence, 1 - confidence] for confidence in confidences for _ in range(20)]
+    labels = [int(i >= round(20 * confidence) - too_confident) for confidence in confidences for i in range(20)]
+    return rows, labels
+
+
+_TEN_LOGITS = [[5.0 * (i == k) for k in range(10)] for i in range(10)]
+_SEVEN_RIGHT = [0, 1, 2, 3, 4, 5, 6, 8, 9, 0]
+_SIX_ROWS = [[0.31, 0.32, 0.27], [0.37, 0.33, 0.30], [0.30, 0.31, 0.39], [0.61, 0.38, 0.01], [0.10, 0.65, 0.25]]
+_SIX_ROWS += [[0.91, 0.05, 0.04]]
+EXAMPLES = {
+    "calibrated": _example(*_levels(0), n_bootstrap=1000),
+    "over-confident": _example(*_levels(4), n_bootstrap=1000),
+    "logits": _example(_TEN_LOGITS, _SEVEN_RIGHT, from_logits=True),
+    "logits, scaled": _example(_TEN_LOGITS, _SEVEN_RIGHT, from_logits=True, temperature="1.6422936938"),
+    "six rows by hand": _example(_SIX_ROWS, [1, 0, 0, 1, 0, 0], check_sums=False),  # the first sums to 0.9
+}
+
+demo = build()
+
+if __name__ == "__main__":
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no downloads
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
+    demo.launch(
+        theme=theme,
+        css=CSS,
+        footer_links=["api", "gradio"],
+        max_file_size=MAX_FILE,
+        share=False,
+        ssr_mode=False,
+    )

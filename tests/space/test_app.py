@@ -1,0 +1,298 @@
+"""What the page reads, measures and writes, without a server; in the environment of `make test-space`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.space
+
+SIX_ROWS = "0.31,0.32,0.27\n0.37,0.33,0.30\n0.30,0.31,0.39\n0.61,0.38,0.01\n0.10,0.65,0.25\n0.91,0.05,0.04"
+EIGHT = ".51 .45 .39 .66 .68 .29 .81 .85".replace(" ", "\n")
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """The module, under a name of its own: nothing of the package imports it."""
+    spec = importlib.util.spec_from_file_location("space_app", ROOT / "carot_hf" / "ece" / "app.py")
+    module = importlib.util.module_from_spec(spec)
+
+    async def load():  # without a running loop gradio makes some, and leaves them open
+        spec.loader.exec_module(module)
+
+    asyncio.run(load())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path_factory.mktemp("metrics")))
+        yield module
+
+
+# ---- text ----
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.7, 0.2, 0.1\n0.1,0.3,0.6",
+        "0.7 0.2  0.1\n\n  0.1 0.3 0.6\n",
+        "0.7\t0.2\t0.1\r\n0.1\t0.3\t0.6\r\n",
+        "0.7;0.2;0.1\n1e-1;3e-1;.6",
+        "[[0.7, 0.2, 0.1],\n [0.1, 0.3, 0.6]]",
+    ],
+)
+def test_rows_in_every_spelling(app, text):
+    found = app.parse_predictions(text)
+    assert found.dtype == np.float64
+    assert found.tolist() == [[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]
+
+
+@pytest.mark.parametrize("text", ["0.9\n0.6\n0.8", "[0.9, 0.6, 0.8]"])
+def test_one_number_a_row(app, text):
+    assert app.parse_predictions(text).tolist() == [0.9, 0.6, 0.8]
+
+
+@pytest.mark.parametrize("text", ["1\n0\n2", "1 0 2", "1, 0, 2", "1.0\n0\n2.000e+00", "[1, 0, 2]", "1 0\n2"])
+def test_labels_in_every_spelling(app, text):
+    found = app.parse_labels(text)
+    assert found.dtype.kind == "i"
+    assert found.tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"Expected predictions, got none\. Paste at least one row"),
+        (" \n\n", r"Expected predictions, got none"),
+        ("0.7 0.3\n\n0.7 x0.3", r"Expected a number in line 3, got 'x0\.3'\. Write numbers"),
+        ("0.7,0.3\n0.6,,0.4", r"Expected 2 columns in line 2, as in the first row, got 3\. Give"),
+        ("0.7,0.3\n0.6,", r"Expected a number in line 2, got ''"),
+        ("0.7,0.3\n0.6", r"Expected 2 columns in line 2, as in the first row, got 1\."),
+        ("0.7, 0.2 0.1", r"Expected a number in line 1, got '0\.2 0\.1'"),
+        (
+            "[[0.7, 0.3],\n [0.6, 0.4]",
+            r"Expected a JSON list of predictions, .* line 2, column 12.*Close every bracket",
+        ),
+        ("[0.7 0.3]", r"Expected a JSON list of predictions, .* line 1, column 6"),
+        ("[[0.7, 0.3], [0.6]]", r"Expected JSON rows of one length, got .*Give each row"),
+        ('[["a", 1]]', r"Expected numbers only in the JSON list of predictions, got other values\. Leave quotes"),
+        ("[[0.5, null]]", r"Expected numbers only"),
+        ("[" * 100_000, r"Expected a JSON list of predictions, got one nested too deeply\."),
+        ("y" * 1000, r"got 'y{40}'\. "),
+    ],
+)
+def test_unreadable_predictions(app, text, message):
+    with pytest.raises(ValueError, match=message):
+        app.parse_predictions(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"Expected labels, got none"),
+        ("0\n1.5", r"Expected a whole number as label in line 2, got '1\.5'\. Write class indices"),
+        ("0 nan", r"Expected a whole number as label in line 1, got 'nan'"),
+        ("0 inf", r"Expected a whole number as label in line 1, got 'inf'"),
+        ("cat\ndog", r"Expected a number in line 1, got 'cat'"),
+        ('["cat"]', r"Expected numbers only in the JSON list of labels"),
+    ],
+)
+def test_unreadable_labels(app, text, message):
+    with pytest.raises(ValueError, match=message):
+        app.parse_labels(text)
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b,label\n0.7,0.3,1\n0.4,0.6,0\n",
+        "a,label,b\n0.7,1,0.3\n0.4,0,0.6\n",
+        '"Label";"a";"b"\n1;0.7;0.3\n0;0.4;0.6\n',
+        "0.7,0.3,1\n0.4,0.6,0",
+        "a,b,target\n0.7,0.3,1\n0.4,0.6,0\n",
+        "\ufefflabel,a,b\n1,0.7,0.3\n0,0.4,0.6\n",
+        "7.0e-01 3.0e-01 1.000000e+00\n4.0e-01 6.0e-01 0.000000e+00\n",
+    ],
+)
+def test_csv(app, tmp_path, text):
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8")
+    predictions, references = app.read_file(str(tmp_path / "rows.csv"))
+    assert predictions.tolist() == [[0.7, 0.3], [0.4, 0.6]]
+    assert references.tolist() == [1, 0]
+    assert references.dtype.kind == "i"
+
+
+def test_csv_of_one_number_a_row(app, tmp_path):
+    (tmp_path / "rows.CSV").write_text("confidence,label\n0.7,1\n0.4,0\n", encoding="utf-8")
+    predictions, references = app.read_file(str(tmp_path / "rows.CSV"))
+    assert (predictions.tolist(), references.tolist()) == ([0.7, 0.4], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"Expected rows in the file, got none"),
+        ("a,b,label\n", r"Expected at least one row of predictions and a label, got 0 rows of 3 columns"),
+        ("label\n1\n", r"got 1 rows of 1 columns"),
+        ("a,b,label\n0.7,0.3,1\n0.4,0.6\n", r"Expected 3 columns in line 3, as in the first row, got 2"),
+        ("a,b,label\n0.7,0.3\n", r"Expected 3 columns in line 2"),
+        ("0.7,0.3,1\n0.4,0.6,dog\n", r"Expected a number in line 2, got 'dog'"),
+        ("a,label,b\n0.7,1,0.3\n0.4,0.5,0.6\n", r"Expected a whole number as label in line 3, got '0\.5'"),
+    ],
+)
+def test_unreadable_csv(app, tmp_path, text, message):
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        app.read_file(str(tmp_path / "rows.csv"))
+
+
+def test_files_of_other_kinds(app, tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"\xff\xfe0\x00")
+    with pytest.raises(ValueError, match=r"Expected a CSV in UTF-8.*Save it as text"):
+        app.read_file(str(tmp_path / "rows.csv"))
+    with pytest.raises(ValueError, match=r"Expected a file \.csv or \.npz, got 'rows\.xlsx'"):
+        app.read_file(str(tmp_path / "rows.xlsx"))
+
+
+def test_npz(app, tmp_path):
+    rows = np.array([[0.7, 0.3], [0.4, 0.6]], dtype=np.float16)
+    np.savez(tmp_path / "rows.npz", predictions=rows, references=np.array([1, 0]), more=np.zeros(3))
+    predictions, references = app.read_file(str(tmp_path / "rows.npz"))
+    assert predictions.dtype == np.float16  # the metric's bin edges and tolerances are those of the dtype
+    assert (predictions == rows).all()
+    assert references.tolist() == [1, 0]
+
+
+def test_unreadable_npz(app, tmp_path, monkeypatch):
+    path = tmp_path / "rows.npz"
+    cure = r"\. Write it with `np\.savez"
+    path.write_text("0.7, 0.3")
+    with pytest.raises(ValueError, match="Expected an .npz .* got File is not a zip file" + cure):
+        app.read_file(str(path))
+    np.savez(path, predictions=np.eye(2), labels=np.array([1, 0]))
+    with pytest.raises(ValueError, match=r"got no references among \['predictions', 'labels'\]" + cure):
+        app.read_file(str(path))
+    np.savez(path, predictions=np.array([{}], dtype=object), references=np.array([1]))
+    with pytest.raises(ValueError, match="got Object arrays cannot be loaded" + ".*" + cure):
+        app.read_file(str(path))
+    np.savez_compressed(path, predictions=np.zeros((1000, 10)), references=np.zeros(1000, int))
+    monkeypatch.setattr(app, "MAX_ARRAYS", 80_000)
+    with pytest.raises(ValueError, match=r"got arrays of 88,\d+ bytes, more than 80,000"):
+        app.read_file(str(path))
+
+
+# ---- numbers worked out by hand ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "options", "expected"),
+    [
+        (SIX_ROWS, "1 0 0 1 0 0", {"check_sums": False}, {"ece": 2.27 / 6, "n": 6}),
+        (EIGHT, "0 0 0 1 0 1 1 1", {"mode": "positive"}, {"ece": 0.3425}),
+        ("0.3 0.7\n0.9 0.1\n0.4 0.6", "1 0 0", {"n_bins": 3}, {"ece": 1 / 3, "n_bins": 3}),
+        (
+            "[[0.25, 0.20, 0.55], [0.55, 0.05, 0.40], [0.10, 0.30, 0.60], [0.90, 0.05, 0.05]]",
+            "[0, 1, 2, 0]",
+            {"n_bins": 3},
+            {"ece": 0.2, "rmsce": math.sqrt((3 * (0.7 / 3) ** 2 + 0.1**2) / 4), "mce": 0.7 / 3},
+        ),
+        ("1\n1\n1\n1\n0", "0 0 1 1 1", {"mode": "positive", "n_bins": 2}, {"ece": 0.6}),
+        ("0.95\n1.0", "1 0", {"mode": "top_label"}, {"ece": 0.475}),
+    ],
+)
+def test_from_text_to_numbers(app, rows, labels, options, expected):
+    result = app.measure(app.parse_predictions(rows), app.parse_labels(labels), **options)
+    assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert result["bins"]["count"]
+
+
+def test_examples_have_the_values_they_were_made_for(app):
+    """Twenty hits at each confidence as chance has them, then four fewer of each; logits of a closed form."""
+    confidence = 1 / (1 + 9 * math.exp(-5))  # of [5, 0, ..., 0] among ten classes
+    numbers = {name: app.compute(*values)[0] for name, values in app.EXAMPLES.items()}
+    assert {name: result["ece"] for name, result in numbers.items()} == pytest.approx(
+        {
+            "calibrated": 0.0,
+            "over-confident": 0.2,
+            "logits": confidence - 0.7,
+            "logits, scaled": 0.0,
+            "six rows by hand": 2.27 / 6,
+        },
+        abs=1e-9,
+    )
+    assert numbers["over-confident"]["overconfidence"] == pytest.approx(0.2, abs=1e-12)
+    assert numbers["calibrated"]["p_value"] == 1.0  # every draw has at least an error of 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "options", "message"),
+    [
+        ("3.5 -1\n2 2", "0 1", {}, r"got 3\.5 in row 0, column 0\. This looks like logits: pass from_logits=True"),
+        ("0.7 0.3", "0", {"temperature": "2"}, r"Expected no `temperature` with probabilities, got 2\.0"),
+        (
+            "3.5 -1",
+            "0",
+            {"from_logits": True, "temperature": " 0 "},
+            r"Expected a finite `temperature` above 0, got 0\.0",
+        ),
+        ("0.7\n0.3", "0 1", {}, r"Expected an explicit `mode`"),
+        ("0.7 0.3", "2", {}, r"Expected `references` in \[0, 2\), got 2 in row 0"),
+        ("0.7 0.2", "0", {}, r"got 0\.9 in row 0"),
+        ("0.7 nope", "0", {}, r"Expected a number in line 1, got 'nope'"),
+        (
+            "0.7 0.3",
+            "0",
+            {"temperature": "hot"},
+            r"Expected `temperature` to be a number, got 'hot'\. Write e\.g\. 1\.5",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_as_it_is(app, rows, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        app.compute(rows, labels, **options)
+
+
+# ---- what is shown ----
+
+
+def test_summary_names_the_side(app):
+    rows = np.array([[0.8, 0.2]] * 10)
+    for right, text in ((6, "accuracy 0.6000: on the whole over-"), (8, "neither"), (9, "on the whole under-")):
+        summary = app.as_summary(app.measure(rows, (np.arange(10) >= right).astype(int)), "<i>.csv")
+        assert summary.startswith(f"<h2>ECE {abs(0.8 - right / 10):.4f}</h2>")
+        assert text in summary
+        assert "10 rows from &lt;i&gt;.csv." in summary
+
+
+def test_table_holds_every_number(app):
+    rows = np.array([[0.8, 0.2]] * 1000 + [[1.0, 0.0]])
+    result = app.measure(rows, np.array([0] * 1000 + [1]), n_bootstrap=10)
+    lines = [line.split("|")[1:-1] for line in app.as_table(result).splitlines()[2:]]
+    shown = {name.strip(): value.strip() for name, value, _ in lines}
+    assert shown.keys() == result.keys() - {"bins"}
+    assert (shown["n"], shown["n_bins"], shown["nll"]) == ("1,001", "10", "inf")
+    assert shown["accuracy"] == "0.9990"
+
+
+def test_json_has_no_number_where_there_is_none(app):
+    result = app.as_json(app.measure(np.array([[1.0, 0.0]]), np.array([1])))
+    assert result["nll"] is None
+    assert result["bins"]["accuracy"] == [None] * 9 + [0.0]
+    assert result["ece"] == 1.0
+
+
+def test_picture_is_drawn_from_the_bins(app):
+    """Orange, the colour of over-confidence, is in the upper half when it should be and only then."""
+
+    def orange(result):
+        return int((np.asarray(app.draw(result).convert("RGB")) == (0xD5, 0x5E, 0x00)).all(-1)[:480].sum())
+
+    rows = np.array([[0.8, 0.2]] * 10)
+    assert orange(app.measure(rows, (np.arange(10) >= 6).astype(int))) > 100
+    assert orange(app.measure(rows, (np.arange(10) >= 9).astype(int))) == 0
