@@ -1,7 +1,7 @@
 """Calibration of a finished model: the metrics of its logits, the temperature that divides them, and where it is kept.
 
 Logits and labels may be torch tensors on any device or numpy arrays. Half precision is worked on as float32; rows
-are taken in chunks, so 50,000 x 1000 needs little memory beyond the logits.
+are taken in chunks, so 50,000 x 1000 needs little memory beyond the logits, and little at all with `LogitRows`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,13 +31,37 @@ _ECE_GRID = 96
 _ECE_TIE = 1e-7  # two values of ECE closer than this differ by rounding
 
 
+class LogitRows(ABC):
+    """Logits that are computed when they are read, some rows at a time: a matrix that is never there as a whole.
+
+    Attributes:
+        shape: ``(N, K)``.
+        dtype: Of the rows; a float dtype.
+        device: Of the rows.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return ``(n, K)``, the same values each time."""
+
+
+Logits = Tensor | NDArray[Any] | LogitRows
+
+
 def calibration_metrics(
-    logits: Tensor | NDArray[Any], labels: Tensor | NDArray[Any], *, n_bins: int = 10, temperature: float = 1.0
+    logits: Logits, labels: Tensor | NDArray[Any], *, n_bins: int = 10, temperature: float = 1.0
 ) -> dict[str, float]:
     r"""Accuracy and calibration of ``softmax(logits / temperature)`` over a whole data set.
 
     Args:
-        logits: ``(N, K)`` float, before the softmax. Not probabilities.
+        logits: ``(N, K)`` float, before the softmax. Not probabilities. A tensor, an array, or `LogitRows`.
         labels: ``(N,)`` integer class indices in ``[0, K)``.
         n_bins: Number of confidence bins of every ECE here.
         temperature: Divides the logits; > 0.
@@ -99,7 +124,7 @@ def calibration_metrics(
 
 
 def top_label(
-    logits: Tensor | NDArray[Any], labels: Tensor | NDArray[Any], temperature: float = 1.0
+    logits: Logits, labels: Tensor | NDArray[Any], temperature: float = 1.0
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Confidence and hit of each row, ready for `carot_hf.ece.binning.calibration_bins`.
 
@@ -126,7 +151,7 @@ def top_label(
 
 
 def fit_temperature(
-    logits: Tensor | NDArray[Any],
+    logits: Logits,
     labels: Tensor | NDArray[Any],
     *,
     criterion: str = "nll",
@@ -284,7 +309,7 @@ def _baking_target(model: nn.Module) -> nn.Parameter | nn.Linear:
     )
 
 
-def _fit_nll(logits: Tensor, labels: Tensor, low: float, high: float) -> float:
+def _fit_nll(logits: Tensor | LogitRows, labels: Tensor, low: float, high: float) -> float:
     """Root of the derivative of the mean NLL with respect to u = ln(1 / T), which is negative left of the optimum."""
     maxima = torch.cat([rows.amax(dim=1) for _, rows, _ in _chunks(logits, labels)])
     mean_margin = 0.0
@@ -327,7 +352,7 @@ def _fit_nll(logits: Tensor, labels: Tensor, low: float, high: float) -> float:
     return min(max(math.exp(-u), low), high)
 
 
-def _fit_ece(logits: Tensor, labels: Tensor, low: float, high: float, nll_optimum: float) -> float:
+def _fit_ece(logits: Tensor | LogitRows, labels: Tensor, low: float, high: float, nll_optimum: float) -> float:
     """Grid over [low, high], then three finer grids around the best; among equals the nearest to ``nll_optimum``."""
     correct = top_label(logits, labels)[1]
     temperatures = np.unique(np.append(np.geomspace(low, high, _ECE_GRID), nll_optimum))
@@ -347,7 +372,7 @@ def _fit_ece(logits: Tensor, labels: Tensor, low: float, high: float, nll_optimu
 
 
 def _ece_at(
-    logits: Tensor, labels: Tensor, correct: NDArray[np.bool_], temperatures: NDArray[np.float64]
+    logits: Tensor | LogitRows, labels: Tensor, correct: NDArray[np.bool_], temperatures: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """``(len(temperatures),)`` ECE of the logits divided by each temperature."""
     errors = []
@@ -361,7 +386,7 @@ def _ece_at(
     return np.array(errors)
 
 
-def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _chunks(logits: Tensor | LogitRows, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First row, logits as float32 or float64, and labels of one chunk after the other."""
     step = max(1, _CHUNK_VALUES // logits.shape[1])
     for start in range(0, len(logits), step):
@@ -405,7 +430,7 @@ def _auroc(confidences: NDArray[Any], correct: NDArray[np.bool_]) -> float:
     return float(below / (2 * len(right) * len(wrong)))
 
 
-def _empty_like_rows(logits: Tensor) -> NDArray[Any]:
+def _empty_like_rows(logits: Tensor | LogitRows) -> NDArray[Any]:
     return np.empty(len(logits), dtype=np.float64 if logits.dtype == torch.float64 else np.float32)
 
 
@@ -417,18 +442,20 @@ def _check_temperature(temperature: float) -> None:
 
 
 def _checked(
-    logits: Tensor | NDArray[Any], labels: Tensor | NDArray[Any], temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    logits: Logits, labels: Tensor | NDArray[Any], temperature: float = 1.0
+) -> tuple[Tensor | LogitRows, Tensor]:
     """Both as tensors on the device of the logits, shapes and values checked."""
     _check_temperature(temperature)
-    logits = logits.detach() if isinstance(logits, Tensor) else _from_numpy(logits)
+    if not isinstance(logits, LogitRows):
+        logits = logits.detach() if isinstance(logits, Tensor) else _from_numpy(logits)
     labels = labels.detach() if isinstance(labels, Tensor) else _from_numpy(labels)
-    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2 or not logits.is_floating_point():
+    shape = tuple(logits.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not logits.dtype.is_floating_point:
         raise ValueError(
             f"Expected `logits` of a float dtype and shape (N, K) with N >= 1 and K >= 2, got {logits.dtype} of shape "
-            f"{tuple(logits.shape)}. Pass one row of class scores, before the softmax, for each sample."
+            f"{shape}. Pass one row of class scores, before the softmax, for each sample."
         )
-    if labels.shape != logits.shape[:1]:
+    if tuple(labels.shape) != shape[:1]:
         raise ValueError(
             f"Expected `labels` of shape ({len(logits)},), got {tuple(labels.shape)}. "
             "Pass class indices; for one-hot rows use `labels.argmax(-1)`."

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
-from .calibration import calibration_metrics, top_label
+from .calibration import LogitRows, calibration_metrics, top_label
 from .ece.binning import CalibrationBins, calibration_bins
-from .suites import ShiftSuite
+from .suites import ShiftSet, ShiftSuite
 
 Metrics = dict[str, float]
 SCALED = ("ece", "nll")  # reported with a fitted temperature as well, under <name>_ts
@@ -20,12 +21,32 @@ METRICS = (
 )  # fmt: skip
 
 
-def label_bins(logits: Tensor, labels: Tensor, *, n_bins: int, temperature: float = 1.0) -> CalibrationBins:
+class SetLogits(LogitRows):
+    """The logits of a set's labels, from embeddings and a head: ``data.select(embeds @ weight.T + bias)``.
+
+    Args:
+        embeds: ``(N, D)`` float32, image embeddings of length 1.
+        head: Weight ``(K, D)`` and bias ``(K,)`` of the training classes, float32.
+        data: The set; its columns say which training classes stand for a label.
+    """
+
+    def __init__(self, embeds: Tensor, head: tuple[Tensor, Tensor], data: ShiftSet) -> None:
+        self._embeds, self._head, self._data = embeds, head, data
+        self.shape = len(embeds), data.num_labels
+        self.dtype, self.device = embeds.dtype, embeds.device
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._data.select(F.linear(self._embeds[rows], *self._head))
+
+
+def label_bins(logits: Tensor | LogitRows, labels: Tensor, *, n_bins: int, temperature: float = 1.0) -> CalibrationBins:
     """Put the top-label confidences of ``(n, K)`` logits into ``n_bins`` bins of equal width."""
     return calibration_bins(*top_label(logits, labels, temperature=temperature), n_bins=n_bins)
 
 
-def set_metrics(logits: Tensor, labels: Tensor, *, n_bins: int, temperature: float | None = None) -> Metrics:
+def set_metrics(
+    logits: Tensor | LogitRows, labels: Tensor, *, n_bins: int, temperature: float | None = None
+) -> Metrics:
     """Compute the metrics of one set.
 
     Args:

@@ -22,7 +22,7 @@ from .calibration import bake_temperature, calibration_metrics, check_not_baked,
 from .classifier import CLIPClassifier, export_classifier
 from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, normalize_pixels
 from .ece.binning import CalibrationBins
-from .evaluation import METRICS, SCALED, Metrics, flat_names, label_bins, set_metrics, with_aggregates
+from .evaluation import METRICS, SCALED, Metrics, SetLogits, flat_names, label_bins, set_metrics, with_aggregates
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
 from .suites import ShiftSet, ShiftSuite
@@ -249,7 +249,7 @@ class SuiteTrainer(Trainer):
         """Return the logits ``(n, labels)`` of one set and its metrics; ``predict`` is built on it."""
         data = self._as_set("prediction", dataloader.dataset)
         embeds, labels = self._embed(dataloader, description, metric_key_prefix)
-        logits = data.select(self._class_logits(embeds, self._head()))
+        logits = SetLogits(embeds, self._head(), data)[:]
         metrics = {} if labels is None else self._set_metrics(logits, labels)
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         ids = None if labels is None else labels.numpy()
@@ -285,7 +285,7 @@ class SuiteTrainer(Trainer):
         embeds, labels = self._embed(loader, "Calibration", "eval")
         if labels is None:
             raise ValueError("Expected labels in the validation set, got none. A temperature needs them.")
-        logits = self._class_logits(embeds, self._head())
+        logits = SetLogits(embeds, self._head(), self.suite.validation)
         criterion = self.args.calibration_criterion
         temperature = fit_temperature(logits, labels, criterion=criterion)
         before = calibration_metrics(logits, labels, n_bins=self.args.n_bins)
@@ -358,14 +358,10 @@ class SuiteTrainer(Trainer):
         weight = network.logit_scale.float().exp().cpu() * classes
         return weight, torch.zeros(len(weight))
 
-    def _class_logits(self, embeds: Tensor, head: tuple[Tensor, Tensor]) -> Tensor:
-        """Apply the head to embeddings ``(n, D)``: ``(n, K)`` float32, CPU."""
-        return F.linear(embeds, *head)
-
-    def _set_metrics(self, logits: Tensor, labels: Tensor, temperature: float | None = None) -> Metrics:
+    def _set_metrics(self, logits: Any, labels: Tensor, temperature: float | None = None) -> Metrics:
         metrics = set_metrics(logits, labels, n_bins=self.args.n_bins, temperature=temperature)
         if self.compute_metrics is not None:
-            own = self.compute_metrics(EvalPrediction(predictions=logits.numpy(), label_ids=labels.numpy()))
+            own = self.compute_metrics(EvalPrediction(predictions=logits[:].numpy(), label_ids=labels.numpy()))
             metrics.update(denumpify_detensorize(own))
         return metrics
 
@@ -382,13 +378,12 @@ class SuiteTrainer(Trainer):
         metrics: dict[str, Metrics] = {}
         if "validation" in sets:
             held_out, ids = parts["validation"]
-            temperature = fit_temperature(
-                self._class_logits(held_out, head), ids, criterion=self.args.calibration_criterion
-            )
+            logits = SetLogits(held_out, head, sets["validation"])
+            temperature = fit_temperature(logits, ids, criterion=self.args.calibration_criterion)
         self.bins, self.bins_ts = {}, {}
         for name, data in sets.items():
             part, ids = parts[name]
-            logits = data.select(self._class_logits(part, head))
+            logits = SetLogits(part, head, data)
             self.bins[name] = label_bins(logits, ids, n_bins=n_bins)
             if temperature is not None and name != "validation":
                 self.bins_ts[name] = label_bins(logits, ids, n_bins=n_bins, temperature=temperature)

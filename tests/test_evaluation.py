@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import tiny_clip
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import SequentialSampler
 from transformers import CLIPModel, CLIPProcessor, EarlyStoppingCallback, TrainerCallback, pipeline
 
-from carot_hf import unbake_temperature
-from carot_hf.evaluation import METRICS, SCALED, comparison_table, with_aggregates
+from carot_hf import ShiftSet, fit_temperature, unbake_temperature
+from carot_hf.evaluation import METRICS, SCALED, SetLogits, comparison_table, label_bins, set_metrics, with_aggregates
 from carot_hf.prompts import class_embeddings
 
 KEYS = {"accuracy", "top5_accuracy", "ece", "ece_batch_mean", "adaptive_ece", "classwise_ece", "mce", "nll", "brier"}
@@ -371,3 +372,53 @@ def test_evaluation_leaves_the_model_as_it_is(make_trainer, processor):
     before = copy.deepcopy(model.state_dict())
     make_trainer(model).evaluate()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# ---- logits by rows ----
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of values of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.values = max(self.values, tensor.numel())
+        return result
+
+
+def test_metrics_and_temperature_never_hold_the_whole_matrix():
+    """4,000 rows of 1,000 classes: the matrix has 4 million values; embeddings have 32,000, a chunk 131,072."""
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.nn.functional.normalize(torch.randn(4000, 8, generator=generator), dim=-1)
+    head = (4 * torch.randn(1000, 8, generator=generator), torch.randn(1000, generator=generator))
+    whole = embeds @ head[0].T + head[1]
+    labels = torch.multinomial((whole / 2).softmax(1), 1, generator=generator)[:, 0]
+    data = ShiftSet([0] * 4000, name="far", num_classes=1000)
+    expected = set_metrics(whole, labels, n_bins=10, temperature=1.7)
+    fitted = {name: fit_temperature(whole, labels, criterion=name) for name in ("nll", "ece")}
+    with LargestTensor() as largest:
+        rows = SetLogits(embeds, head, data)
+        metrics = set_metrics(rows, labels, n_bins=10, temperature=1.7)
+        temperatures = {name: fit_temperature(rows, labels, criterion=name) for name in fitted}
+        bins = label_bins(rows, labels, n_bins=10)
+    assert largest.values <= 131_072
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert temperatures == pytest.approx(fitted, rel=1e-4)
+    assert bins.n == 4000
+
+
+def test_columns_are_taken_row_by_row_as_from_the_whole_matrix():
+    generator = torch.Generator().manual_seed(1)
+    embeds, weight = torch.randn(50, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    data = ShiftSet([0] * 50, name="far", num_classes=6, columns=[[1], [0, 5], [2, 3, 4]])
+    rows = SetLogits(embeds, (weight, torch.arange(6.0)), data)
+    whole = embeds @ weight.T + torch.arange(6.0)
+    expected = torch.stack([whole[:, 1], whole[:, [0, 5]].amax(1), whole[:, 2:5].amax(1)], dim=1)
+    assert rows.shape == (50, 3)
+    torch.testing.assert_close(rows[10:20], expected[10:20])
