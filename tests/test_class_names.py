@@ -98,6 +98,9 @@ def test_the_order_of_the_sources(tmp_path, monkeypatch):
     assert (found.class_names, found.source) == (["k", "l", "m", "n", "o"], f"files of {HUB}")
     assert (found.templates, found.templates_source) == (["hub {}"], f"files of {HUB}")
 
+    found = resolve_names(5, templates=["my {}"])
+    assert (found.source, found.templates, found.templates_source) == (f"files of {HUB}", ["my {}"], "user")
+
     found = resolve_names(5, hub_id="clip-benchmark/wds_other")
     assert (found.class_names, found.source) == (OPEN_CLIP_NAMES, "open_clip_torch 3.3.0")
 
@@ -122,6 +125,7 @@ def test_open_clip_is_read_by_path_and_never_imported(tmp_path, monkeypatch):
     [
         METADATA.replace("{c} in a video game", "{open('/tmp/x')} in a video game"),
         METADATA.replace("{c} in a video game", "{c.upper()} in a video game"),
+        METADATA.replace("{c} in a video game", "{d} in a video game"),
         METADATA.replace("{c} in a video game", "{c!r} in a video game"),
         METADATA.replace("{c} in a video game", "{c:>9} in a video game"),
         METADATA.replace('"tench"', "str(1)"),
@@ -137,9 +141,9 @@ def test_only_literals_of_open_clip_are_trusted(tmp_path, monkeypatch, text):
 
 
 def test_of_synonyms_the_first_is_taken_unless_it_is_taken_twice():
-    label_names = ["tench, Tinca tinca", "Cardigan, Cardigan Welsh corgi", "cardigan", "crane", "crane"]
+    label_names = ["Gila monster, Heloderma", "Cardigan, Cardigan Welsh corgi", "cardigan", "crane", "crane"]
     found = resolve_names(5, label_names=label_names, templates=["{}"])
-    assert found.class_names == ["tench", "Cardigan, Cardigan Welsh corgi", "cardigan", "crane", "crane"]
+    assert found.class_names == ["Gila monster", "Cardigan, Cardigan Welsh corgi", "cardigan", "crane", "crane"]
 
 
 def test_labels_that_are_no_names_are_passed_over(tmp_path):
