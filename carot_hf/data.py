@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from .images import BadImageError
 from .prompts import CaptionTable
 
 
@@ -85,6 +86,13 @@ class ImageTransform:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return _to_tensor(image.crop((left, top, left + width, top + height)))
 
+    @property
+    def train_size(self) -> tuple[int, int]:
+        """Width and height of an image whose smallest random crop is as large as what the model takes."""
+        share = math.sqrt(self.scale[0] * min(self.ratio[0], 1 / self.ratio[1]))
+        height, width = (math.ceil(side / share) + 1 for side in self.crop)
+        return width, height
+
     def train(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
         """Crop at random and resize in one step: ``(3, height, width)`` uint8."""
         height, width = self.crop
@@ -113,7 +121,39 @@ def normalize_pixels(pixel_values: Tensor, mean: Sequence[float], std: Sequence[
     return (pixel_values.float() / 255 - mean_) / std_
 
 
-class DrawnSet(Dataset):
+class ReadSet(Dataset):  # type: ignore[type-arg]
+    """The items of a set; one whose image cannot be decoded is an error, or replaced by the next that can be.
+
+    An item that stands in for others has ``"replaced"``: pairs of set and index.
+
+    Args:
+        data: A ``ShiftSet``.
+        skip: Replace in place of raising.
+        min_size: Width and height that are enough; see :func:`~carot_hf.images.read_image`.
+    """
+
+    def __init__(self, data: Any, *, skip: bool, min_size: tuple[int, int] | None = None) -> None:
+        self.data, self.skip, self.min_size = data, skip, min_size
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        replaced: list[tuple[str, int]] = []
+        for step in range(len(self.data)):
+            place = (index + step) % len(self.data)
+            try:
+                item: dict[str, Any] = self.data.read(place, min_size=self.min_size)
+            except BadImageError:
+                if not self.skip:
+                    raise
+                replaced.append((self.data.name, place))
+            else:
+                return {**item, "replaced": replaced} if replaced else item
+        raise BadImageError(f"Expected an image that can be decoded in set '{self.data.name}', got none. Replace them.")
+
+
+class DrawnSet(Dataset):  # type: ignore[type-arg]
     """A training set seen through numbers of draws: item ``epoch * n + index`` is sample ``index`` plus that number."""
 
     def __init__(self, dataset: Any) -> None:
@@ -163,24 +203,35 @@ class CaRotCollator:
     def __init__(self, transform: ImageTransform, captions: CaptionTable, seed: int) -> None:
         self.transform, self.captions, self.seed = transform, captions, seed
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``pixel_values`` ``(b, 3, h, w)`` uint8, ``labels`` ``(b,)`` int64 and, in training, the tokens.
 
-        Samples without labels give a batch without them (for prediction only).
+        Samples without labels give a batch without them. ``replaced``, where there is one, lists pairs of set and
+        index of samples that could not be read.
         """
-        if "draw" not in samples[0]:
+        batch: dict[str, Any]
+        if "draw" in samples[0]:
+            batch = self._drawn(samples)
+        else:
             batch = {"pixel_values": torch.stack([self.transform.evaluate(sample["image"]) for sample in samples])}
-            if "label" in samples[0]:
-                batch["labels"] = torch.tensor([sample["label"] for sample in samples])
-            return batch
-        labels = torch.tensor([sample["label"] for sample in samples])
+        if "label" in samples[0]:
+            batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+        replaced = [pair for sample in samples for pair in sample.get("replaced", ())]
+        return {**batch, "replaced": replaced} if replaced else batch
+
+    def _drawn(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Random crops, and each sample's own caption or a template with its class name."""
         pixels, templates = [], []
         for sample in samples:
             generator = np.random.default_rng((self.seed, sample["draw"]))
             templates.append(int(generator.integers(self.captions.n_templates)))
             pixels.append(self.transform.train(sample["image"], generator))
-        tokens = self.captions.lookup(labels, torch.tensor(templates))
-        return {"pixel_values": torch.stack(pixels), **tokens, "labels": labels}
+        if "caption" in samples[0]:
+            tokens = self.captions.tokenize([sample["caption"] for sample in samples])
+        else:
+            labels = torch.tensor([sample["label"] for sample in samples])
+            tokens = self.captions.lookup(labels, torch.tensor(templates))
+        return {"pixel_values": torch.stack(pixels), **tokens}
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -27,6 +27,22 @@ def gather_rows(local: Tensor, *, with_grad: bool) -> Tensor:
     return _stacked(local)
 
 
+def gather_uneven(local: Tensor) -> Tensor:
+    """Stack the rows of all processes in the order of their ranks, however many each one has; without gradient.
+
+    Args:
+        local: ``(b, ...)``; ``b`` may differ between processes and be 0, the rest may not.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return local
+    size = _stacked(torch.tensor([len(local)], device=local.device))
+    longest = int(size.max())
+    padded = local.new_zeros(longest, *local.shape[1:])
+    padded[: len(local)] = local
+    parts = _stacked(padded).split(longest) if longest else []
+    return torch.cat([local[:0], *(part[:rows] for part, rows in zip(parts, size.tolist(), strict=bool(longest)))])
+
+
 def local_columns(rows: int, device: torch.device) -> Tensor:
     """Return the columns, among all gathered ones, of this process's own ``rows`` samples: ``(rows,)`` int64."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

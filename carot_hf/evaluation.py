@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .calibration import LogitRows, calibration_metrics, top_label
 from .ece.binning import CalibrationBins, calibration_bins
-from .suites import ShiftSet, ShiftSuite
+from .sets import ShiftSet, ShiftSuite
 
 Metrics = dict[str, float]
 SCALED = ("ece", "nll")  # reported with a fitted temperature as well, under <name>_ts

@@ -51,6 +51,7 @@ class CaptionTable:
         if len(class_names) == 0:
             raise ValueError("Expected at least one class name, got none. Pass one name for each label, in order.")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._tokenizer, self._max_length = tokenizer, max_length
         captions = [fill_template(template, name) for name in class_names for template in templates]
         encoded = tokenizer(captions, padding=False, truncation=False, return_attention_mask=False, verbose=False)
         rows = encoded["input_ids"]
@@ -90,6 +91,17 @@ class CaptionTable:
             "input_ids": self.input_ids[classes, templates, :longest].long(),
             "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
         }
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Tokenise captions that are not made of class names, padded to the longest, cut at the model's context.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, each ``(b, l)`` int64; the end marker stays.
+        """
+        rows = self._tokenizer(
+            list(captions), padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
+        )
+        return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,23 +13,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, DataLoader
+from tqdm.auto import tqdm
 from transformers import CLIPModel, EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
 from transformers.utils import logging
 
 from .calibration import bake_temperature, calibration_metrics, check_not_baked, fit_temperature
 from .classifier import CLIPClassifier, export_classifier
-from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, normalize_pixels
+from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, ReadSet, normalize_pixels
+from .distributed import gather_uneven
 from .ece.binning import CalibrationBins
 from .evaluation import METRICS, SCALED, Metrics, SetLogits, flat_names, label_bins, set_metrics, with_aggregates
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
-from .suites import ShiftSet, ShiftSuite
+from .sets import ShiftSet, ShiftSuite
+from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
 
 logger = logging.get_logger(__name__)
+
+_LISTED = 20  # indices of bad images that a warning names
 
 
 class SuiteTrainer(Trainer):
@@ -91,6 +98,7 @@ class SuiteTrainer(Trainer):
         self.can_return_loss = True
         self.bins: dict[str, CalibrationBins] = {}
         self.bins_ts: dict[str, CalibrationBins] = {}
+        self._bad_images: dict[str, set[int]] = {}
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
 
     # ---- data ----
@@ -104,6 +112,8 @@ class SuiteTrainer(Trainer):
         data = self._training_set(self.train_dataset)
         if data is None:
             raise ValueError("Expected a training set, got None. Pass a suite with `train` or a `train_dataset`.")
+        if isinstance(data, StreamedSet):
+            return self._stream_loader(data)
         whole_batch = self._train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and len(data) < whole_batch:
             raise ValueError(
@@ -111,11 +121,54 @@ class SuiteTrainer(Trainer):
                 "Lower `per_device_train_batch_size`, or set `dataloader_drop_last` False."
             )
         return self._get_dataloader(
-            dataset=DrawnSet(data),
+            dataset=DrawnSet(ReadSet(data, skip=self._skips, min_size=self._transform.train_size)),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=self._draw_sampler,
             is_training=True,
+        )
+
+    def _stream_loader(self, data: StreamedSet) -> Any:
+        """Each process reads its own files, whole batches, as many as the others; accelerate only moves them."""
+        args = self.args
+        batches = len(data) // (self._train_batch_size * args.world_size)
+        if batches == 0:
+            raise ValueError(
+                f"Expected at least one whole batch of {self._train_batch_size * args.world_size} samples in set "
+                f"'{data.name}', got {len(data)}. Lower `per_device_train_batch_size`."
+            )
+        draws = StreamedDraws(
+            data,
+            batch_size=self._train_batch_size,
+            batches=batches,
+            rank=args.process_index,
+            world=args.world_size,
+            seed=self._data_seed,
+            min_size=self._transform.train_size,
+            skip=self._skips,
+        )
+        loader = self._plain_loader(draws, self._train_batch_size, self.data_collator)
+        return prepare_data_loader(
+            loader,
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+
+    def _plain_loader(self, data: Any, batch_size: int, collator: Any) -> DataLoader[Any]:
+        """A loader as `Trainer` makes them, but for a stream."""
+        args = self.args
+        workers = args.dataloader_num_workers
+        return DataLoader(
+            data,
+            batch_size=batch_size,
+            collate_fn=collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and self.accelerator.device.type == "cuda",
+            persistent_workers=workers > 0 and args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -157,15 +210,18 @@ class SuiteTrainer(Trainer):
         if data is None:
             return None
         train = self._as_set("train", data)
-        if train.label_column is None:
+        if train.label_column is None and (train.caption_column is None or self._objective == "cross_entropy"):
             raise ValueError(
-                f"Expected labels in set '{train.name}', got none. Each training caption is made from a class name."
+                f"Expected labels in set '{train.name}', got none. Each training caption is made from a class name; "
+                "name a `caption_column` if the images have captions of their own."
             )
+        if train.test_only:
+            raise ValueError(f"Expected a set that may be trained on, got '{train.name}', whose terms forbid it.")
         return train
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Return the loader of a set to predict; its items may come without labels."""
-        return super().get_test_dataloader(self._as_set("prediction", test_dataset))
+        return super().get_test_dataloader(ReadSet(self._as_set("prediction", test_dataset), skip=self._skips))
 
     def _draw_sampler(self, dataset: DrawnSet) -> DrawSampler:
         shuffle = self.args.train_sampling_strategy != "sequential"
@@ -174,19 +230,49 @@ class SuiteTrainer(Trainer):
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         # Trainer drops the last batch of evaluations too, and hands a cached loader to other sets.
         kwargs["dataloader_key"] = None
-        drop_last = self.args.dataloader_drop_last
+        drop_last, persistent = self.args.dataloader_drop_last, self.args.dataloader_persistent_workers
         self.args.dataloader_drop_last = drop_last and is_training
+        self.args.dataloader_persistent_workers = persistent and is_training
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
-            self.args.dataloader_drop_last = drop_last
+            self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = drop_last, persistent
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
+        for name, index in inputs.get("replaced", ()):
+            self._bad_images.setdefault(name, set()).add(int(index))
+        inputs = super()._prepare_inputs({key: value for key, value in inputs.items() if key != "replaced"})
         pixels = inputs["pixel_values"]
         if pixels.dtype == torch.uint8:
             inputs = {**inputs, "pixel_values": normalize_pixels(pixels, self._transform.mean, self._transform.std)}
         return inputs
+
+    @property
+    def _skips(self) -> bool:
+        return str(self.args.on_bad_image) == "skip"
+
+    def report_bad_images(self) -> dict[str, list[int]]:
+        """Log by set which images were replaced since the last report; training, evaluation, prediction end with it.
+
+        Returns:
+            Indices by set, of all processes (of a stream the numbers of its rows).
+        """
+        found = [self._bad_images]
+        if self.args.world_size > 1:
+            found = [{} for _ in range(self.args.world_size)]
+            dist.all_gather_object(found, self._bad_images)
+        self._bad_images = {}
+        merged = {name: sorted(set().union(*(part.get(name, ()) for part in found))) for part in found for name in part}
+        if self.is_world_process_zero():
+            for name, indices in merged.items():
+                logger.warning(
+                    "%d images of set '%s' could not be decoded and were replaced by the next ones: indices %s%s.",
+                    len(indices),
+                    name,
+                    ", ".join(map(str, indices[:_LISTED])),
+                    ", ..." if len(indices) > _LISTED else "",
+                )
+        return merged
 
     # ---- evaluation ----
 
@@ -218,8 +304,7 @@ class SuiteTrainer(Trainer):
         named, sets = self._sets(eval_dataset)
         self._memory_tracker.start()
         start = time.time()
-        loader = self.get_eval_dataloader(ConcatDataset(sets.values()))
-        metrics, temperature = self._measure(sets, *self._embed(loader, "Evaluation", prefix))
+        metrics, temperature = self._measure(sets, self._embed_sets(sets, "Evaluation", prefix))
         if named:
             flat = flat_names(with_aggregates(metrics, self.suite), prefix)
         else:
@@ -227,7 +312,8 @@ class SuiteTrainer(Trainer):
         if temperature is not None:
             flat[f"{prefix}_temperature"] = temperature
         samples = sum(len(data) for data in sets.values())
-        flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=len(loader)))
+        steps = math.ceil(samples / (self.args.eval_batch_size * self.args.world_size))
+        flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=steps))
         self.log(flat)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         self._memory_tracker.stop_and_update_metrics(flat)
@@ -247,8 +333,9 @@ class SuiteTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Return the logits ``(n, labels)`` of one set and its metrics; ``predict`` is built on it."""
-        data = self._as_set("prediction", dataloader.dataset)
+        data = self._as_set("prediction", getattr(dataloader.dataset, "data", dataloader.dataset))
         embeds, labels = self._embed(dataloader, description, metric_key_prefix)
+        self.report_bad_images()
         logits = SetLogits(embeds, self._head(), data)[:]
         metrics = {} if labels is None else self._set_metrics(logits, labels)
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
@@ -264,9 +351,13 @@ class SuiteTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor | None]:
         """Return no loss, the normalised image embeddings ``(b, D)`` in float32, and the labels."""
         inputs = self._prepare_inputs(inputs)
+        pixels = inputs["pixel_values"]
+        rows, missing = len(pixels), self.args.eval_batch_size - len(pixels)
+        if missing > 0:  # always one shape: a row's embedding then depends on no batch and on no number of processes
+            pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
         network = self.accelerator.unwrap_model(model if self._evaluated is None else self._evaluated)
         with torch.no_grad(), self.accelerator.autocast():
-            embeds = network.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+            embeds = network.get_image_features(pixel_values=pixels).pooler_output[:rows]
         return None, F.normalize(embeds.float(), dim=-1), inputs.get("labels")
 
     def calibrate(self) -> dict[str, Any]:
@@ -281,10 +372,7 @@ class SuiteTrainer(Trainer):
             RuntimeError: If the model is calibrated already.
         """
         check_not_baked(self.model)
-        loader = self.get_eval_dataloader(self.suite.validation)
-        embeds, labels = self._embed(loader, "Calibration", "eval")
-        if labels is None:
-            raise ValueError("Expected labels in the validation set, got none. A temperature needs them.")
+        embeds, labels = self._embed_sets({"validation": self.suite.validation}, "Calibration", "eval")["validation"]
         logits = SetLogits(embeds, self._head(), self.suite.validation)
         criterion = self.args.calibration_criterion
         temperature = fit_temperature(logits, labels, criterion=criterion)
@@ -365,14 +453,55 @@ class SuiteTrainer(Trainer):
             metrics.update(denumpify_detensorize(own))
         return metrics
 
+    def _embed_sets(self, sets: dict[str, ShiftSet], description: str, prefix: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Embeddings ``(n, D)`` float32 and labels ``(n,)`` by set, CPU: streams one by one, the others in one pass."""
+        missing = [data.name for data in sets.values() if data.label_column is None]
+        if missing:
+            raise ValueError(f"Expected labels in every set, got none in {missing}. Use `predict` for those.")
+        parts = {
+            name: self._embed_stream(data, description) for name, data in sets.items() if isinstance(data, StreamedSet)
+        }
+        indexed = {name: data for name, data in sets.items() if name not in parts}
+        if indexed:
+            readable: Any = ConcatDataset([ReadSet(data, skip=self._skips) for data in indexed.values()])
+            loader = self.get_eval_dataloader(readable)
+            embeds, labels = self._embed(loader, description, prefix)
+            if labels is None:
+                raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
+            sizes = [len(data) for data in indexed.values()]
+            parts |= dict(zip(indexed, zip(embeds.split(sizes), labels.split(sizes), strict=True), strict=True))
+        self.report_bad_images()
+        return parts
+
+    def _embed_stream(self, data: StreamedSet, description: str) -> tuple[Tensor, Tensor]:
+        """Embed the rows of a stream: each process and worker its share, then all of them in the order of the rows."""
+        args = self.args
+        source = StreamedRows(data, args.process_index, args.world_size, skip=self._skips)
+        loader = self._plain_loader(source, args.eval_batch_size, RowCollator(self.data_collator))
+        network = self._network.eval()
+        shown = not args.disable_tqdm and self.is_world_process_zero()
+        parts = []
+        with tqdm(total=len(data), desc=f"{description} of {data.name}", disable=not shown, leave=None) as bar:
+            for numbers, batch in loader:
+                _, embeds, labels = self.prediction_step(network, batch, prediction_loss_only=False)
+                parts.append((numbers, embeds.cpu(), batch["labels"]))
+                bar.update(min(len(numbers) * args.world_size, len(data) - bar.n))
+        width = self._head()[0].shape[1]
+        empty = (torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64))
+        columns = [torch.cat(column) for column in zip(empty, *parts, strict=True)]
+        numbers, embeds, labels = (gather_uneven(column.to(args.device)).cpu() for column in columns)
+        if len(numbers) != len(data):
+            raise ValueError(
+                f"Expected {len(data):,} rows in set '{data.name}', read {len(numbers):,}. The copy is incomplete or "
+                "another version."
+            )
+        order = numbers.argsort()
+        return embeds[order], labels[order]
+
     def _measure(
-        self, sets: dict[str, ShiftSet], embeds: Tensor, labels: Tensor | None
+        self, sets: dict[str, ShiftSet], parts: dict[str, tuple[Tensor, Tensor]]
     ) -> tuple[dict[str, Metrics], float | None]:
         """Compute each set's metrics and, with a validation set, the temperature; keep the bin tables."""
-        if labels is None:
-            raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
-        sizes = [len(data) for data in sets.values()]
-        parts = dict(zip(sets, zip(embeds.split(sizes), labels.split(sizes), strict=True), strict=True))
         head, n_bins = self._head(), self.args.n_bins
         temperature: float | None = None
         metrics: dict[str, Metrics] = {}

@@ -18,6 +18,7 @@ from .callbacks import LogitScaleCallback, Schedule, TeacherCallback
 from .checkpoints import checkpoint_folders, is_complete, newest_complete_checkpoint
 from .classifier import linear_probe
 from .distributed import gather_rows, local_columns
+from .input_wait import InputWait
 from .losses import (
     contrastive_loss,
     cross_entropy_loss,
@@ -28,8 +29,8 @@ from .losses import (
     same_class_targets,
     similarity_logits,
 )
+from .sets import ShiftSuite
 from .suite_trainer import SuiteTrainer
-from .suites import ShiftSuite
 from .teacher import Teacher, beta_momentum, ema_momentum, half_life
 from .training_args import CaRotTrainingArguments
 
@@ -104,7 +105,12 @@ class CaRotTrainer(SuiteTrainer):
         self._term_sums, self._term_steps = {}, 0.0
         if self.args.linear_probe and resume_from_checkpoint is None:
             self._fit_head()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._forget_evaluation()
+        self._input_wait = InputWait()
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.report_bad_images()
         self._check_weights()
         return output
 
@@ -114,6 +120,20 @@ class CaRotTrainer(SuiteTrainer):
         if not torch.isfinite(loss):
             self._stop(f"Expected a finite loss at step {self.state.global_step + 1}, got {loss.item()}.")
         return loss
+
+    def _forget_evaluation(self) -> None:
+        """Take back what an evaluation before the training did to the model.
+
+        accelerate marks it as prepared; training would then leave out DDP, and each process keep its own gradients.
+        """
+        network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        network.__dict__.pop("_is_accelerate_prepared", None)
+        self.accelerator._models = [model for model in self.accelerator._models if model is not network]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the batches of a step from the loader, and note how long it took."""
+        with self._input_wait.waiting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def _check_weights(self) -> None:
         """Stop before weights that are not finite reach a checkpoint or a user."""
@@ -204,7 +224,7 @@ class CaRotTrainer(SuiteTrainer):
     def _fit_head(self) -> None:
         """Fit the linear head on the frozen features of the training images, as evaluation sees them."""
         logger.info("Linear probe: fitting the head on frozen features before the first step.")
-        embeds, labels = self._embed(self.get_eval_dataloader(self.train_dataset), "Linear probe", "probe")
+        embeds, labels = self._embed_sets({"train": self.train_dataset}, "Linear probe", "probe")["train"]
         if labels is None:
             raise ValueError("Expected labels in the training set, got none. A linear probe needs them.")
         network = self.accelerator.unwrap_model(self.model)
@@ -238,6 +258,7 @@ class CaRotTrainer(SuiteTrainer):
                 logs["teacher_momentum"] = momentum
                 if momentum < 1:
                     logs["teacher_half_life"] = half_life(momentum, self._teacher_callback.update_every)
+            logs["input_wait"] = round(self._input_wait.read(), 4)
             if isinstance(self.model, CLIPModel):
                 logs["logit_multiplier"] = self.model.logit_scale.detach().float().exp().item()
         super().log(logs, start_time)

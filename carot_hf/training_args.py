@@ -15,6 +15,7 @@ from .losses import SAME_CLASS
 from .teacher import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
+ON_BAD_IMAGE = ("raise", "skip")
 _WEIGHTS = ("distillation_weight", "feature_distillation_weight", "orthogonality_weight", "cross_norm_weight")
 
 _LOWER_IS_BETTER = ("loss", "nll", "ece", "ece_ts", "nll_ts", "ece_batch_mean", "mce", "brier", "overconfidence")
@@ -112,6 +113,7 @@ class CaRotTrainingArguments(TrainingArguments):
     - ``hub_strategy`` "end": nothing uncalibrated is published during training.
     - ``metric_for_best_model``: where one is needed and none is given, ``eval_validation_nll``;
       ``greater_is_better`` follows from the metric's name. Metrics of shifted sets are refused.
+    - ``dataloader_persistent_workers`` is True if there are workers: starting them costs seconds an epoch.
     - ``dataloader_pin_memory`` is switched off where there is no accelerator to pin for.
 
     </Tip>
@@ -138,6 +140,10 @@ class CaRotTrainingArguments(TrainingArguments):
         n_bins: Confidence bins of the calibration errors.
         calibration_criterion: What ``calibrate`` minimises on the validation split, "nll" or "ece".
         reliability_diagrams: Draw the diagrams of each final evaluation.
+        on_bad_image: An image that cannot be decoded is an error ("raise"), or replaced by the next one of its set and
+            listed in the end ("skip").
+        dataloader_persistent_workers: Keep the workers of the training loader from epoch to epoch; ``None``: if there
+            are any.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
@@ -256,6 +262,18 @@ class CaRotTrainingArguments(TrainingArguments):
         metadata={"help": "What the temperature minimises on the validation split.", "choices": ["nll", "ece"]},
     )
 
+    on_bad_image: str = field(
+        default="raise",
+        metadata={
+            "help": "An image that cannot be decoded: stop with its set and index ('raise'), or take the next one "
+            "of the set in its place and list the replaced ones in the end ('skip').",
+            "choices": list(ON_BAD_IMAGE),
+        },
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None,
+        metadata={"help": "Keep the workers of the training loader from epoch to epoch. Default: if there are any."},
+    )
     reliability_diagrams: bool = field(
         default=True,
         metadata={
@@ -281,6 +299,8 @@ class CaRotTrainingArguments(TrainingArguments):
         self._check_ranges()
         _refuse_sharding(self)
         self._set_best_metric()
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
@@ -343,6 +363,7 @@ class CaRotTrainingArguments(TrainingArguments):
             ("teacher", TEACHERS),
             ("same_class", SAME_CLASS),
             ("freeze", (None, "vision", "text")),
+            ("on_bad_image", ON_BAD_IMAGE),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"Expected `{name}` to be one of {known}, got {getattr(self, name)!r}. Choose one.")

@@ -23,6 +23,8 @@ ALLOWED = {
     "losses": set(),
     "teacher": set(),
     "distributed": set(),
+    "images": set(),
+    "input_wait": set(),
     "checkpoints": set(),
     "digits": set(),
     "imagenet": set(),
@@ -34,24 +36,30 @@ ALLOWED = {
     "convert": set(),
     "prompts": set(),
     "class_names": {"prompts"},
-    "data": {"prompts"},
-    "suites": {"prompts", "digits"},
+    "data": {"images", "prompts"},
+    "loading": set(),  # rows from the Hub or from disk
+    "sets": {"images", "prompts"},
+    "streaming": {"images", "sets"},
+    "splits": {"loading", "sets", "streaming"},
+    "imagenet_suite": {"class_names", "corruptions", "imagenet", "loading", "sets", "splits", "streaming"},
+    "suite_file": {"loading", "sets", "splits"},
+    "suites": {"digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"losses", "teacher"},
     # floor 2: when and what to show
     "callbacks": {"teacher"},
-    "evaluation": {"calibration", "ece.binning", "suites"},
+    "evaluation": {"calibration", "ece.binning", "sets"},
     "plots": {"ece.binning"},
     "reporting": {"ece.binning", "plots"},
     # the Space of the metric, which installs the package: nothing of ours imports it
     "ece.app": {"metric", "plots"},
     # floor 3: the trainer
     "suite_trainer": {
-        "calibration", "classifier", "data", "ece.binning", "evaluation", "prompts", "reporting", "suites",
-        "training_args",
+        "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation", "prompts", "reporting", "sets",
+        "streaming", "training_args",
     },
     "trainer": {
-        "callbacks", "checkpoints", "classifier", "distributed", "losses", "suite_trainer", "suites", "teacher",
-        "training_args",
+        "callbacks", "checkpoints", "classifier", "distributed", "input_wait", "losses", "sets", "suite_trainer",
+        "teacher", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -75,6 +83,12 @@ THIRD_PARTY = {
     "corruptions": {"numpy", "PIL"},  # and the package of the corruptions, when it is asked for
     "class_names": {"huggingface_hub"},
     "evaluation": {"numpy", "torch"},
+    "sets": {"numpy", "torch"},
+    "images": {"numpy", "PIL"},
+    "input_wait": set(),
+    "streaming": {"numpy", "torch"},
+    "loading": {"datasets", "huggingface_hub", "numpy"},
+    "suite_file": {"numpy", "yaml"},
     "plots": {"numpy", "matplotlib"},
     "reporting": {"numpy", "matplotlib"},
 }

@@ -112,10 +112,10 @@ def test_bad_suites_are_refused(suite, changes, message):
 
 
 def test_unknown_suites_are_refused():
-    with pytest.raises(ValueError, match=r"Expected the name of a suite \('digits'\), got 'cifar'"):
+    with pytest.raises(ValueError, match=r"Expected 'digits', 'imagenet' or a file \.yaml, got 'cifar'"):
         load_suite("cifar")
-    with pytest.raises(ValueError, match="not part of it yet"):
-        load_suite("imagenet")
+    with pytest.raises(ValueError, match=r"Expected options out of \['check_counts', .* 'imagenet', got \['shift'\]"):
+        load_suite("imagenet", shift=["r"])
     with pytest.raises(ValueError, match="no options for the suite 'digits'"):
         load_suite("digits", root="x")
 

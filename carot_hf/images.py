@@ -1,0 +1,106 @@
+"""From what a data set holds, encoded or not, to an RGB image: decoded right, or refused with the reason."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 89_478_485  # PIL's own limit for a warning: 1 GiB / 4 / 3
+DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, IndexError, KeyError),
+    Image.DecompressionBombError,
+)
+
+
+class BadImageError(ValueError):
+    """An image that cannot be decoded; the text says why."""
+
+
+def read_image(
+    value: Any, *, min_size: tuple[int, int] | None = None, exif: bool = True, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Decode an image.
+
+    Alpha is dropped, as in transformers' pipelines. 16-bit grey is scaled to 8 bits (PIL alone would saturate it). Of
+    an animation the first frame is taken.
+
+    Args:
+        value: A PIL image, a ``(h, w)`` or ``(h, w, 3)`` uint8 array, bytes, a path, or ``{"bytes": ..., "path": ...}``
+            as an undecoded ``datasets.Image``.
+        min_size: Width and height in pixels that are enough: a JPEG of more than twice as much is decoded at 1/2, 1/4
+            or 1/8 and stays at least as large. Pixels then differ slightly.
+        exif: Turn the image as its EXIF orientation says, as `datasets` does; published ImageNet figures are of pixels
+            as they are stored.
+        max_pixels: Larger images are refused by their header, before they are decoded.
+    Raises:
+        BadImageError: If there is no image, it is damaged, or too large.
+    """
+    try:
+        with _strict(), _opened(value) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImageError(
+                    f"an image of {image.width:,} x {image.height:,} pixels, more than {max_pixels:,}; shrink it"
+                )
+            if min_size is not None and image.format == "JPEG":
+                turned = exif and image.getexif().get(0x0112, 1) >= 5  # width and height change places
+                image.draft("RGB", min_size[::-1] if turned else min_size)
+            if exif and image.getexif().get(0x0112, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            return _rgb(image)
+    except BadImageError:
+        raise
+    except DECODING_ERRORS as error:
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _opened(value: Any) -> Iterator[Image.Image]:
+    """An image that may be lazy; what was opened here is closed again."""
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, Image.Image):
+        yield value
+    elif isinstance(value, np.ndarray):
+        yield Image.fromarray(value)
+    elif isinstance(value, bytes | bytearray | memoryview):
+        if len(value) == 0:
+            raise BadImageError("no bytes")
+        with Image.open(io.BytesIO(value)) as image:
+            yield image
+    elif isinstance(value, str | os.PathLike):
+        with Image.open(value) as image:
+            yield image
+    else:
+        raise BadImageError(f"{type(value).__name__} in place of an image")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise BadImageError(f"grey values from {grey.min()} to {grey.max()}, outside of 16 bits")
+        image = Image.fromarray(np.rint(grey / 257).astype(np.uint8))
+    elif image.mode == "F":
+        grey = np.asarray(image)
+        if not (grey.min() >= 0 and grey.max() <= 1):
+            raise BadImageError(f"float values from {grey.min()} to {grey.max()}, outside of [0, 1]")
+        image = Image.fromarray(np.rint(255 * grey).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # or PIL warns
+    image.load()
+    return image.convert("RGB")
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    """PIL's warnings are ours to judge: size is checked by us, odd metadata does not matter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

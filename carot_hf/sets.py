@@ -1,0 +1,252 @@
+"""What a model is trained on, calibrated on and judged on: labelled sets, and the suite that they form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .images import DECODING_ERRORS, BadImageError, read_image
+from .prompts import check_templates
+
+RESERVED_NAMES = ("id", "ood", "teacher", "validation")
+
+
+class ShiftSet(Dataset):
+    """A sized data set of ``{"image": RGB PIL image, "label": int}``.
+
+    Args:
+        data: Anything with a length whose items are mappings, e.g. a ``datasets.Dataset`` with an ``Image`` feature.
+        name: Short name; the metrics of the set carry it.
+        num_classes: Number of training classes, ``K``.
+        columns: For each label of the set the training classes it stands for, one list a label; ``None``: all classes,
+            one to one.
+        labels: All labels, if they can be had without decoding images. Read from ``data`` when it is a
+            ``datasets.Dataset``. They are checked at once; otherwise each label is checked when it is read.
+        image_column: Key of the image.
+        label_column: Key of the label; ``None``: the items have none (for prediction only).
+        caption_column: Key of a caption of the image's own; training then takes it in place of a template with the
+            class name.
+        exif: Turn images as their EXIF orientation says.
+        crop_border: Pixels cut off at each side before anything else.
+        test_only: The set's terms forbid to train, to tune or to select on it.
+    Raises:
+        ValueError: If the set is empty, a label or a column is out of range, or, when an item is read, its image
+            cannot be decoded (the set and the index are named).
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        name: str,
+        num_classes: int,
+        columns: Sequence[Sequence[int]] | None = None,
+        labels: Sequence[int] | np.ndarray | None = None,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        caption_column: str | None = None,
+        exif: bool = True,
+        crop_border: int = 0,
+        test_only: bool = False,
+    ) -> None:
+        self.data, self.name, self.num_classes = _undecoded(data, image_column), name, num_classes
+        self.columns = None if columns is None else [list(group) for group in columns]
+        self.image_column, self.label_column, self.caption_column = image_column, label_column, caption_column
+        self.exif, self.crop_border, self.test_only = exif, crop_border, test_only
+        if not hasattr(data, "__len__"):
+            raise ValueError(
+                f"Expected a data set with a length for '{name}', got {type(data).__name__}. Streamed data cannot be "
+                "drawn by index; load it whole, or save it to disk first."
+            )
+        if len(data) == 0:
+            raise ValueError(f"Expected at least one sample in set '{name}', got an empty data set. Check its split.")
+        if self.columns is not None:
+            _check_columns(name, self.columns, num_classes)
+        if labels is None and hasattr(data, "column_names") and label_column in data.column_names:
+            labels = np.asarray(data.with_format(None)[label_column])
+        self.labels = None if labels is None else np.asarray(labels)
+        if self.labels is not None and self.labels.dtype.kind not in "iu":
+            self.labels = np.array(
+                [self._check_label(label, f"index {index}") for index, label in enumerate(self.labels)]
+            )
+        if self.labels is not None:
+            for index in np.flatnonzero((self.labels < 0) | (self.labels >= self.num_labels))[:1].tolist():
+                self._check_label(self.labels[index], f"index {index}")
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels of this set: the training classes, or one for each list of columns."""
+        return self.num_classes if self.columns is None else len(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The options that say how an item is read, for a set of other rows of the same source."""
+        names = ("image_column", "label_column", "caption_column", "exif", "crop_border", "test_only")
+        return {name: getattr(self, name) for name in names}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(index)
+
+    def read(self, index: int, *, min_size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return an item; see `decode` for ``min_size``."""
+        try:
+            item = self.data[index]
+        except LookupError:  # the end of the set, for one
+            raise
+        except DECODING_ERRORS as error:
+            raise self._unreadable(f"index {index}", f"{type(error).__name__}: {error}") from error
+        return self.decode(item, f"index {index}", min_size=min_size)
+
+    def decode(self, item: Mapping[str, Any], where: str, *, min_size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Turn an item of ``data`` into an RGB image and a label.
+
+        Args:
+            item: A mapping with the columns of image and label.
+            where: Which one it is, for errors: ``"index 7"``.
+            min_size: Width and height that are enough; see :func:`~carot_hf.images.read_image`.
+        Raises:
+            BadImageError: If the image cannot be decoded.
+            ValueError: If a key is missing or the label is out of range.
+        """
+        value = self._cell(item, self.image_column, "image_column", where)
+        border = self.crop_border
+        try:
+            image = read_image(value, min_size=None if border else min_size, exif=self.exif)
+            if border:
+                image = image.crop((border, border, image.width - border, image.height - border))
+        except DECODING_ERRORS as error:
+            path = value.get("path") if isinstance(value, Mapping) else value
+            file = f" (file {path})" if isinstance(path, str) else ""
+            raise self._unreadable(where + file, str(error)) from error
+        result: dict[str, Any] = {"image": image}
+        if self.label_column is not None:
+            result["label"] = self._check_label(self._cell(item, self.label_column, "label_column", where), where)
+        if self.caption_column is not None:
+            result["caption"] = str(self._cell(item, self.caption_column, "caption_column", where))
+        return result
+
+    def _cell(self, item: Mapping[str, Any], key: str, option: str, where: str) -> Any:
+        if key not in item:
+            raise ValueError(
+                f"Expected the key '{key}' in set '{self.name}' at {where}, got the keys {sorted(item)}. Name the "
+                f"right one with `{option}`."
+            )
+        return item[key]
+
+    def _unreadable(self, where: str, reason: str) -> BadImageError:
+        return BadImageError(
+            f"Expected an image that can be decoded in set '{self.name}' at {where}, got {reason}. Replace or drop "
+            "this sample, or pass on_bad_image='skip'."
+        )
+
+    def select(self, logits: Tensor) -> Tensor:
+        """Turn logits of the training classes into logits of this set's labels.
+
+        Args:
+            logits: ``(n, K)`` float.
+        Returns:
+            ``(n, num_labels)``: for each label the maximum over its columns, before any softmax.
+        """
+        if self.columns is None:
+            return logits
+        if all(len(group) == 1 for group in self.columns):
+            return logits[:, [group[0] for group in self.columns]]
+        return torch.stack([logits[:, group].amax(dim=1) for group in self.columns], dim=1)
+
+    def _check_label(self, label: Any, where: str) -> int:
+        whole = isinstance(label, int | np.integer) or (isinstance(label, float | np.floating) and label == label // 1)
+        if isinstance(label, bool) or not whole or not 0 <= label < self.num_labels:
+            raise ValueError(
+                f"Expected labels in [0, {self.num_labels}) in set '{self.name}', got {label} at {where}. "
+                "Pass class indices in the order of the class names, or the set's own `columns`."
+            )
+        return int(label)
+
+
+@dataclass
+class ShiftSuite:
+    """Everything a run needs of data: splits, shifted test sets, class names and templates.
+
+    Attributes:
+        name: Name of the suite.
+        class_names: ``K`` names in the order of the labels.
+        templates: Captions with ``{}`` for the class name.
+        train: Trained on.
+        validation: Held out of training; the temperature is fitted on it and nothing is reported on it.
+        test: The in-distribution test set; its name is part of its metrics' names.
+        shifts: Shifted test sets by name. Never selected on.
+        recommended: Training arguments that suit this suite; they go before a preset and behind the command line.
+        sources: Where class names and templates come from, as ``{"class_names": ..., "templates": ...}``.
+    Raises:
+        ValueError: If names, templates or the number of classes do not fit.
+    """
+
+    name: str
+    class_names: list[str]
+    templates: list[str]
+    train: ShiftSet
+    validation: ShiftSet
+    test: ShiftSet
+    shifts: dict[str, ShiftSet]
+    recommended: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates)
+        names = [self.test.name, *self.shifts]
+        for name in names:
+            if name in RESERVED_NAMES or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or names.count(name) > 1:
+                raise ValueError(
+                    f"Expected distinct set names of letters, digits, '_' and '-' other than {RESERVED_NAMES}, got "
+                    f"{name!r}. Metrics are called eval_<set>_<metric>; choose another name."
+                )
+        for split in (self.train, self.validation, self.test, *self.shifts.values()):
+            if split.num_classes != len(self.class_names):
+                raise ValueError(
+                    f"Expected {split.num_classes} class names (set '{split.name}' has so many classes), got "
+                    f"{len(self.class_names)}. Pass one name for each label, in order."
+                )
+        for split in (self.train, self.validation):
+            if split.test_only:
+                raise ValueError(
+                    f"Expected set '{split.name}' to be one that may be trained and tuned on, got one whose terms "
+                    "forbid it (ObjectNet). Use it as a shifted test set only."
+                )
+        for split in (self.train, self.validation, self.test):
+            if split.columns is not None:
+                raise ValueError(
+                    f"Expected set '{split.name}' to be labelled with the training classes, got `columns`. "
+                    "Only shifted sets may have labels of their own."
+                )
+
+    @property
+    def evaluation_sets(self) -> dict[str, ShiftSet]:
+        """Validation, in-distribution test and shifts by name, in this order."""
+        return {"validation": self.validation, self.test.name: self.test, **self.shifts}
+
+
+def _undecoded(data: Any, image_column: str) -> Any:
+    """A ``datasets.Dataset`` that leaves images encoded: they are decoded here, by other rules. Others as they are."""
+    feature: Any = (getattr(data, "features", None) or {}).get(image_column)
+    if getattr(feature, "decode", False) and hasattr(data, "cast_column"):
+        return data.cast_column(image_column, type(feature)(decode=False))
+    return data
+
+
+def _check_columns(name: str, columns: list[list[int]], num_classes: int) -> None:
+    for label, group in enumerate(columns):
+        if not group or any(not 0 <= column < num_classes for column in group):
+            raise ValueError(
+                f"Expected for label {label} of set '{name}' a list of training classes in [0, {num_classes}), got "
+                f"{group}. Give one non-empty list of class indices for each label."
+            )

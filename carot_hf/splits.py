@@ -1,0 +1,142 @@
+"""One split of a source as a set: its columns found, its labels as class indices, its size known."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.fingerprint import Hasher
+from numpy.typing import NDArray
+
+from .loading import LabelTable, check_labels, hold_out, image_column, label_column
+from .sets import ShiftSet
+from .streaming import StreamedSet, count_rows, shard_rows
+
+logger = logging.getLogger(__name__)
+
+
+def as_set(
+    rows: Any,
+    *,
+    name: str,
+    num_classes: int,
+    label_names: Sequence[str] = (),
+    columns: Sequence[Sequence[int]] | None = None,
+    published: tuple[int, int] | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    **options: Any,
+) -> ShiftSet:
+    """Make a set of what `open_rows` opened.
+
+    Args:
+        rows: A ``datasets.Dataset`` or ``IterableDataset``, images undecoded.
+        name: Short name of the set.
+        num_classes: Number of training classes.
+        label_names: What text in the label column may say, in the order of the set's labels, e.g. wnids.
+        columns: For each label of the set the training classes it stands for; ``None``: all, one to one.
+        published: Rows and labels that the set must have; ``None``: any.
+        image: Column of the images; ``None``: the only one there is.
+        label: Column of the labels; ``None``: ``label``, ``labels``, ``cls`` or ``wnid``.
+        **options: Further options of `ShiftSet`.
+    Returns:
+        A `ShiftSet`, or a `StreamedSet` of a stream. The rows of a stream are counted unless they are published.
+    Raises:
+        ValueError: If a column is missing, or rows and labels are not as published.
+    """
+    image, label = image or image_column(rows), label or label_column(rows)
+    for column in (image, label):
+        if column not in rows.features:
+            raise ValueError(
+                f"Expected a column {column!r} in '{name}', got {sorted(rows.features)}. Correct its name."
+            )
+    table = LabelTable(rows.features[label], label_names, f"'{name}', column {label!r},")
+    common = {"name": name, "num_classes": num_classes, "columns": columns, "image_column": image, **options}
+    if not hasattr(rows, "__len__"):
+        size = count_rows(rows.select_columns([label])) if published is None else published[0]
+        return StreamedSet(rows.select_columns([image, label]), size=size, to_label=table, label_column=label, **common)
+    labels = table.all(rows.with_format(None)[label])
+    if published is not None:
+        check_labels(name, labels, *published)
+    data = rows.select_columns([image])
+    return ShiftSet(data.add_column("label", labels) if image != "label" else data, labels=labels, **common)
+
+
+def split_off(data: ShiftSet, share: float, seed: int) -> tuple[ShiftSet, ShiftSet]:
+    """Split a set of a ``datasets.Dataset`` into one to train on and a class-balanced share, ``validation``.
+
+    Args:
+        data: The set; its labels are known.
+        share: See :func:`~carot_hf.loading.hold_out`.
+        seed: See there.
+    """
+    if data.labels is None:
+        raise ValueError(f"Expected a set whose labels are known, got '{data.name}'. Pass a validation set instead.")
+    labels = data.labels
+
+    def part(name: str, rows: NDArray[np.int64]) -> ShiftSet:
+        return ShiftSet(
+            data.data.select(rows), name=name, num_classes=data.num_classes, labels=labels[rows], **data.reading
+        )
+
+    kept, held = hold_out(labels, share, seed)
+    return part("train", kept), part("validation", held)
+
+
+def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: int, key: str) -> ShiftSet:
+    """Take a class-balanced share out of a stream, in place, and return it as a set of its own.
+
+    Files are read in an order drawn with the seed until each class has given ``round(share * rows / classes)`` rows,
+    and these are kept in the cache of `datasets`, so it is done once. From shuffled files (ImageNet-1K's) about this
+    share of the files is read; from files sorted by class all of them.
+
+    Args:
+        data: The stream to train on; the rows are left out of it and its length.
+        share: Of all rows, in (0, 1).
+        classes: Labels that the set has.
+        seed: Of the order of the files.
+        key: Distinguishes the source from others in the cache.
+    Raises:
+        ValueError: If a class has fewer rows than it must give.
+    """
+    image, label = data.image_column, str(data.label_column)
+    quota = max(1, round(share * len(data) / classes))
+    features = datasets.Features(
+        {
+            "image": datasets.Image(decode=False),
+            "label": datasets.Value("int64"),
+            "file": datasets.Value("int64"),
+            "position": datasets.Value("int64"),
+        }
+    )
+
+    def rows() -> Iterator[dict[str, Any]]:
+        logger.info("Reading the stream of '%s' for %d rows of each of %d classes", data.name, quota, classes)
+        taken: Counter[int] = Counter()
+        full = 0
+        for file in np.random.default_rng(seed).permutation(data.rows.num_shards).tolist():
+            for position, item in enumerate(shard_rows(data.rows, file)):
+                value = data.to_label(item[label])
+                if taken[value] < quota:
+                    taken[value] += 1
+                    full += taken[value] == quota
+                    yield {"image": item[image], "label": value, "file": file, "position": position}
+            if full == classes:
+                return
+        raise ValueError(
+            f"Expected {quota} rows of each of {classes} classes to hold out of '{data.name}', got {full} classes with "
+            "so many. Check the labels, or pass a smaller share."
+        )
+
+    fingerprint = Hasher.hash([key, quota, classes, seed])
+    held = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
+    left_out: dict[int, set[int]] = defaultdict(set)
+    for file, position in zip(held["file"], held["position"], strict=True):
+        left_out[file].add(position)
+    data.leave_out(left_out)
+    reading = {**data.reading, "image_column": "image", "label_column": "label"}
+    return ShiftSet(held.select_columns(["image", "label"]), name="validation", num_classes=data.num_classes, **reading)

@@ -1,0 +1,66 @@
+"""Small local copies in the layouts of the Hub: parquet, webdataset tars, folders of images.
+
+An image is 12 x 10 pixels of one colour, which says what it is: red is the class, green the row.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import datasets
+import numpy as np
+from PIL import Image
+
+
+def picture(label, row, form="PNG"):
+    pixels = np.zeros((10, 12, 3), np.uint8)
+    pixels[:] = (label % 256, row % 256, label // 256)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+def tars(folder, labels, *, files=1, image="jpg", column="cls", names=None, per_label=None):
+    """``<folder>/<n>.tar`` with ``nshards.txt`` beside them, as the clip-benchmark repositories have them."""
+    folder.mkdir(parents=True)
+    (folder / "nshards.txt").write_text(str(files))
+    form = {"jpg": "PNG", "webp": "WEBP", "png": "PNG"}[image]
+    for file, rows in enumerate(np.array_split(np.arange(len(labels)), files)):
+        with tarfile.open(folder / f"{file}.tar", "w") as archive:
+            for row in rows.tolist():
+                text = str(labels[row]) if names is None else names[labels[row]]
+                for suffix, data in ((image, picture(int(labels[row]), row, form)), (column, text.encode())):
+                    entry = tarfile.TarInfo(f"s{row:07d}.{suffix}")
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+
+
+def parquet(folder, split, labels, *, files=1, feature=None):
+    """``<folder>/data/<split>-00000-of-0000n.parquet`` with ``image`` and ``label``, as ILSVRC/imagenet-1k has them."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"image": datasets.Image(), "label": feature or datasets.Value("int64")})
+    for file, rows in enumerate(np.array_split(np.arange(len(labels)), files)):
+        images = [{"bytes": picture(int(labels[row]), row), "path": f"{row}.png"} for row in rows.tolist()]
+        table = datasets.Dataset.from_dict(
+            {"image": images, "label": [int(labels[row]) for row in rows]}, features=features
+        )
+        table.to_parquet(folder / "data" / f"{split}-{file:05d}-of-{files:05d}.parquet")
+
+
+def folders(folder, labels, names):
+    """``<folder>/<name of the class>/<row>.png``."""
+    for row, label in enumerate(labels):
+        place = folder / names[label]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{row}.png").write_bytes(picture(int(label), row))
+
+
+def content(data, indices=None):
+    """Pairs of (label, label as the image says it, row as the image says it) of a set."""
+    result = []
+    for index in range(len(data)) if indices is None else indices:
+        item = data[index]
+        red, green, blue = item["image"].getpixel((5, 5))
+        result.append((item["label"], red + 256 * blue, green))
+    return result
