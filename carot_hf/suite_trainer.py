@@ -486,7 +486,7 @@ class SuiteTrainer(Trainer):
                 _, embeds, labels = self.prediction_step(network, batch, prediction_loss_only=False)
                 parts.append((numbers, embeds.cpu(), batch["labels"]))
                 bar.update(min(len(numbers) * args.world_size, len(data) - bar.n))
-        width = self._head()[0].shape[1]
+        width = network.visual_projection.out_features
         empty = (torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64))
         columns = [torch.cat(column) for column in zip(empty, *parts, strict=True)]
         numbers, embeds, labels = (gather_uneven(column.to(args.device)).cpu() for column in columns)

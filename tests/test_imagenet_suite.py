@@ -1,0 +1,192 @@
+"""The ImageNet suite from small local copies in the layouts of the Hub."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from layouts import content, folders, parquet, tars
+
+import carot_hf.sets
+import carot_hf.suite_trainer
+from carot_hf import load_suite
+from carot_hf.imagenet import SETS, wnids
+
+TRAIN = np.repeat([0, 1, 2, 134, 517, 999], 10)
+NAMES = [f"name {index}" for index in range(1000)]
+ROWS = {"v2": 14, "r": 15, "a": 16, "sketch": 17, "objectnet": 18}
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Each set under the id, the last part of the id, or the name; ClassLabel, numbers, wnids."""
+    folder = tmp_path_factory.mktemp("root")
+    label = datasets.ClassLabel(names=[f"{name}, synonym {name}" for name in NAMES])
+    parquet(folder / "ILSVRC/imagenet-1k", "train", TRAIN, files=3, feature=label)
+    parquet(folder / "ILSVRC/imagenet-1k", "validation", np.array([0, 134, 999, 7, 8]), feature=label)
+    tars(folder / "clip-benchmark/wds_imagenetv2" / "test", np.arange(ROWS["v2"]) * 70, files=2, image="webp")
+    tars(folder / "wds_imagenet-r" / "test", np.arange(ROWS["r"]) * 13)
+    tars(folder / "a" / "test", np.arange(ROWS["a"]) * 12, column="wnid", names=SETS["a"].label_names())
+    folders(folder / "sketch", np.arange(ROWS["sketch"]) * 58, wnids())
+    tars(folder / "wds_objectnet" / "test", np.arange(ROWS["objectnet"]) * 6, image="png")
+    (folder / "clip-benchmark/wds_imagenetv2/classnames.txt").write_text("\n".join(f"open {name}" for name in NAMES))
+    (folder / "clip-benchmark/wds_imagenetv2/zeroshot_classification_templates.txt").write_text(
+        "a photo of a {c}.\na sketch of a {c}."
+    )
+    return folder
+
+
+def load(root, **options):
+    return load_suite("imagenet", root=root, check_counts=False, **options)
+
+
+def test_every_set_has_its_rows_labels_and_columns(root):
+    suite = load(root)
+    assert {name: len(data) for name, data in suite.shifts.items()} == ROWS
+    assert suite.test.name == "imagenet"
+    assert content(suite.test) == [(0, 0, 0), (134, 134, 1), (999, 999, 2), (7, 7, 3), (8, 8, 4)]
+    for name, step in (("v2", 70), ("r", 13), ("a", 12), ("sketch", 58), ("objectnet", 6)):
+        data = suite.shifts[name]
+        found = sorted(content(data))
+        assert [row[:1] for row in found] == [(step * index,) for index in range(ROWS[name])]
+        assert all(label == painted for label, painted, _ in found)
+        assert data.columns == SETS[name].columns()
+        assert (data.exif, data.crop_border) == (False, 2 if name == "objectnet" else 0)
+    assert suite.shifts["objectnet"][0]["image"].size == (8, 6)  # 12 x 10 without 2 at each side
+
+
+def test_two_percent_are_held_out_the_same_of_every_class(root):
+    suite, again, other = load(root), load(root), load(root, seed=1)
+    assert Counter(suite.validation.labels.tolist()) == dict.fromkeys([0, 1, 2, 134, 517, 999], 1)
+    assert len(suite.train) == 54
+    rows = sorted(content(suite.train) + content(suite.validation))
+    assert rows == sorted((label, label, row) for row, label in enumerate(TRAIN))
+    assert content(again.validation) == content(suite.validation) != content(other.validation)
+
+
+def test_names_come_from_the_class_label_first_then_from_the_files(root):
+    suite = load(root)
+    assert suite.class_names == NAMES  # the first synonym
+    assert suite.templates == ["a photo of a {}.", "a sketch of a {}."]
+    assert suite.sources["class_names"] == "ClassLabel of ILSVRC/imagenet-1k"
+    files = load(root, name_sources=["files"])
+    assert files.class_names[3] == "open name 3"
+    own = load(root, class_names=[f"my {name}" for name in NAMES], templates=["{}!"])
+    assert (own.class_names[3], own.templates, own.sources["templates"]) == ("my name 3", ["{}!"], "user")
+
+
+def test_incomplete_copies_are_refused_with_the_three_numbers(root):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected 1,281,167 rows, largest label 999 and 1000 distinct labels in 'train', got 60 rows, largest "
+        r"label 999 and 6 distinct labels\..*`check_counts=False`",
+    ):
+        load_suite("imagenet", root=root)
+
+
+def test_a_missing_copy_says_where_it_was_looked_for(root, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"a local copy of 'imagenet' in one of \['.*imagenet-1k.*hf download ILSVRC"):
+        load(tmp_path / "empty")
+    with pytest.raises(ValueError, match="Expected a folder of local copies as `root`"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"Expected `shifts` as a list of distinct names out of \['v2', .*got \['x'\]"):
+        load(root, shifts=["x"])
+
+
+def test_objectnet_is_for_testing_only(root, make_trainer):
+    suite = load(root)
+    objectnet = suite.shifts["objectnet"]
+    assert objectnet.test_only
+    with pytest.raises(ValueError, match="whose terms forbid it"):
+        make_trainer(suite=suite, trainer={"train_dataset": objectnet})
+    with pytest.raises(ValueError, match=r"'eval_objectnet_accuracy'|shifted"):
+        make_trainer(suite=suite, metric_for_best_model="eval_objectnet_accuracy")
+    objectnet.columns = None
+    with pytest.raises(ValueError, match=r"terms forbid it \(ObjectNet\)"):
+        type(suite)(suite.name, suite.class_names, suite.templates, suite.train, objectnet, suite.test, {})
+
+
+class Corrupter:
+    """Stands in for the package: inverts, and takes a seed as the real one does."""
+
+    corruption_dict = {"glass_blur": lambda image, severity, seed=None: image}  # noqa: RUF012
+
+    @staticmethod
+    def corrupt(image, severity, corruption_name, seed=None):
+        return 255 - image
+
+
+def test_corruptions_of_the_test_set(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecorruptions", Corrupter)
+    suite = load(root, shifts=["r", "c-fog-3"])
+    assert list(suite.shifts) == ["r", "c-fog-3"]
+    data = suite.shifts["c-fog-3"]
+    assert data.labels.tolist() == suite.test.labels.tolist()
+    item = data[1]
+    assert (item["label"], item["image"].size) == (134, (224, 224))
+    assert item["image"].getpixel((3, 3)) == (255 - 134, 255 - 1, 255)
+    with pytest.raises(ValueError, match="not streamed with 'c-fog-3'"):
+        load(root, shifts=["c-fog-3"], streaming=True)
+
+
+# ---- evaluated ----
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often an image was decoded, and the class head made."""
+    count = Counter()
+    decode, embeddings = carot_hf.sets.ShiftSet.decode, carot_hf.suite_trainer.class_embeddings
+
+    def counted_decode(self, *args, **kwargs):
+        count[self.name] += 1
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(carot_hf.sets.ShiftSet, "decode", counted_decode)
+
+    def counted_head(*args, **kwargs):
+        count["head"] += 1
+        return embeddings(*args, **kwargs)
+
+    monkeypatch.setattr(carot_hf.suite_trainer, "class_embeddings", counted_head)
+    return count
+
+
+def test_one_pass_a_set_and_one_head_and_streams_give_the_same_metrics(root, make_trainer, reads):
+    suite = load(root)
+    metrics = make_trainer(suite=suite).evaluate()
+    expected = {"validation": len(suite.validation), "imagenet": 5, **ROWS, "head": 1}
+    assert reads == expected
+    streamed = load(root, streaming=True)
+    assert not hasattr(streamed.train.rows, "__len__")
+    trainer = make_trainer(suite=streamed)
+    reads.clear()
+    again = trainer.evaluate()
+    assert {name: reads[name] for name in ROWS} == ROWS
+    assert reads["head"] == 1
+    sets = tuple(f"eval_{name}_" for name in (*ROWS, "imagenet"))
+    keys = [key for key in metrics if key.startswith(sets) and not key.endswith("_ts")]
+    assert len(keys) == 6 * 11  # the temperature is another: other rows are held out
+    assert [repr(again[key]) for key in keys] == [repr(metrics[key]) for key in keys]  # also of nan
+
+
+def test_a_streamed_suite_trains_and_holds_rows_out(root, make_trainer):
+    suite = load(root, streaming=True, shifts=["r"])
+    assert (len(suite.train), len(suite.validation)) == (54, 6)
+    held = {row for _, _, row in content(suite.validation)}
+    trained = {suite.train.decode(item, "x")["image"].getpixel((0, 0))[1] for _, item in suite.train.share(0, 1)}
+    assert trained == set(range(60)) - held
+    trainer = make_trainer(suite=suite, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert torch.isfinite(trainer.model.logit_scale)

@@ -1,0 +1,248 @@
+"""What comes out of every odd image that people have: the right pixels, or a reason."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+import datasets
+import numpy as np
+import pytest
+from conftest import CLASSES
+from PIL import Image
+
+from carot_hf import ShiftSet
+from carot_hf.data import ImageTransform, ReadSet
+from carot_hf.images import MAX_PIXELS, BadImageError, read_image
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photo():
+    """Smooth colours, 64 x 48, that survive JPEG."""
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (4, 5, 3)).astype(np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
+
+
+def distance(first, second):
+    return float(np.abs(np.asarray(first, float) - np.asarray(second, float)).mean())
+
+
+def header_only_png(width, height):
+    """A PNG that says that it is so large, with hardly any data behind it."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+# ---- decoded right ----
+
+
+@pytest.mark.parametrize("kind", ["image", "array", "bytes", "path", "datasets bytes", "datasets path"])
+def test_every_way_of_holding_an_image(photo, tmp_path, kind):
+    data = encoded(photo, "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    value = {
+        "image": photo,
+        "array": np.asarray(photo),
+        "bytes": data,
+        "path": tmp_path / "a.png",
+        "datasets bytes": {"bytes": data, "path": None},
+        "datasets path": {"bytes": None, "path": str(tmp_path / "a.png")},
+    }[kind]
+    image = read_image(value)
+    assert image.mode == "RGB"
+    assert distance(image, photo) == 0
+
+
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+def test_cmyk(photo, form):
+    image = read_image(encoded(photo.convert("CMYK"), form, **({"quality": 95} if form == "JPEG" else {})))
+    assert distance(image, photo) < 8  # JPEG loses some
+
+
+def test_palette_with_alpha_drops_it_without_a_warning(photo):
+    palette = photo.quantize(16)
+    data = encoded(palette, "PNG", transparency=bytes([0, 128] + [255] * 14))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(data)
+    assert distance(image, palette.convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1"])
+def test_other_modes(photo, mode):
+    source = photo.convert(mode)
+    assert distance(read_image(encoded(source, "PNG")), source.convert("RGB")) == 0
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled(form):
+    """PIL's own conversion cuts everything above 255 off: white."""
+    values = np.array([[0, 257, 32896], [65535, 51400, 1000]], np.uint16)
+    data = encoded(Image.fromarray(values), form)
+    expected = np.array([[0, 1, 128], [255, 200, 4]])  # by 257; 1000 / 257 = 3.89
+    assert np.array_equal(np.asarray(read_image(data))[:, :, 1], expected)
+    assert np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[0, 2, 0] == 255
+
+
+def test_float_grey():
+    data = encoded(Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)), "TIFF")
+    assert np.asarray(read_image(data))[0, :, 0].tolist() == [0, 128, 255]
+    with pytest.raises(BadImageError, match=r"float values from 0\.0 to 7\.0, outside of \[0, 1\]"):
+        read_image(encoded(Image.fromarray(np.array([[0.0, 7.0]], np.float32)), "TIFF"))
+
+
+def test_one_pixel():
+    image = read_image(encoded(Image.new("RGB", (1, 1), (10, 20, 30)), "PNG"))
+    assert (image.size, image.getpixel((0, 0))) == ((1, 1), (10, 20, 30))
+    transform = ImageTransform(size=32, crop=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    for pixels in (transform.evaluate(image), transform.train(image, np.random.default_rng(0))):
+        assert pixels.shape == (3, 32, 32)
+        assert pixels[:, 7, 9].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP"])
+def test_the_first_frame_of_an_animation(form):
+    frames = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
+    assert read_image(data).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_exif_orientation_turns_the_image_or_not(photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise to be shown upright
+    data = encoded(photo, "JPEG", exif=exif, quality=95)
+    turned, stored = read_image(data), read_image(data, exif=False)
+    assert (turned.size, stored.size) == ((48, 64), (64, 48))
+    assert distance(turned, photo.rotate(-90, expand=True)) < 4
+    assert distance(stored, photo) < 4
+
+
+def test_datasets_turns_images_in_the_same_way(photo):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    value = {"bytes": encoded(photo, "JPEG", exif=exif), "path": None}
+    assert distance(read_image(value), datasets.Image().decode_example(value)) == 0
+
+
+@pytest.mark.parametrize(("wanted", "size"), [((200, 150), (200, 150)), ((201, 10), (400, 300)), ((20, 30), (100, 75))])
+def test_large_jpegs_are_decoded_smaller_but_never_too_small(photo, wanted, size):
+    data = encoded(photo.resize((800, 600), Image.Resampling.BICUBIC), "JPEG", quality=95)
+    small = read_image(data, min_size=wanted)
+    assert small.size == size
+    assert distance(small, photo.resize(size, Image.Resampling.BICUBIC)) < 3
+    assert read_image(data, min_size=(401, 300)).size == (800, 600)
+
+
+def test_the_smaller_side_is_right_for_a_turned_jpeg(photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo.resize((800, 600)), "JPEG", exif=exif)
+    assert read_image(data, min_size=(300, 400)).size == (300, 400)  # 800 x 600 turned and halved
+
+
+def test_a_crop_of_what_is_decoded_smaller_is_never_enlarged(photo):
+    transform = ImageTransform(size=32, crop=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    width, height = transform.train_size
+    for size in ((width, height), (width * 3, height), (width, height * 2)):
+        for seed in range(300):
+            left, top, right, bottom = transform._random_box(*size, np.random.default_rng(seed))
+            assert min(right - left, bottom - top) >= 32
+
+
+# ---- refused ----
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no bytes"),
+        (b"not an image", "UnidentifiedImageError"),
+        ({"bytes": None, "path": None}, "NoneType in place of an image"),
+        ({"bytes": None, "path": "nowhere.jpg"}, "FileNotFoundError"),
+        (None, "NoneType in place of an image"),
+        (7, "int in place of an image"),
+    ],
+)
+def test_what_is_no_image(data, reason):
+    with pytest.raises(BadImageError, match=reason):
+        read_image(data)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_truncated_files(photo, form):
+    """Not a picture whose lower half is grey."""
+    data = encoded(photo, form)
+    with pytest.raises(BadImageError):
+        read_image(data[: len(data) // 2])
+
+
+def test_a_bomb_is_refused_by_its_header():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadImageError, match=r"an image of 10,000 x 10,000 pixels, more than 89,478,485; shrink it"):
+            read_image(header_only_png(10_000, 10_000))
+        with pytest.raises(BadImageError, match=r"DecompressionBombError|100,000 x 100,000 pixels"):
+            read_image(header_only_png(100_000, 100_000))
+    assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+    assert read_image(Image.new("L", (5, 5)), max_pixels=25).size == (5, 5)
+    with pytest.raises(BadImageError, match="5 x 5 pixels, more than 24"):
+        read_image(Image.new("L", (5, 5)), max_pixels=24)
+
+
+# ---- in a set ----
+
+
+def spoiled(photo, bad, size=8):
+    """A ``datasets.Dataset`` in which some images are damaged."""
+    data = encoded(photo, "JPEG")
+    images = [{"bytes": data[:200] if index in bad else data, "path": f"{index}.jpg"} for index in range(size)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"image": images, "label": [i % 4 for i in range(size)]}, features=features)
+
+
+def test_a_bad_image_names_set_index_and_file(photo):
+    data = ShiftSet(spoiled(photo, {3}), name="far", num_classes=len(CLASSES))
+    assert data[2]["label"] == 2
+    with pytest.raises(BadImageError, match=r"in set 'far' at index 3 \(file 3\.jpg\), got OSError: Truncated.*skip"):
+        data[3]
+
+
+def test_the_callers_data_set_stays_as_it_is(photo):
+    rows = spoiled(photo, set())
+    ShiftSet(rows, name="far", num_classes=4)
+    assert rows.features["image"].decode
+
+
+def test_borders_are_cut_off():
+    framed = np.full((20, 30, 3), 200, np.uint8)
+    framed[2:-2, 2:-2] = 10
+    data = ShiftSet([{"image": Image.fromarray(framed), "label": 0}], name="far", num_classes=2, crop_border=2)
+    image = np.asarray(data[0]["image"])
+    assert image.shape == (16, 26, 3)
+    assert (image == 10).all()
+
+
+def test_the_next_readable_image_stands_in(photo):
+    data = ReadSet(ShiftSet(spoiled(photo, {2, 3, 7}), name="far", num_classes=4), skip=True)
+    assert [data[index]["label"] for index in range(8)] == [0, 1, 0, 0, 0, 1, 2, 0]
+    assert "replaced" not in data[4]
+    assert data[2]["replaced"] == [("far", 2), ("far", 3)]
+    assert data[7]["replaced"] == [("far", 7)]  # the first comes after the last
+    with pytest.raises(BadImageError, match="index 2"):
+        ReadSet(data.data, skip=False)[2]
+    none = ReadSet(ShiftSet(spoiled(photo, set(range(3)), 3), name="far", num_classes=4), skip=True)
+    with pytest.raises(BadImageError, match="in set 'far', got none"):
+        none[0]
