@@ -49,7 +49,7 @@ def as_set(
         ValueError: If a column is missing, or rows and labels are not as published.
     """
     image, label = image or image_column(rows), label or label_column(rows)
-    for column in (image, label):
+    for column in (image, label, *([options["caption_column"]] if options.get("caption_column") else [])):
         if column not in rows.features:
             raise ValueError(
                 f"Expected a column {column!r} in '{name}', got {sorted(rows.features)}. Correct its name."
@@ -62,8 +62,8 @@ def as_set(
     labels = table.all(rows.with_format(None)[label])
     if published is not None:
         check_labels(name, labels, *published)
-    data = rows.select_columns([image])
-    return ShiftSet(data.add_column("label", labels) if image != "label" else data, labels=labels, **common)
+    kept = [image, *([options["caption_column"]] if options.get("caption_column") else [])]
+    return ShiftSet(rows.select_columns(kept).add_column("label", labels), labels=labels, **common)
 
 
 def split_off(data: ShiftSet, share: float, seed: int) -> tuple[ShiftSet, ShiftSet]:

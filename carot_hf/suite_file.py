@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .loading import open_rows
+from .loading import LABEL_COLUMNS, image_column, open_rows
 from .sets import ShiftSet, ShiftSuite
 from .splits import as_set, split_off
 
@@ -97,6 +97,11 @@ class _Reader:
         content = self._description[first][second] if second else self._description[first]
         entry = _checked(content, str(self._path), key, keys, _REQUIRED["set"])
         name = entry.get("name", second or first)
+        if first in ("train", "validation") and "objectnet" in Path(entry["path"]).name.lower():
+            raise ValueError(
+                f"{self._path}: {key}: expected data that may be trained and tuned on, got {entry['path']!r}. The "
+                "terms of ObjectNet forbid it; use it under `shifts`. Example: path: data/train"
+            )
         local = (self._path.parent / Path(entry["path"]).expanduser()).resolve()
         stream = self._streaming and first not in ("train", "validation")
         rows = open_rows(
@@ -106,6 +111,8 @@ class _Reader:
             streaming=stream,
         )
         label = entry.get("label_column")
+        if "caption_column" in entry and label is None and not any(name in rows.features for name in LABEL_COLUMNS):
+            return self._captioned(rows, name, entry)
         if not self.class_names:
             self.class_names = _names_of(rows, label, f"{self._path}: class_names")
         options = {"caption_column": entry["caption_column"]} if "caption_column" in entry else {}
@@ -118,6 +125,23 @@ class _Reader:
             image=entry.get("image_column"),
             label=label,
             **options,
+        )
+
+    def _captioned(self, rows: Any, name: str, entry: Mapping[str, Any]) -> ShiftSet:
+        """A set of images with captions and without labels."""
+        if not self.class_names:
+            raise ValueError(
+                f"{self._path}: class_names: expected a list of names, got none, and the captions of the training set "
+                "are no classes. Example: class_names: [cat, dog]"
+            )
+        image = entry.get("image_column") or image_column(rows)
+        return ShiftSet(
+            rows,
+            name=name,
+            num_classes=len(self.class_names),
+            image_column=image,
+            label_column=None,
+            caption_column=entry["caption_column"],
         )
 
 

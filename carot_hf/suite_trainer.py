@@ -91,6 +91,8 @@ class SuiteTrainer(Trainer):
             **kwargs,
         )
         _check_launch(args)
+        if suite.sources:  # saved with the model
+            self.model.config.prompt_sources = dict(suite.sources)
         self.captions = self._captions(self.model)
         if data_collator is None:
             self.data_collator = CaRotCollator(self._transform, self.captions, self._data_seed)

@@ -42,8 +42,22 @@ class ScriptArguments:
 
     suite: str = field(
         default="imagenet",
-        metadata={"help": "Data: 'imagenet' (not in this version yet) or 'digits' (embedded, offline)."},
+        metadata={
+            "help": "Data: 'imagenet' (ImageNet-1K and five shifts from the Hub, or from --data_root), 'digits' "
+            "(embedded, offline), or a YAML file of your own (examples/suites/pets.yaml)."
+        },
     )
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder of local copies of ImageNet and its shifts, in place of the Hub."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data as streams: nothing is downloaded in advance."}
+    )
+    shifts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Shifted sets of imagenet: v2 r a sketch objectnet c-fog-3 ... Default: the first five."},
+    )
+    partial: bool = field(default=False, metadata={"help": "Take copies of ImageNet that are only a part of it."})
     preset: str = field(
         default="carot",
         metadata={
@@ -66,10 +80,22 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, CaRotTrainingArguments, Shi
     )
     parser.set_defaults(**preset_arguments(script.preset))
     parser.parse_args_into_dataclasses(argv)  # a bad option fails here, before anything is loaded
-    suite = load_suite(script.suite)
+    suite = load_suite(script.suite, **suite_options(script))
     parser.set_defaults(**suite.recommended)
     _, args = parser.parse_args_into_dataclasses(argv)
     return script, args, suite
+
+
+def suite_options(script: Any) -> dict[str, Any]:
+    """The options of `load_suite` that were given; each suite refuses those that it does not have."""
+    options = {"root": script.data_root, "shifts": script.shifts, "streaming": script.streaming or None}
+    options["check_counts"] = False if script.partial else None
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def start_model_of(suite: str) -> str:
+    """The checkpoint that a suite is fine-tuned from: CLIP ViT-B/16, or the small one of the digits."""
+    return START_MODELS.get(suite, START_MODELS["imagenet"])
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -82,7 +108,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             f"Expected an `output_dir` without checkpoints, got {output_dir}. Add --resume_from_checkpoint to go on "
             "from them, or choose another folder."
         )
-    start_model = script.model_name_or_path or START_MODELS[script.suite]
+    start_model = script.model_name_or_path or start_model_of(script.suite)
     processor = CLIPProcessor.from_pretrained(start_model)
     model = CLIPModel.from_pretrained(start_model, dtype=torch.float32)
     if script.zero_shot and getattr(model.config, "calibration", None) is not None:
@@ -97,6 +123,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "command": " ".join(["examples/finetune_imagenet.py", *argv]),
         "suite": script.suite,
+        "names": suite.sources,
         "method": "zero-shot" if script.zero_shot else script.preset,
         "start_model": script.model_name_or_path or f"the suite's ({Path(start_model).name})",
         "seed": args.seed,

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from demo import COLUMNS
-from finetune_imagenet import START_MODELS
+from finetune_imagenet import start_model_of, suite_options
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 from transformers.trainer_callback import PrinterCallback
 
@@ -43,7 +43,7 @@ TABLE = [*COLUMNS, ("T", "eval_temperature")]
 def main(argv: Sequence[str]) -> list[dict[str, float]]:
     """Run the sweep; return what sweep.json holds under "rows"."""
     options = parse(argv)
-    suite = load_suite(options.suite)
+    suite = load_suite(options.suite, **suite_options(options))
     zero_shot, fine_tuned = (load_end(end) for end in (options.zero_shot, options.fine_tuned))
     processor = CLIPProcessor.from_pretrained(options.fine_tuned)
     objective = "cross_entropy" if isinstance(fine_tuned, CLIPClassifier) else "contrastive"
@@ -72,7 +72,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zero_shot", help="the end at alpha 0; default: the start model of the suite")
     parser.add_argument("--fine_tuned", required=True, help="the end at alpha 1: folder or name of the model")
-    parser.add_argument("--suite", default="digits", choices=sorted(START_MODELS))
+    parser.add_argument("--suite", default="digits", help="digits, imagenet, or a YAML file")
+    parser.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts")
+    parser.add_argument("--streaming", action="store_true", help="read the data as streams")
+    parser.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; default: v2 r a sketch objectnet")
+    parser.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--alphas", type=weight, nargs="+", default=list(SWEEP), help="default: 0 to 1 by 0.1")
     parser.add_argument("--alpha", type=weight, default=0.5, help="of the model that --save keeps")
@@ -82,7 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
     options = parser.parse_args(argv)
     if options.zero_shot is None:
-        options.zero_shot = START_MODELS[options.suite]
+        options.zero_shot = start_model_of(options.suite)
     return options
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetune_imagenet import suite_options
 from tables import write_report
 
 from carot_hf import ShiftSuite, load_suite
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> Path:
     """Run what is missing, write the report, return its path."""
     options = parse(argv)
     start = time.perf_counter()
-    suite = load_suite(options.suite)
+    suite = load_suite(options.suite, **suite_options(options))
     runner = Runner(options.output_dir / "cells", options.jobs)
     seeds = [FIRST_SEED + i for i in range(options.seeds)]
     smoothings = QUICK_SMOOTHINGS if options.quick else SMOOTHINGS
@@ -100,6 +101,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="digits", help="'digits' (embedded, offline) or another of load_suite")
+    parser.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts")
+    parser.add_argument("--streaming", action="store_true", help="read the data as streams")
+    parser.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; default: v2 r a sketch objectnet")
+    parser.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
+    parser.add_argument("--model_name_or_path", help="checkpoint to start from; default: the suite's")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 42, 43, ... of each trained method")
     parser.add_argument("--quick", action="store_true", help="half as long runs, smoothing 0.1, three alphas")
     parser.add_argument("--output_dir", type=Path, default=Path("report"), help="default: report/")
@@ -126,12 +132,26 @@ def train_cell(
     name: str, preset: str, seed: int, options: argparse.Namespace, *flags: str, smoothing: float | None = None
 ) -> Cell:
     """Describe a training run."""
-    arguments = ["--suite", options.suite, "--preset", preset, "--seed", str(seed), *flags]
+    arguments = [*source(options), "--preset", preset, "--seed", str(seed), *flags]
     if smoothing is not None:
         arguments += ["--label_smoothing_factor", f"{smoothing:g}"]
     if options.quick:
         arguments += ["--num_train_epochs", str(QUICK_EPOCHS)]
-    return Cell(f"{name}-{seed}", "finetune_imagenet.py", (*arguments, *common(options)))
+    return Cell(f"{name}-{seed}", "finetune_imagenet.py", (*arguments, *start(options), *common(options)))
+
+
+def source(options: argparse.Namespace) -> tuple[str, ...]:
+    """Arguments of all runs that say where the data are."""
+    flags = ["--suite", options.suite]
+    flags += ["--data_root", options.data_root] if options.data_root else []
+    flags += ["--streaming"] if options.streaming else []
+    flags += ["--shifts", *options.shifts] if options.shifts else []
+    return (*flags, *(("--partial",) if options.partial else ()))
+
+
+def start(options: argparse.Namespace, flag: str = "--model_name_or_path") -> tuple[str, ...]:
+    """The checkpoint to start from, if one is given."""
+    return (flag, options.model_name_or_path) if options.model_name_or_path else ()
 
 
 def common(options: argparse.Namespace) -> tuple[str, ...]:
@@ -162,7 +182,7 @@ def plan(
         "every-2x": lambda seed: train_cell("carot-every-2x", "carot", seed, options, every, str(2 * interval)),
         "never": lambda seed: train_cell("carot-never", "carot", seed, options, "--teacher", "frozen"),
     }
-    zero_shot = ("--suite", options.suite, "--zero_shot", "--seed", str(seeds[0]), *common(options))
+    zero_shot = (*source(options), *start(options), "--zero_shot", "--seed", str(seeds[0]), *common(options))
     return {
         "zero-shot": [Cell("zero-shot", "finetune_imagenet.py", zero_shot)],
         **{method: [make(seed) for seed in seeds] for method, make in methods.items()},
@@ -180,8 +200,9 @@ def merge_plan(
         for seed, cell in zip(seeds, cells[base], strict=True):
             alphas = whole if seed == seeds[0] else ("0.5",)
             flags = ("--use_cpu",) if options.use_cpu else ()
-            source = ("--suite", options.suite, "--fine_tuned", str(runner.folder(cell)), "--alphas", *alphas)
-            merges[f"wise-{base}"].append(Cell(f"wise-{cell.name}", "interpolate.py", (*source, *flags), "sweep.json"))
+            ends = ("--fine_tuned", str(runner.folder(cell)), *start(options, "--zero_shot"))
+            arguments = (*source(options), *ends, "--alphas", *alphas, *flags)
+            merges[f"wise-{base}"].append(Cell(f"wise-{cell.name}", "interpolate.py", arguments, "sweep.json"))
     return merges
 
 

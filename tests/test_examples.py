@@ -36,7 +36,9 @@ def test_the_suite_recommends_about_200_steps_and_a_fiftieth_for_the_teacher(tmp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--suite", "imagenet"], "not part of it yet"),
+        (["--suite", "imagenet", "--data_root", "nowhere"], "Expected a folder of local copies as `root`, got nowhere"),
+        (["--suite", "digits", "--streaming"], "Expected no options for the suite 'digits', got ['streaming']"),
+        (["--suite", "none.yaml"], "Expected a YAML file, found none at none.yaml"),
         (["--suite", "digits", "--teacher_momentum_end", "1.2"], "`teacher_momentum_end` in [0, 1], got 1.2"),
         (["--suite", "digits", "--preset", "clip"], "invalid choice: 'clip'"),
         (["--suite", "digits", "--no_such_flag"], "--no_such_flag"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import content, folders, parquet, tars
+from transformers import CLIPModel
 
 import carot_hf.sets
 import carot_hf.suite_trainer
@@ -189,4 +190,7 @@ def test_a_streamed_suite_trains_and_holds_rows_out(root, make_trainer):
     trainer = make_trainer(suite=suite, max_steps=2)
     trainer.train()
     assert trainer.state.global_step == 2
+    trainer.save_model()
+    saved = CLIPModel.from_pretrained(trainer.args.output_dir).config.prompt_sources
+    assert saved == {"class_names": "ClassLabel of ILSVRC/imagenet-1k", "templates": "files in wds_imagenetv2"}
     assert torch.isfinite(trainer.model.logit_scale)

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 
+import finetune_imagenet
 import interpolate
 import pytest
 import torch
@@ -19,7 +20,7 @@ from carot_hf.merging import interpolate as merge
 @pytest.fixture
 def ends(tmp_path, model, processor, make_trainer, suite, monkeypatch):
     """Folders of a zero-shot and of a fine-tuned end, baked with T = 2, and the unbaked fine-tuned end itself."""
-    monkeypatch.setattr(interpolate, "load_suite", lambda name: suite)
+    monkeypatch.setattr(interpolate, "load_suite", lambda name, **options: suite)
     model.save_pretrained(tmp_path / "zero_shot")
     trained = make_trainer(model, preset="flyp", learning_rate=2e-3, max_steps=6)
     trained.train()
@@ -112,7 +113,7 @@ def test_a_classifier_as_fine_tuned_end(ends, make_trainer, processor, tmp_path)
 def test_defaults_are_wise_ft_on_the_start_model_of_the_suite():
     options = interpolate.parse(["--fine_tuned", "x", "--output_dir", "y"])
     assert options.alphas == pytest.approx([k / 10 for k in range(11)])
-    assert (options.alpha, options.zero_shot) == (0.5, interpolate.START_MODELS["digits"])
+    assert (options.alpha, options.zero_shot) == (0.5, finetune_imagenet.START_MODELS["digits"])
 
 
 @pytest.mark.parametrize("flags", [["--alpha", "1.5"], ["--alphas", "0", "nan"]])

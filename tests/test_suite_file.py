@@ -1,0 +1,174 @@
+"""A suite of one's own in a YAML file: the documented example, and what every mistake is answered with."""
+
+from __future__ import annotations
+
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+from layouts import content, folders, parquet, picture, tars
+
+from carot_hf import load_suite
+
+EXAMPLE = ROOT / "examples" / "suites" / "pets.yaml"
+HOME = np.array([0, 1, 2] * 10)
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """The example with data of three layouts beside it."""
+    shutil.copy(EXAMPLE, tmp_path / "pets.yaml")
+    parquet(tmp_path / "pets/home", "train", HOME, files=2)
+    parquet(tmp_path / "pets/home", "test", HOME[:7])
+    folders(tmp_path / "pets/sketch", [2, 0, 1], ["cat", "dog", "rabbit"])
+    tars(tmp_path / "pets/zoo", [1, 0, 1, 1], column="label", names=["feline", "other"])
+    return tmp_path / "pets.yaml"
+
+
+def changed(pets, **keys):
+    """The example with keys changed; None takes one out."""
+    description = yaml.safe_load(pets.read_text())
+    for path, value in keys.items():
+        *outer, last = path.split("__")
+        place = description
+        for key in outer:
+            place = place[key]
+        if value is None:
+            place.pop(last)
+        else:
+            place[last] = value
+    pets.write_text(yaml.safe_dump(description))
+    return pets
+
+
+def test_the_documented_example(pets, make_trainer):
+    suite = load_suite(pets)
+    assert (suite.name, suite.class_names) == ("pets", ["cat", "dog", "rabbit"])
+    assert suite.templates == ["a photo of a {}.", "an image of a {}."]
+    assert (len(suite.train), len(suite.validation), suite.test.name) == (24, 6, "home")
+    assert np.bincount(suite.validation.labels).tolist() == [2, 2, 2]  # 20 % of 30 over three classes
+    assert sorted(content(suite.train) + content(suite.validation)) == sorted((x, x, i) for i, x in enumerate(HOME))
+    assert sorted(content(suite.shifts["sketch"])) == [(0, 0, 1), (1, 1, 2), (2, 2, 0)]
+    assert content(suite.shifts["zoo"]) == [(1, 1, 0), (0, 0, 1), (1, 1, 2), (1, 1, 3)]
+    assert suite.shifts["zoo"].columns == [[0], [1, 2]]
+    assert suite.recommended == {"learning_rate": 1e-5, "per_device_train_batch_size": 8, "num_train_epochs": 2}
+    trainer = make_trainer(suite=suite, max_steps=1)
+    trainer.train()
+    assert {"eval_home_ece", "eval_sketch_ece", "eval_zoo_ece"} < set(trainer.evaluate())
+
+
+def test_a_stream_of_ones_own(pets):
+    suite = load_suite(str(pets), streaming=True)
+    assert type(suite.shifts["zoo"]).__name__ == "StreamedSet"
+    read = [suite.shifts["zoo"].decode(item, "x")["label"] for _, item in suite.shifts["zoo"].share(0, 1)]
+    assert read == [1, 0, 1, 1]
+
+
+def test_names_and_templates_may_stand_in_files_or_come_from_the_data(pets, tmp_path):
+    (tmp_path / "names.txt").write_text("kitten\npuppy\nbunny\n")
+    (tmp_path / "templates.txt").write_text("a {}\n\nthe {}\n")
+    suite = load_suite(changed(pets, class_names="names.txt", templates="templates.txt", shifts=None))
+    assert (suite.class_names, suite.templates) == (["kitten", "puppy", "bunny"], ["a {}", "the {}"])
+    folders(tmp_path / "named/train", [1, 0, 1, 0], ["b", "a"])
+    (tmp_path / "c.yaml").write_text(
+        "train: {path: named, split: train}\nvalidation: 0.5\ntest: {path: named, split: train, name: home}\n"
+    )
+    suite = load_suite(tmp_path / "c.yaml")
+    assert (suite.name, suite.class_names, suite.templates) == ("c", ["a", "b"], ["a photo of a {}."])
+    assert suite.shifts == {}
+
+
+def test_a_validation_set_of_its_own(pets):
+    suite = load_suite(changed(pets, validation={"path": "pets/home", "split": "test"}))
+    assert (len(suite.train), len(suite.validation)) == (30, 7)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_captions_of_ones_own(pets, tmp_path, labelled):
+    images = [{"bytes": picture(0, row), "path": None} for row in range(4)]
+    columns = {"image": images, "text": [f"pet {row}" for row in range(4)]} | (
+        {"label": [0, 1, 2, 0]} if labelled else {}
+    )
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+    (tmp_path / "captions").mkdir()
+    rows.to_parquet(tmp_path / "captions/train.parquet")
+    validation = {"path": "pets/home", "split": "test"}
+    suite = load_suite(changed(pets, train={"path": "captions", "caption_column": "text"}, validation=validation))
+    item = suite.train[2]
+    assert item["caption"] == "pet 2"
+    assert item.get("label") == (2 if labelled else None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"temlates": ["{}"]},
+            r"pets\.yaml: temlates: expected one of the keys name, .*Did you mean 'templates'\? Example: t",
+        ),
+        (
+            {"train__spilt": "x"},
+            r"pets\.yaml: train\.spilt: expected one of the keys path, split.*Did you mean 'split'",
+        ),
+        (
+            {"shifts__zoo__colums": [[0]]},
+            r"shifts\.zoo\.colums: .*Did you mean 'columns'\? Example: columns: \[\[0\], \[1, 2\]\]",
+        ),
+        ({"train": None}, r"pets\.yaml: train: expected this key, got none\. Example: train: \{path: data/train\}"),
+        ({"shifts__zoo__path": None}, r"shifts\.zoo\.path: expected this key, got none\. Example: path: data/train"),
+        ({"train": "pets/home"}, r"train: expected a mapping, got 'pets/home'\. Example: train: \{path"),
+        (
+            {"validation": True},
+            r"validation: expected a mapping or a number with a point, got True\. Example: validation: 0\.1",
+        ),
+        ({"validation": 1.5}, r"validation: expected a share of the training set in \(0, 1\), or a set, got 1\.5"),
+        (
+            {"class_names": ["cat", False, "no"]},
+            r"class_names: expected a list of strings, got \[False\]\. YAML reads.*quote",
+        ),
+        ({"class_names": "nowhere.txt"}, r"class_names: expected a list or a file with one a line, found no file"),
+        (
+            {"class_names": None},
+            r"class_names: expected a list of names, got none, and the training set has only numbers",
+        ),
+        ({"class_names": ["cat", "dog"]}, r"Expected labels in \[0, 2\) in set 'train', got 2 at index 2"),
+        ({"templates": ["a pet"]}, r"Expected `\{\}` in every template, got 'a pet'"),
+        ({"test__name": "ood"}, r"Expected distinct set names of letters.*got 'ood'"),
+        ({"shifts__zoo__columns": [[0], [7]]}, r"Expected for label 1 of set 'zoo' .* in \[0, 3\), got \[7\]"),
+        ({"test__label_column": "kind"}, r"Expected a column 'kind' in 'home', got \['image', 'label'\]"),
+        ({"test__path": "clip-benchmark/none"}, r"Expected to load split 'test' of 'clip-benchmark/none' from the Hub"),
+    ],
+)
+def test_mistakes_name_their_key_and_an_example(pets, keys, message):
+    with pytest.raises(ValueError, match=message):
+        load_suite(changed(pets, **keys))
+
+
+def test_files_that_are_no_suite(tmp_path):
+    with pytest.raises(ValueError, match="Expected a YAML file, found none at"):
+        load_suite(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text("train: [")
+    with pytest.raises(ValueError, match=r"(?s)Expected YAML in .*a\.yaml, got .*line 1"):
+        load_suite(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("- train")
+    with pytest.raises(ValueError, match=r"b\.yaml: expected a mapping of name, class_names, .*got \['train'\]"):
+        load_suite(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("train: !!python/object/apply:os.getcwd []")
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        load_suite(tmp_path / "c.yaml")
+    with pytest.raises(ValueError, match=r"Expected options out of \['streaming'\] for the suite"):
+        load_suite(tmp_path / "c.yaml", root="x")
+
+
+def test_objectnet_is_refused_as_training_data(pets, tmp_path):
+    folders(tmp_path / "wds_objectnet", [0, 1, 2], ["cat", "dog", "rabbit"])
+    with pytest.raises(ValueError, match=r"train: expected data that may be .*ObjectNet forbid"):
+        load_suite(changed(pets, train__path="wds_objectnet"))
