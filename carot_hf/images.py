@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+_ORIENTATION = 0x0112  # of EXIF
+_EXIF_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1", "xmp", "XML:com.adobe.xmp")
 MAX_PIXELS = 89_478_485  # PIL's own limit for a warning: 1 GiB / 4 / 3
 DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, IndexError, KeyError),
@@ -48,16 +50,21 @@ def read_image(
                 raise BadImageError(
                     f"an image of {image.width:,} x {image.height:,} pixels, more than {max_pixels:,}; shrink it"
                 )
+            turn = image.getexif().get(_ORIENTATION, 1) if exif and _has_exif(image) else 1
             if min_size is not None and image.format == "JPEG":
-                turned = exif and image.getexif().get(0x0112, 1) >= 5  # width and height change places
-                image.draft("RGB", min_size[::-1] if turned else min_size)
-            if exif and image.getexif().get(0x0112, 1) != 1:
+                image.draft("RGB", min_size[::-1] if turn >= 5 else min_size)  # from 5 on the sides change places
+            if turn != 1:
                 image = ImageOps.exif_transpose(image)
             return _rgb(image)
     except BadImageError:
         raise
     except DECODING_ERRORS as error:
         raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _has_exif(image: Image.Image) -> bool:
+    """Whether there may be an orientation: asking for it costs as much as a third of the decoding."""
+    return image.format in ("TIFF", "MPO") or any(key in image.info for key in _EXIF_KEYS)
 
 
 @contextmanager
@@ -95,7 +102,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # or PIL warns
     image.load()
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextmanager

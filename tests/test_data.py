@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -126,3 +128,19 @@ def test_evaluation_batches_have_no_captions(suite, collator):
     assert batch.keys() == {"pixel_values", "labels"}
     assert batch["pixel_values"].dtype == torch.uint8
     assert torch.equal(batch["pixel_values"][0], collator.transform.evaluate(suite.test[0]["image"]))
+
+
+def test_large_crops_are_resized_as_pil_does_within_two_levels():
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (40, 50, 3)).astype(np.uint8)).resize((500, 400), 3)
+    transform = ImageTransform(size=224, crop=(224, 200), mean=(0.5,) * 3, std=(0.5,) * 3)
+    box = transform._random_box(500, 400, np.random.default_rng(7))
+    expected = np.asarray(image.resize((200, 224), 3, box=box)).transpose(2, 0, 1).astype(int)
+    pixels = transform.train(image, np.random.default_rng(7))
+    assert pixels.dtype == torch.uint8
+    difference = np.abs(pixels.numpy().astype(int) - expected)
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.03
+    lanczos = dataclasses.replace(transform, resample=1)  # torch has no such filter
+    expected = np.asarray(image.resize((200, 224), 1, box=box)).transpose(2, 0, 1)
+    assert np.array_equal(lanczos.train(image, np.random.default_rng(7)).numpy(), expected)

@@ -130,6 +130,13 @@ def test_exif_orientation_turns_the_image_or_not(photo):
     assert distance(stored, photo) < 4
 
 
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_orientation_is_found_in_every_format(photo, form):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert read_image(encoded(photo, form, exif=exif)).size == (48, 64)
+
+
 def test_datasets_turns_images_in_the_same_way(photo):
     exif = Image.Exif()
     exif[0x0112] = 8
