@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from carot_hf.checkpoints import checkpoint_folders, is_complete
 
 HERE = Path(__file__).resolve().parent
 FIRST_SEED = 42
+BATCH = 512  # of the published runs
 SMOOTHINGS = (0.01, 0.03, 0.05, 0.1, 0.2)
 PUBLISHED_INTERVAL = 500 / 25030  # of the steps of a run, between updates of the teacher
 QUICK_EPOCHS, QUICK_SMOOTHINGS, QUICK_ALPHAS = 16, (0.1,), ("0", "0.5", "1")
@@ -46,12 +47,13 @@ ALPHAS = tuple(f"{i / 10:g}" for i in range(11))
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: the folder's name, the script, its arguments, and the file that it writes last."""
+    """One run: the folder's name, the script, its arguments, the file that it writes last, and its processes."""
 
     name: str
     script: str
     arguments: tuple[str, ...]
     result: str = "metrics.json"
+    processes: int = 1
 
     @property
     def resumes(self) -> bool:
@@ -112,10 +114,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1, help="runs at a time"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="GPUs of each training run; they share its batch (and --jobs is 1)"
+    )
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
     options = parser.parse_args(argv)
     if options.seeds < 1 or options.jobs < 1:
         parser.error(f"expected --seeds and --jobs of at least 1, got {options.seeds} and {options.jobs}")
+    if options.processes > 1:
+        options.jobs = 1
+        if BATCH % options.processes:
+            parser.error(f"expected --processes that divide the batch of {BATCH}, got {options.processes}")
     if options.quick and options.suite != "digits":
         parser.error("expected --quick with --suite digits only: it shortens the runs of that suite")
     return options
@@ -124,7 +133,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def teacher_interval(suite: ShiftSuite, options: argparse.Namespace) -> int:
     """Steps between updates of the teacher: the published share of the run."""
     epochs = QUICK_EPOCHS if options.quick else int(suite.recommended.get("num_train_epochs", 10))
-    batches = len(suite.train) // int(suite.recommended.get("per_device_train_batch_size", 512))
+    batches = len(suite.train) // int(suite.recommended.get("per_device_train_batch_size", BATCH))
     return max(1, round(batches * epochs * PUBLISHED_INTERVAL))
 
 
@@ -137,7 +146,10 @@ def train_cell(
         arguments += ["--label_smoothing_factor", f"{smoothing:g}"]
     if options.quick:
         arguments += ["--num_train_epochs", str(QUICK_EPOCHS)]
-    return Cell(f"{name}-{seed}", "finetune_imagenet.py", (*arguments, *start(options), *common(options)))
+    if options.processes > 1:
+        arguments += ["--per_device_train_batch_size", str(BATCH // options.processes)]
+    script = Cell(f"{name}-{seed}", "finetune_imagenet.py", (*arguments, *start(options), *common(options)))
+    return replace(script, processes=options.processes)
 
 
 def source(options: argparse.Namespace) -> tuple[str, ...]:
@@ -264,7 +276,9 @@ class Runner:
         spent = json.loads(stamp.read_text())["seconds"] if stamp.exists() else 0.0
         stamp.write_text(json.dumps({"arguments": cell.arguments, "seconds": spent}))
         resume = cell.resumes and any(is_complete(path) for path in checkpoint_folders(folder))
-        command = [sys.executable, str(HERE / cell.script), *cell.arguments, "--output_dir", str(folder)]
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cell.processes}"]
+        python = [sys.executable, *(several if cell.processes > 1 else [])]
+        command = [*python, str(HERE / cell.script), *cell.arguments, "--output_dir", str(folder)]
         threads = {"OMP_NUM_THREADS": "1"} if self._jobs > 1 else {}  # one core each
         start = time.perf_counter()
         with (folder / "log.txt").open("a", encoding="utf-8") as log:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 
 import datasets
+import finetune_imagenet
 import numpy as np
 import pytest
 import torch
@@ -194,3 +196,18 @@ def test_a_streamed_suite_trains_and_holds_rows_out(root, make_trainer):
     saved = CLIPModel.from_pretrained(trainer.args.output_dir).config.prompt_sources
     assert saved == {"class_names": "ClassLabel of ILSVRC/imagenet-1k", "templates": "files in wds_imagenetv2"}
     assert torch.isfinite(trainer.model.logit_scale)
+
+
+@pytest.mark.parametrize("flags", [[], ["--streaming", "--dataloader_num_workers", "2"]])
+def test_the_main_job_on_local_copies(root, model, processor, tmp_path, flags):
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "start")
+    command = ["--data_root", str(root), "--partial", "--shifts", "r", "objectnet", "--use_cpu", "--max_steps", "2"]
+    command += ["--model_name_or_path", str(tmp_path / "start"), "--per_device_train_batch_size", "4", *flags]
+    command += ["--output_dir", str(tmp_path / "out"), "--report_to", "none", "--reliability_diagrams", "False"]
+    report = finetune_imagenet.main(command)
+    saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert saved["suite"] == "imagenet"
+    assert saved["names"]["templates"] == "files in wds_imagenetv2"
+    assert {"eval_r_ece", "eval_objectnet_ece_ts", "eval_imagenet_accuracy", "eval_ood_nll"} < set(report["metrics"])
+    assert CLIPModel.from_pretrained(tmp_path / "out").config.calibration["n"] == 6
