@@ -140,17 +140,21 @@ class ReadSet(Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         replaced: list[tuple[str, int]] = []
+        reason: BadImageError | None = None
         for step in range(len(self.data)):
             place = (index + step) % len(self.data)
             try:
                 item: dict[str, Any] = self.data.read(place, min_size=self.min_size)
-            except BadImageError:
+            except BadImageError as error:
                 if not self.skip:
                     raise
+                reason = error
                 replaced.append((self.data.name, place))
             else:
                 return {**item, "replaced": replaced} if replaced else item
-        raise BadImageError(f"Expected an image that can be decoded in set '{self.data.name}', got none. Replace them.")
+        raise BadImageError(
+            f"Expected an image that can be decoded in set '{self.data.name}', got none. Look into the last error: {reason}"
+        ) from reason
 
 
 class DrawnSet(Dataset):  # type: ignore[type-arg]

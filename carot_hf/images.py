@@ -17,6 +17,8 @@ DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, IndexError, KeyError),
     Image.DecompressionBombError,
 )
+_ORIENTATION = 0x0112  # of EXIF
+_ON_THE_SIDE = (5, 6, 7, 8)  # width and height change places
 
 
 class BadImageError(ValueError):
@@ -48,15 +50,16 @@ def read_image(
                 raise BadImageError(
                     f"an image of {image.width:,} x {image.height:,} pixels, more than {max_pixels:,}; shrink it"
                 )
-            if min_size is not None and image.format == "JPEG":
-                turned = exif and image.getexif().get(0x0112, 1) >= 5  # width and height change places
-                image.draft("RGB", min_size[::-1] if turned else min_size)
-            if exif and image.getexif().get(0x0112, 1) != 1:
+            orientation = image.getexif().get(_ORIENTATION, 1) if exif else 1
+            if min_size is not None and image.format in ("JPEG", "MPO") and image is not value:
+                # not an image of the caller's, which would stay small
+                image.draft("RGB", min_size[::-1] if orientation in _ON_THE_SIDE else min_size)
+            if orientation != 1:
                 image = ImageOps.exif_transpose(image)
             return _rgb(image)
     except BadImageError:
         raise
-    except DECODING_ERRORS as error:
+    except (*DECODING_ERRORS, RuntimeError) as error:  # PIL's AVIF decoder raises it
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 

@@ -251,19 +251,21 @@ class SuiteTrainer(Trainer):
     def _skips(self) -> bool:
         return str(self.args.on_bad_image) == "skip"
 
-    def report_bad_images(self) -> dict[str, list[int]]:
+    def report_bad_images(self, *, gather: bool = True) -> dict[str, list[int]]:
         """Log by set which images were replaced since the last report; training, evaluation, prediction end with it.
 
+        Args:
+            gather: Join those of all processes, which must all call this; ``False``: each process logs its own.
         Returns:
-            Indices by set, of all processes (of a stream the numbers of its rows).
+            Indices by set (of a stream the numbers of its rows).
         """
         found = [self._bad_images]
-        if self.args.world_size > 1:
+        if gather and self.args.world_size > 1:
             found = [{} for _ in range(self.args.world_size)]
             dist.all_gather_object(found, self._bad_images)
         self._bad_images = {}
         merged = {name: sorted(set().union(*(part.get(name, ()) for part in found))) for part in found for name in part}
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() or not gather:
             for name, indices in merged.items():
                 logger.warning(
                     "%d images of set '%s' could not be decoded and were replaced by the next ones: indices %s%s.",
