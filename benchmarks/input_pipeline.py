@@ -46,7 +46,9 @@ def make_photo(width: int, height: int, seed: int) -> Image.Image:
     pixels = np.full((height, width, 3), 115.0)
     for columns, strength in ((6, 45.0), (25, 25.0), (100, 14.0)):
         noise = generator.normal(0, strength, (3, max(2, columns * height // width), columns)).astype(np.float32)
-        layers = [np.asarray(Image.fromarray(layer).resize((width, height), Image.Resampling.BICUBIC)) for layer in noise]
+        layers = [
+            np.asarray(Image.fromarray(layer).resize((width, height), Image.Resampling.BICUBIC)) for layer in noise
+        ]
         pixels += np.stack(layers, axis=-1)
     pixels += generator.normal(0, 4, (height, width, 1))  # grain
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
@@ -86,13 +88,13 @@ def contestants(files: list[bytes]) -> tuple[dict[str, Callable[[int], Any]], li
     tokenizer = CLIPTokenizer.from_pretrained(CLIP)
     classes, templates = suite.class_names, suite.templates
     labels = [index % len(classes) for index in range(len(files))]
-    rows = [
-        {"image": {"bytes": data, "path": None}, "label": label} for data, label in zip(files, labels, strict=True)
-    ]
+    rows = [{"image": {"bytes": data, "path": None}, "label": label} for data, label in zip(files, labels, strict=True)]
     processors = {name: CLIPProcessor(kind(), tokenizer) for name, kind in image_processors().items()}
     transform = ImageTransform.from_processor(processors["PIL"])
     table = CaptionTable(tokenizer, classes, templates, 77)
-    readable = ReadSet(ShiftSet(rows, name="train", num_classes=len(classes)), skip=False, min_size=transform.train_size)
+    readable = ReadSet(
+        ShiftSet(rows, name="train", num_classes=len(classes)), skip=False, min_size=transform.train_size
+    )
     drawn, collator = DrawnSet(readable), CaRotCollator(transform, table, seed=0)
 
     def ours(turn: int) -> Batch:
@@ -155,7 +157,9 @@ def check_agreement(files: list[bytes], transform: Any, expected: torch.Tensor) 
     pixels = torch.stack([transform.evaluate(read_image(data)) for data in files])
     difference = float((normalize_pixels(pixels, transform.mean, transform.std) - expected).abs().max())
     if difference > 1e-5:
-        raise RuntimeError(f"Expected the pixels of CLIPImageProcessor within 1e-5, got a difference of {difference:g}.")
+        raise RuntimeError(
+            f"Expected the pixels of CLIPImageProcessor within 1e-5, got a difference of {difference:g}."
+        )
 
 
 def measure(width: int, height: int, count: int, repeats: int) -> list[tuple[str, ...]]:

@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .images import BadImageError
 from .prompts import CaptionTable
+
+_TORCH_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's filters: torch's, with antialias
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,18 @@ class ImageTransform:
         return width, height
 
     def train(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
-        """Crop at random and resize in one step: ``(3, height, width)`` uint8."""
+        """Crop at random and resize: ``(3, height, width)`` uint8.
+
+        A crop that shrinks is resized by torch where torch has vector code for it (x86 with AVX2), else by PIL. Both
+        filter alike; on photographs about 1 in 100 values differs, nearly all of them by 1.
+        """
         height, width = self.crop
         box = self._random_box(image.width, image.height, generator)
+        shrinks = box[2] - box[0] >= width and box[3] - box[1] >= height
+        if shrinks and self.resample in _TORCH_MODES and _has_vector_resize():
+            pixels = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)
+            mode = _TORCH_MODES[self.resample]
+            return F.interpolate(pixels[None], (height, width), mode=mode, antialias=True)[0].contiguous()
         return _to_tensor(image.resize((width, height), self.resample, box=box))
 
     def _random_box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
@@ -113,12 +125,16 @@ class ImageTransform:
         return left, top, left + w, top + h
 
 
+def _has_vector_resize() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
 def normalize_pixels(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Bring ``(b, 3, h, w)`` uint8 pixels to float32 ``(x / 255 - mean) / std`` on their device."""
     shape = (1, -1, 1, 1)
     mean_ = torch.tensor(mean, device=pixel_values.device).view(shape)
     std_ = torch.tensor(std, device=pixel_values.device).view(shape)
-    return (pixel_values.float() / 255 - mean_) / std_
+    return pixel_values.to(torch.float32, copy=True).div_(255).sub_(mean_).div_(std_)  # one array, not four
 
 
 class ReadSet(Dataset):  # type: ignore[type-arg]
@@ -153,7 +169,7 @@ class ReadSet(Dataset):  # type: ignore[type-arg]
             else:
                 return {**item, "replaced": replaced} if replaced else item
         raise BadImageError(
-            f"Expected an image that can be decoded in set '{self.data.name}', got none. Look into the last error: {reason}"
+            f"Expected an image that can be decoded in set '{self.data.name}', got none. The last error: {reason}"
         ) from reason
 
 
@@ -192,6 +208,19 @@ class DrawSampler(Sampler[int]):
         return (epoch * self.size + int(index) for index in order)
 
 
+class ReplacedCollator:
+    """Put the pairs of set and index in the samples' ``"replaced"`` beside what another collator makes of the rest."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the other collator's batch, and ``"replaced"`` if there is such a pair."""
+        rest = [{key: value for key, value in sample.items() if key != "replaced"} for sample in samples]
+        replaced = [pair for sample in samples for pair in sample.get("replaced", ())]
+        return {**self.collator(rest), **({"replaced": replaced} if replaced else {})}
+
+
 class CaRotCollator:
     """Samples to a batch, inside the workers: uint8 pixels, labels and, in training, captions.
 
@@ -210,8 +239,7 @@ class CaRotCollator:
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``pixel_values`` ``(b, 3, h, w)`` uint8, ``labels`` ``(b,)`` int64 and, in training, the tokens.
 
-        Samples without labels give a batch without them. ``replaced``, where there is one, lists pairs of set and
-        index of samples that could not be read.
+        Samples without labels give a batch without them.
         """
         batch: dict[str, Any]
         if "draw" in samples[0]:
@@ -220,8 +248,7 @@ class CaRotCollator:
             batch = {"pixel_values": torch.stack([self.transform.evaluate(sample["image"]) for sample in samples])}
         if "label" in samples[0]:
             batch["labels"] = torch.tensor([sample["label"] for sample in samples])
-        replaced = [pair for sample in samples for pair in sample.get("replaced", ())]
-        return {**batch, "replaced": replaced} if replaced else batch
+        return batch
 
     def _drawn(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Random crops, and each sample's own caption or a template with its class name."""
