@@ -60,6 +60,7 @@ class SuiteTrainer(Trainer):
 
     control: Any
     compute_metrics: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -231,8 +232,8 @@ class SuiteTrainer(Trainer):
         # Trainer drops the last batch of evaluations too, and hands a cached loader to other sets.
         kwargs["dataloader_key"] = None
         drop_last, persistent = self.args.dataloader_drop_last, self.args.dataloader_persistent_workers
-        collator: Any = self.data_collator
-        self.data_collator: Any = ReplacedCollator(collator)
+        collator = self.data_collator
+        self.data_collator = ReplacedCollator(collator)
         self.args.dataloader_drop_last = drop_last and is_training
         self.args.dataloader_persistent_workers = persistent and is_training
         try:
