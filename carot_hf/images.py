@@ -19,6 +19,7 @@ DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, IndexError, KeyError),
     Image.DecompressionBombError,
 )
+_ON_THE_SIDE = (5, 6, 7, 8)  # width and height change places
 
 
 class BadImageError(ValueError):
@@ -50,15 +51,16 @@ def read_image(
                 raise BadImageError(
                     f"an image of {image.width:,} x {image.height:,} pixels, more than {max_pixels:,}; shrink it"
                 )
-            turn = image.getexif().get(_ORIENTATION, 1) if exif and _has_exif(image) else 1
-            if min_size is not None and image.format == "JPEG":
-                image.draft("RGB", min_size[::-1] if turn >= 5 else min_size)  # from 5 on the sides change places
-            if turn != 1:
+            orientation = image.getexif().get(_ORIENTATION, 1) if exif and _has_exif(image) else 1
+            if min_size is not None and image.format in ("JPEG", "MPO") and image is not value:
+                # not an image of the caller's, which would stay small
+                image.draft("RGB", min_size[::-1] if orientation in _ON_THE_SIDE else min_size)
+            if orientation != 1:
                 image = ImageOps.exif_transpose(image)
             return _rgb(image)
     except BadImageError:
         raise
-    except DECODING_ERRORS as error:
+    except (*DECODING_ERRORS, RuntimeError) as error:  # PIL's AVIF decoder raises it
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 

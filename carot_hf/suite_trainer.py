@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from .calibration import bake_temperature, calibration_metrics, check_not_baked, fit_temperature
 from .classifier import CLIPClassifier, export_classifier
-from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, ReadSet, normalize_pixels
+from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, ReadSet, ReplacedCollator, normalize_pixels
 from .distributed import gather_uneven
 from .ece.binning import CalibrationBins
 from .evaluation import METRICS, SCALED, Metrics, SetLogits, flat_names, label_bins, set_metrics, with_aggregates
@@ -60,6 +60,7 @@ class SuiteTrainer(Trainer):
 
     control: Any
     compute_metrics: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ class SuiteTrainer(Trainer):
             min_size=self._transform.train_size,
             skip=self._skips,
         )
-        loader = self._plain_loader(draws, self._train_batch_size, self.data_collator)
+        loader = self._plain_loader(draws, self._train_batch_size, ReplacedCollator(self.data_collator))
         return prepare_data_loader(
             loader,
             device=self.accelerator.device,
@@ -233,12 +234,15 @@ class SuiteTrainer(Trainer):
         # Trainer drops the last batch of evaluations too, and hands a cached loader to other sets.
         kwargs["dataloader_key"] = None
         drop_last, persistent = self.args.dataloader_drop_last, self.args.dataloader_persistent_workers
+        collator = self.data_collator
+        self.data_collator = ReplacedCollator(collator)
         self.args.dataloader_drop_last = drop_last and is_training
         self.args.dataloader_persistent_workers = persistent and is_training
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = drop_last, persistent
+            self.data_collator = collator
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         for name, index in inputs.get("replaced", ()):
@@ -253,19 +257,21 @@ class SuiteTrainer(Trainer):
     def _skips(self) -> bool:
         return str(self.args.on_bad_image) == "skip"
 
-    def report_bad_images(self) -> dict[str, list[int]]:
+    def report_bad_images(self, *, gather: bool = True) -> dict[str, list[int]]:
         """Log by set which images were replaced since the last report; training, evaluation, prediction end with it.
 
+        Args:
+            gather: Join those of all processes, which must all call this; ``False``: each process logs its own.
         Returns:
-            Indices by set, of all processes (of a stream the numbers of its rows).
+            Indices by set (of a stream the numbers of its rows).
         """
         found = [self._bad_images]
-        if self.args.world_size > 1:
+        if gather and self.args.world_size > 1:
             found = [{} for _ in range(self.args.world_size)]
             dist.all_gather_object(found, self._bad_images)
         self._bad_images = {}
         merged = {name: sorted(set().union(*(part.get(name, ()) for part in found))) for part in found for name in part}
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() or not gather:
             for name, indices in merged.items():
                 logger.warning(
                     "%d images of set '%s' could not be decoded and were replaced by the next ones: indices %s%s.",
@@ -479,7 +485,7 @@ class SuiteTrainer(Trainer):
         """Embed the rows of a stream: each process and worker its share, then all of them in the order of the rows."""
         args = self.args
         source = StreamedRows(data, args.process_index, args.world_size, skip=self._skips)
-        loader = self._plain_loader(source, args.eval_batch_size, RowCollator(self.data_collator))
+        loader = self._plain_loader(source, args.eval_batch_size, RowCollator(ReplacedCollator(self.data_collator)))
         network = self._network.eval()
         shown = not args.disable_tqdm and self.is_world_process_zero()
         parts = []

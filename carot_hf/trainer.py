@@ -109,8 +109,10 @@ class CaRotTrainer(SuiteTrainer):
         self._input_wait = InputWait()
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            self.report_bad_images()
+        except BaseException:
+            self.report_bad_images(gather=False)  # the other processes may be anywhere: to wait for them would hang
+            raise
+        self.report_bad_images()
         self._check_weights()
         return output
 

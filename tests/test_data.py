@@ -1,18 +1,22 @@
-"""Transforms against transformers' own; draws that depend on nothing but seed, epoch and index."""
+"""Images and transforms against PIL's and transformers' own; draws that depend on nothing but seed, epoch and index."""
 
 from __future__ import annotations
 
-import dataclasses
+import io
+import logging
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, TEMPLATES
-from PIL import Image
+from PIL import Image, features
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor
 
-from carot_hf.data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, normalize_pixels
+from carot_hf import ShiftSet
+from carot_hf.data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, ReadSet, normalize_pixels
+from carot_hf.images import BadImageError, read_image
 from carot_hf.prompts import CaptionTable
 
 try:  # without torchvision CLIPImageProcessor is this class itself
@@ -51,6 +55,122 @@ def test_training_crop_is_between_its_bounds_and_resized_in_one_call():
     assert 0.98 < max(areas) <= 1.0
     assert len(corners) > 50
     assert transform.train(picture(200, 150), generator).shape == (3, 32, 32)
+
+
+def photo(width, height, seed=0):
+    """Smooth colours with some grain."""
+    coarse = picture(12, 9, seed).resize((width, height), Image.Resampling.BICUBIC)
+    grain = np.random.default_rng(seed).normal(0, 4, (height, width, 1))
+    return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+@pytest.mark.parametrize(("size", "seed"), [((500, 375), 0), ((375, 500), 1), ((800, 320), 2)])
+def test_training_crop_has_the_pixels_of_pil(size, seed, resample):
+    transform = ImageTransform(224, (224, 224), (0.5,) * 3, (0.5,) * 3, resample=int(resample))
+    image = photo(*size, seed)
+    box = transform._random_box(*size, np.random.default_rng(seed))
+    assert min(box[2] - box[0], box[3] - box[1]) > 224
+    expected = np.asarray(image.crop(box).resize((224, 224), resample)).transpose(2, 0, 1).astype(int)
+    result = transform.train(image, np.random.default_rng(seed))
+    assert result.dtype == torch.uint8
+    difference = np.abs(result.numpy() - expected)
+    assert difference[:, 6:-6, 6:-6].max() <= 1  # at the edges PIL alone sees what lies outside of a box
+    assert difference.max() <= 6
+    assert difference.mean() < 0.05
+
+
+def test_a_crop_that_enlarges_is_pils_and_so_is_each_where_torch_has_no_vector_code(monkeypatch):
+    transform = ImageTransform(224, (224, 224), (0.5,) * 3, (0.5,) * 3)
+    for size in ((100, 90), (300, 150), (500, 375)):
+        if size == (500, 375):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+        image = photo(*size)
+        box = transform._random_box(*size, np.random.default_rng(5))
+        expected = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)
+        assert np.array_equal(transform.train(image, np.random.default_rng(5)).numpy(), expected)
+
+
+def test_normalisation_is_the_formula_and_leaves_its_input():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    for given in (pixels, pixels.float()):
+        before = given.clone()
+        result = normalize_pixels(given, mean, std)
+        for channel in range(3):
+            expected = [(value / 255 - mean[channel]) / std[channel] for value in range(256)]
+            assert result[0, channel].flatten().tolist() == pytest.approx(expected, abs=2e-6)
+        assert torch.equal(given, before)
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_an_image_that_the_caller_opened_keeps_its_size():
+    """A lazy JPEG shrinks for good when it is decoded at a smaller scale."""
+    with Image.open(io.BytesIO(encoded(photo(800, 600), "JPEG"))) as image:
+        assert read_image(image, min_size=(100, 75)).size == (800, 600)
+        assert image.size == (800, 600)
+
+
+def test_the_photograph_of_a_phone_is_decoded_smaller_too():
+    data = encoded(photo(800, 600), "MPO", save_all=True, append_images=[photo(80, 60)])
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "MPO"
+    small = read_image(data, min_size=(200, 150))
+    assert small.size == (200, 150)
+    expected = photo(800, 600).resize((200, 150), Image.Resampling.BOX)
+    assert np.abs(np.asarray(small, float) - np.asarray(expected, float)).mean() < 3
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "AVIF"])
+def test_damaged_files_give_an_image_or_the_one_error(form):
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    data, refused = encoded(photo(40, 30), form), 0
+    for seed in range(150):
+        generator = np.random.default_rng(seed)
+        damaged = bytearray(data)
+        if seed % 3 == 0:
+            damaged = damaged[: generator.integers(len(data))]
+        else:  # somewhere, or in the header
+            for place in generator.integers(len(data) if seed % 3 == 1 else min(len(data), 120), size=3):
+                damaged[place] = generator.integers(256)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                image = read_image(bytes(damaged), min_size=(10, 10), max_pixels=10_000_000)
+            except BadImageError:
+                refused += 1
+            else:
+                assert image.mode == "RGB"
+    assert refused > 10
+
+
+def test_a_set_without_a_readable_image_names_the_last_error():
+    data = ReadSet(ShiftSet([{"image": b"", "label": 0}] * 3, name="far", num_classes=2), skip=True)
+    with pytest.raises(BadImageError, match=r"in set 'far', got none\. The last error: .* at index 1, got no bytes"):
+        data[2]
+
+
+def test_replaced_images_are_counted_with_a_collator_of_ones_own(make_trainer, caplog):
+    class OwnCollator:
+        def __call__(self, samples):
+            assert all(sample.keys() == {"image", "label"} for sample in samples)
+            images = [
+                torch.from_numpy(np.array(sample["image"].resize((16, 16)))).permute(2, 0, 1) for sample in samples
+            ]
+            return {"pixel_values": torch.stack(images), "labels": torch.tensor([s["label"] for s in samples])}
+
+    items = [{"image": b"" if index in (1, 4) else picture(20, 18, index), "label": index % 4} for index in range(6)]
+    trainer = make_trainer(trainer={"data_collator": OwnCollator()}, on_bad_image="skip")
+    with caplog.at_level(logging.WARNING, logger="carot_hf"):
+        trainer.evaluate({"odd": ShiftSet(items, name="odd", num_classes=4)})
+    assert "2 images of set 'odd' could not be decoded and were replaced by the next ones: indices 1, 4." in caplog.text
+    assert isinstance(trainer.data_collator, OwnCollator)
 
 
 def test_training_crop_of_an_extreme_shape_falls_back_to_the_centre():
@@ -128,19 +248,3 @@ def test_evaluation_batches_have_no_captions(suite, collator):
     assert batch.keys() == {"pixel_values", "labels"}
     assert batch["pixel_values"].dtype == torch.uint8
     assert torch.equal(batch["pixel_values"][0], collator.transform.evaluate(suite.test[0]["image"]))
-
-
-def test_large_crops_are_resized_as_pil_does_within_two_levels():
-    generator = np.random.default_rng(0)
-    image = Image.fromarray(generator.integers(0, 256, (40, 50, 3)).astype(np.uint8)).resize((500, 400), 3)
-    transform = ImageTransform(size=224, crop=(224, 200), mean=(0.5,) * 3, std=(0.5,) * 3)
-    box = transform._random_box(500, 400, np.random.default_rng(7))
-    expected = np.asarray(image.resize((200, 224), 3, box=box)).transpose(2, 0, 1).astype(int)
-    pixels = transform.train(image, np.random.default_rng(7))
-    assert pixels.dtype == torch.uint8
-    difference = np.abs(pixels.numpy().astype(int) - expected)
-    assert difference.max() <= 2
-    assert (difference > 0).mean() < 0.03
-    lanczos = dataclasses.replace(transform, resample=1)  # torch has no such filter
-    expected = np.asarray(image.resize((200, 224), 1, box=box)).transpose(2, 0, 1)
-    assert np.array_equal(lanczos.train(image, np.random.default_rng(7)).numpy(), expected)

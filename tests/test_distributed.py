@@ -45,6 +45,45 @@ trainer.accelerator.end_training()
 """
 
 
+STOPPED = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import CLASSES, CLIP, TEMPLATES, Noise, ShiftSet, ShiftSuite, noise_set, tiny_clip
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+from carot_hf import CaRotTrainer, CaRotTrainingArguments
+
+
+class Spoiled(Noise):
+    def __getitem__(self, index):
+        return {{"image": b"", "label": 0}} if index == 30 else super().__getitem__(index)
+
+
+images = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size={{"height": 16, "width": 16}})
+processor = CLIPProcessor(image_processor=images, tokenizer=CLIPTokenizer.from_pretrained(CLIP))
+suite = ShiftSuite(
+    "noise", list(CLASSES), list(TEMPLATES), ShiftSet(Spoiled(48, 0), name="train", num_classes=4),
+    noise_set("validation", 15, 1), noise_set("home", 19, 2), {{"far": noise_set("far", 17, 3)}},
+)
+args = CaRotTrainingArguments.from_preset(
+    "flyp", output_dir={out!r}, max_steps=12, per_device_train_batch_size=4, save_strategy="no", report_to="none",
+    disable_tqdm=True, use_cpu=True, ddp_backend="gloo",
+)
+CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor).train()
+"""
+
+
+@pytest.mark.slow
+def test_a_bad_image_on_one_process_ends_both(tmp_path):
+    """It must not wait for the other one, which waits for its gradients."""
+    script = tmp_path / "worker.py"
+    script.write_text(STOPPED.format(tests=str(ROOT / "tests"), out=str(tmp_path / "run")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode != 0
+    assert "in set 'train' at index 30, got no bytes" in result.stderr
+
+
 def launch(tmp_path, processes, batch, preset, options):
     out = tmp_path / str(processes)
     out.mkdir()
