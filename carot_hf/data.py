@@ -193,18 +193,19 @@ class DrawSampler(Sampler[int]):
         seed: Seed of the order.
         epoch: Called when an epoch starts; returns its number.
         shuffle: ``False`` keeps the order of the data set.
+        whole: Leave out what remains of an epoch when groups of so many samples are full.
     """
 
-    def __init__(self, size: int, seed: int, epoch: Callable[[], int], *, shuffle: bool = True) -> None:
-        self.size, self.seed, self.epoch, self.shuffle = size, seed, epoch, shuffle
+    def __init__(self, size: int, seed: int, epoch: Callable[[], int], *, shuffle: bool = True, whole: int = 1) -> None:
+        self.size, self.seed, self.epoch, self.shuffle, self.whole = size, seed, epoch, shuffle, whole
 
     def __len__(self) -> int:
-        return self.size
+        return self.size - self.size % self.whole
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch()
         order = np.random.default_rng((self.seed, epoch)).permutation(self.size) if self.shuffle else range(self.size)
-        return (epoch * self.size + int(index) for index in order)
+        return (epoch * self.size + int(index) for index in order[: len(self)])
 
 
 class ReplacedCollator:

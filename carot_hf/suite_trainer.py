@@ -117,7 +117,7 @@ class SuiteTrainer(Trainer):
             raise ValueError("Expected a training set, got None. Pass a suite with `train` or a `train_dataset`.")
         if isinstance(data, StreamedSet):
             return self._stream_loader(data)
-        whole_batch = self._train_batch_size * self.args.world_size
+        whole_batch = self.args.contrastive_batch_size or self._train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and len(data) < whole_batch:
             raise ValueError(
                 f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. "
@@ -134,11 +134,13 @@ class SuiteTrainer(Trainer):
     def _stream_loader(self, data: StreamedSet) -> Any:
         """Each process reads its own files, whole batches, as many as the others; accelerate only moves them."""
         args = self.args
-        batches = len(data) // (self._train_batch_size * args.world_size)
+        at_once = self._train_batch_size * args.world_size
+        whole_batch = args.contrastive_batch_size or at_once
+        batches = len(data) // whole_batch * (whole_batch // at_once)
         if batches == 0:
             raise ValueError(
-                f"Expected at least one whole batch of {self._train_batch_size * args.world_size} samples in set "
-                f"'{data.name}', got {len(data)}. Lower `per_device_train_batch_size`."
+                f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. "
+                "Lower the batch size."
             )
         draws = StreamedDraws(
             data,
@@ -228,7 +230,10 @@ class SuiteTrainer(Trainer):
 
     def _draw_sampler(self, dataset: DrawnSet) -> DrawSampler:
         shuffle = self.args.train_sampling_strategy != "sequential"
-        return DrawSampler(len(dataset), self._data_seed, lambda: int(self.state.epoch or 0), shuffle=shuffle)
+        whole = self.args.contrastive_batch_size or 1
+        return DrawSampler(
+            len(dataset), self._data_seed, lambda: int(self.state.epoch or 0), shuffle=shuffle, whole=whole
+        )
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         # Trainer drops the last batch of evaluations too, and hands a cached loader to other sets.

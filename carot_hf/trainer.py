@@ -18,6 +18,7 @@ from .callbacks import LogitScaleCallback, Schedule, TeacherCallback
 from .checkpoints import checkpoint_folders, is_complete, newest_complete_checkpoint
 from .classifier import linear_probe
 from .distributed import gather_rows, local_columns
+from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from .input_wait import InputWait
 from .losses import (
     contrastive_loss,
@@ -75,6 +76,11 @@ class CaRotTrainer(SuiteTrainer):
         self.label_smoother = None  # label_smoothing_factor acts in our own loss
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0.0
+        self._micro_batches: list[Any] = []  # of one step with the gradient cache
+        self._micro_index = 0
+        self._cached: CachedGradients | None = None
+        self._cached_terms: dict[str, Tensor] = {}
+        self._random_states: list[RandomState] = []
         if options.clamps_logit_scale:
             self.add_callback(LogitScaleCallback(options.max_logit_multiplier))
         self.teacher: Teacher | None = None
@@ -135,7 +141,10 @@ class CaRotTrainer(SuiteTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Take the batches of a step from the loader, and note how long it took."""
         with self._input_wait.waiting():
-            return super().get_batch_samples(*args, **kwargs)
+            batches, items = super().get_batch_samples(*args, **kwargs)
+        self._micro_batches = list(batches) if self.args.contrastive_batch_size and len(batches) > 1 else []
+        self._micro_index, self._cached = 0, None
+        return batches, items
 
     def _check_weights(self) -> None:
         """Stop before weights that are not finite reach a checkpoint or a user."""
@@ -166,6 +175,17 @@ class CaRotTrainer(SuiteTrainer):
             return_outputs: Return the model's output as well.
             num_items_in_batch: Not used: every term is a mean over the micro-batch.
         """
+        if self._micro_batches and model.training:
+            loss, outputs = self._cached_loss(model, inputs)
+            return (loss, outputs) if return_outputs else loss
+        terms, outputs = self.loss_terms(model, inputs)
+        if model.training:
+            self._remember(terms)
+        loss = self._weighted(terms)
+        return (loss, outputs) if return_outputs else loss
+
+    def _weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Sum the terms with their weights."""
         weights = {
             "contrastive": 1.0,
             "cross_entropy": 1.0,
@@ -174,11 +194,7 @@ class CaRotTrainer(SuiteTrainer):
             "orthogonality": self.args.orthogonality_weight,
             "cross_norm": self.args.cross_norm_weight,
         }
-        terms, outputs = self.loss_terms(model, inputs)
-        if model.training:
-            self._remember(terms)
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        return (loss, outputs) if return_outputs else loss
+        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def loss_terms(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Compute the loss terms by name, unweighted, and the model's output."""
@@ -189,26 +205,95 @@ class CaRotTrainer(SuiteTrainer):
                 "cross_entropy": cross_entropy_loss(outputs.logits, inputs["labels"], label_smoothing=epsilon)
             }, outputs
         student = self.accelerator.unwrap_model(model)
-        pairs = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+        pairs = _pairs(inputs)
         outputs = model(**pairs)
-        embeds = _unit_embeds(outputs)
-        logits = _batch_logits(*embeds, student.logit_scale, with_grad=True)
+        terms = self._pair_terms(_unit_embeds(outputs), student.logit_scale, self._taught(pairs), inputs)
+        return {**terms, **self._penalties(student)}, outputs
+
+    def _pair_terms(
+        self,
+        embeds: tuple[Tensor, Tensor],
+        logit_scale: Tensor,
+        taught: tuple[Tensor, Tensor] | None,
+        inputs: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """The terms that are functions of the embeddings of this device's rows, the teacher's, and the labels."""
+        logits = _batch_logits(*embeds, logit_scale, with_grad=True)
         targets, ignore = self._targets(inputs, logits[0])
+        epsilon = self.args.label_smoothing_factor
         terms = {"contrastive": contrastive_loss(*logits, targets, label_smoothing=epsilon, ignore=ignore)}
-        if self.teacher is not None:
+        if self.teacher is not None and taught is not None:
             network: Any = self.teacher.model
-            with torch.no_grad(), self.accelerator.autocast():
-                taught = _unit_embeds(network(**pairs))
             if self.args.distillation_weight:
                 teacher_logits = _batch_logits(*taught, network.logit_scale, with_grad=False)
                 terms["distillation"] = distillation_loss(*logits, *teacher_logits)
             if self.args.feature_distillation_weight:
                 terms["feature_distillation"] = feature_distillation_loss(*embeds, *taught)
+        return terms
+
+    def _taught(self, pairs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The teacher's embeddings."""
+        if self.teacher is None:
+            return None
+        network: Any = self.teacher.model
+        with torch.no_grad(), self.accelerator.autocast():
+            return _unit_embeds(network(**pairs))
+
+    def _penalties(self, student: Any) -> dict[str, Tensor]:
+        """The terms that are functions of weights alone."""
+        terms = {}
         if self.args.orthogonality_weight:
             terms["orthogonality"] = orthogonality_penalty(student.visual_projection.weight)
         if self.args.cross_norm_weight:
             terms["cross_norm"] = cross_norm_penalty(student.visual_projection.weight, student.text_projection.weight)
-        return terms, outputs
+        return terms
+
+    def _cached_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """A micro-batch's part of the loss of the whole contrastive batch; see :mod:`carot_hf.gradient_cache`.
+
+        Its value is that of the whole batch, in each micro-batch: Trainer takes the mean over them.
+        """
+        student = self.accelerator.unwrap_model(model)
+        count = len(self._micro_batches)
+        if self._cached is None:
+            self._cached, self._cached_terms = self._embed_micro_batches(student)
+        index = self._micro_index
+        self._micro_index += 1
+        self._random_states[index].restore()
+        outputs = model(**_pairs(inputs))
+        terms = {**self._cached_terms, **self._penalties(student)}
+        self._remember(terms)
+        part = surrogate(self._cached, index, *_unit_embeds(outputs), student.logit_scale)
+        penalties = {name: terms[name] for name in terms.keys() - self._cached_terms.keys()}
+        if penalties:
+            part = part + self._weighted(penalties) / count
+        value = self._weighted({name: term.detach() for name, term in terms.items()})
+        return value + count * (part - part.detach()), outputs
+
+    def _embed_micro_batches(self, student: Any) -> tuple[CachedGradients, dict[str, Tensor]]:
+        """The first pass over all micro-batches of a step: gradients of their embeddings, and the terms."""
+        embeds, taught, labels = [], [], []
+        self._random_states = []
+        for batch in self._micro_batches:
+            inputs = self._prepare_inputs(batch)
+            self._random_states.append(RandomState(self.args.device))
+            with torch.no_grad(), self.accelerator.autocast():
+                embeds.append(_unit_embeds(student(**_pairs(inputs))))
+            taught.append(self._taught(_pairs(inputs)))
+            labels += [inputs["labels"]] if "labels" in inputs else []
+        whole: dict[str, Any] = {"labels": torch.cat(labels)} if labels else {}
+        teacher = [pair for pair in taught if pair is not None]
+        joined = (
+            (torch.cat([pair[0] for pair in teacher]), torch.cat([pair[1] for pair in teacher])) if teacher else None
+        )
+        terms: dict[str, Tensor] = {}
+
+        def loss_of(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+            terms.update(self._pair_terms((images, texts), scale, joined, whole))
+            return self._weighted(terms)
+
+        cached = cache_gradients(embeds, student.logit_scale, loss_of)
+        return cached, {name: term.detach() for name, term in terms.items()}
 
     def _targets(self, inputs: Mapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Targets and ignored columns of the contrastive loss for the rows of this device."""
@@ -329,6 +414,10 @@ class CaRotTrainer(SuiteTrainer):
             raise ValueError("Expected a teacher to evaluate, got none. Train with `distillation_weight` > 0.")
         with self._evaluating(self.teacher.model):
             return super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_teacher")
+
+
+def _pairs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}
 
 
 def _unit_embeds(outputs: Any) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,8 @@ class CaRotTrainingArguments(TrainingArguments):
         n_bins: Confidence bins of the calibration errors.
         calibration_criterion: What ``calibrate`` minimises on the validation split, "nll" or "ece".
         reliability_diagrams: Draw the diagrams of each final evaluation.
+        contrastive_batch_size: Pairs in the contrastive loss of a step, over all devices, embedded
+            ``per_device_train_batch_size`` at a time (gradient cache); 0: as many as the devices hold at once.
         on_bad_image: An image that cannot be decoded is an error ("raise"), or replaced by the next one of its set and
             listed in the end ("skip").
         dataloader_persistent_workers: Keep the workers of the training loader from epoch to epoch; ``None``: if there
@@ -262,6 +264,13 @@ class CaRotTrainingArguments(TrainingArguments):
         metadata={"help": "What the temperature minimises on the validation split.", "choices": ["nll", "ece"]},
     )
 
+    contrastive_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Pairs in the contrastive loss of a step, over all devices, embedded per_device_train_batch_size "
+            "at a time, twice: the gradient of the large batch in the memory of the small one. 0: no such cache."
+        },
+    )
     on_bad_image: str = field(
         default="raise",
         metadata={
@@ -302,6 +311,7 @@ class CaRotTrainingArguments(TrainingArguments):
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         super().__post_init__()
+        self._set_accumulation()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
@@ -314,6 +324,28 @@ class CaRotTrainingArguments(TrainingArguments):
     def clamps_logit_scale(self) -> bool:
         """Whether ``exp(logit_scale)`` is clamped during training."""
         return self.max_logit_multiplier > 0 and not self.parity and self.objective == "contrastive"
+
+    def _set_accumulation(self) -> None:
+        """Let Trainer collect the micro-batches of one contrastive batch."""
+        whole, at_once = self.contrastive_batch_size, self.per_device_train_batch_size * self.world_size
+        if whole == 0:
+            return
+        if self.objective != "contrastive":
+            raise ValueError(
+                f"Expected `contrastive_batch_size` 0 with the objective '{self.objective}', got {whole}. Its "
+                "loss is a mean over samples: use `gradient_accumulation_steps`."
+            )
+        if whole < at_once or whole % at_once:
+            raise ValueError(
+                f"Expected `contrastive_batch_size` to be a multiple of the {at_once} pairs that the devices hold "
+                f"at once (`per_device_train_batch_size` x processes), got {whole}. Change one of them."
+            )
+        if self.gradient_accumulation_steps not in (1, whole // at_once):
+            raise ValueError(
+                f"Expected `gradient_accumulation_steps` 1 with `contrastive_batch_size`, got "
+                f"{self.gradient_accumulation_steps}. The cache sets it."
+            )
+        self.gradient_accumulation_steps: int = whole // at_once
 
     def _check_ranges(self) -> None:
         self._check_objective()

@@ -25,6 +25,7 @@ ALLOWED = {
     "distributed": set(),
     "images": set(),
     "input_wait": set(),
+    "gradient_cache": set(),
     "checkpoints": set(),
     "digits": set(),
     "imagenet": set(),
@@ -58,8 +59,8 @@ ALLOWED = {
         "streaming", "training_args",
     },
     "trainer": {
-        "callbacks", "checkpoints", "classifier", "distributed", "input_wait", "losses", "sets", "suite_trainer",
-        "teacher", "training_args",
+        "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses", "sets",
+        "suite_trainer", "teacher", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -85,6 +86,7 @@ THIRD_PARTY = {
     "evaluation": {"numpy", "torch"},
     "sets": {"numpy", "torch"},
     "images": {"numpy", "PIL"},
+    "gradient_cache": {"torch"},
     "input_wait": set(),
     "streaming": {"numpy", "torch"},
     "loading": {"datasets", "huggingface_hub", "numpy"},
