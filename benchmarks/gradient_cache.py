@@ -12,6 +12,7 @@ teacher's, which is a third of a step, runs once either way).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -88,7 +89,7 @@ def run(batch: int, whole: int, steps: int, size: int) -> dict[str, float]:
         trainer = CaRotTrainer(model=model, args=args, suite=suite, processing_class=processor, callbacks=[Clock()])
         before = peak()
         trainer.train()
-    times = [later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)]
+    times = [later - earlier for earlier, later in itertools.pairwise(stamps)]
     return {"memory": peak() - before, "seconds": statistics.median(times)}
 
 
