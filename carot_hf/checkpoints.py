@@ -1,12 +1,17 @@
-"""Which checkpoint a run can be resumed from."""
+"""Which checkpoint a run can be resumed from: one whose manifest, written last, agrees with its files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "manifest.json"
+_BLOCK = 1 << 20  # bytes read at a time
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
@@ -15,26 +20,87 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Tell whether the saving of a checkpoint came to its end: Trainer writes the file of its state last."""
+def write_manifest(checkpoint: str | Path) -> None:
+    """Write down size and checksum of every file of a checkpoint; the last thing that its saving does."""
+    folder = Path(checkpoint)
+    files = {path.relative_to(folder).as_posix(): _facts(path) for path in _files(folder)}
+    partial = folder / f"{MANIFEST_NAME}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / MANIFEST_NAME)
+
+
+def damage_of(checkpoint: str | Path, *, checksums: bool = True) -> str | None:
+    """Return what is wrong with a checkpoint, ``None`` if nothing is.
+
+    Args:
+        checkpoint: Its folder.
+        checksums: Read all files, a second or two for a gigabyte; ``False``: compare sizes only.
+    """
+    folder = Path(checkpoint)
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and "global_step" in state
+        files = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_NAME}: its saving was interrupted"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST_NAME} cannot be read ({type(error).__name__})"
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes in place of {facts['bytes']:,}"
+        if checksums and _checksum(path) != facts["blake2b"]:
+            return f"{name} has another checksum than when it was saved"
+    return None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Tell whether the saving of a checkpoint came to its end and its files have their sizes."""
+    return damage_of(checkpoint, checksums=False) is None
+
+
+def check_checkpoint(checkpoint: str | Path) -> None:
+    """Raise a ValueError if a checkpoint is incomplete or damaged."""
+    damage = damage_of(checkpoint)
+    if damage is not None:
+        raise ValueError(
+            f"Expected a complete checkpoint in {checkpoint}, but {damage}. Resume from another one, or with "
+            "`--resume_from_checkpoint` alone from the newest that is complete."
+        )
 
 
 def newest_complete_checkpoint(output_dir: str | Path) -> str:
-    """Return the newest checkpoint whose saving was not interrupted; log those that are passed over.
+    """Return the newest checkpoint that is complete and undamaged; log those that are passed over.
 
     Raises:
         ValueError: If there is none.
     """
     for folder in reversed(checkpoint_folders(output_dir)):
-        if is_complete(folder):
+        damage = damage_of(folder)
+        if damage is None:
             return str(folder)
-        logger.warning("Passing over %s: its saving was interrupted.", folder)
+        logger.warning("Passing over %s: %s.", folder, damage)
     raise ValueError(
         f"Expected a complete checkpoint in {output_dir}, got none. Start without `resume_from_checkpoint`, or name "
         "the folder of the run as `output_dir`."
     )
+
+
+def _files(folder: Path) -> list[Path]:
+    ours = {MANIFEST_NAME, f"{MANIFEST_NAME}.partial"}
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ours)
+
+
+def _facts(path: Path) -> dict[str, int | str]:
+    return {"bytes": path.stat().st_size, "blake2b": _checksum(path)}
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from transformers import CLIPModel
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from .callbacks import LogitScaleCallback, Schedule, TeacherCallback
-from .checkpoints import checkpoint_folders, is_complete, newest_complete_checkpoint
+from .checkpoints import (
+    check_checkpoint,
+    checkpoint_folders,
+    is_complete,
+    newest_complete_checkpoint,
+    write_manifest,
+)
 from .classifier import linear_probe
 from .distributed import gather_rows, local_columns
 from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
@@ -105,6 +113,8 @@ class CaRotTrainer(SuiteTrainer):
         """
         if resume_from_checkpoint is True or resume_from_checkpoint == "latest":
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
         if getattr(self.model.config, "calibration", None) is not None:
             logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
             del self.model.config.calibration
@@ -356,7 +366,23 @@ class CaRotTrainer(SuiteTrainer):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self.teacher.model, str(folder / TEACHER_NAME))
-        super()._save_checkpoint(model, trial)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.world_size > 1:
+            dist.barrier()  # each process saves the state of its own generators
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial))
+            write_manifest(folder / f"checkpoint-{self.state.global_step}")
+            # only now an older checkpoint may go: until here the new one did not count
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_teacher(resume_from_checkpoint)

@@ -10,6 +10,8 @@ import finetune_imagenet
 import pytest
 from conftest import ROOT
 
+from carot_hf.checkpoints import write_manifest
+
 
 def parse(tmp_path, *flags):
     arguments = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path), *flags]
@@ -66,7 +68,7 @@ def test_a_folder_with_an_interrupted_save_alone_can_be_started_anew(tmp_path, m
     command = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path)]
     with pytest.raises(Reached):
         finetune_imagenet.main(command)
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
+    write_manifest(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="Add --resume_from_checkpoint"):
         finetune_imagenet.main(command)
 

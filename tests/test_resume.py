@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from conftest import ROOT, tiny_clip
 from safetensors.torch import load_file
 
 from carot_hf import CaRotTrainer
-from carot_hf.checkpoints import newest_complete_checkpoint
+from carot_hf.checkpoints import check_checkpoint, checkpoint_folders, newest_complete_checkpoint, write_manifest
 
 
 class Recorder(CaRotTrainer):
@@ -117,22 +118,69 @@ def test_checkpoint_holds_teacher_and_student_apart(make_trainer, tmp_path):
 
 
 def test_missing_teacher_is_named(make_trainer, tmp_path):
+    """The checkpoint of a run without a teacher, complete as such."""
     run(make_trainer, tmp_path / "run", max_steps=2)
-    (tmp_path / "run" / "checkpoint-2" / "teacher.safetensors").unlink()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / "teacher.safetensors").unlink()
+    write_manifest(checkpoint)
     with pytest.raises(ValueError, match=r"teacher's weights in .*checkpoint-2.teacher.safetensors, got no such file"):
         run(make_trainer, tmp_path / "run", resume=True)
 
 
-def test_an_interrupted_save_is_passed_over(make_trainer, tmp_path, caplog):
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "reason"),
+    [
+        ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+        ("teacher.safetensors", Path.unlink, "teacher.safetensors is missing"),
+        ("optimizer.pt", cut, r"optimizer.pt has [\d,]+ bytes in place of [\d,]+"),
+        ("teacher.safetensors", flip, "teacher.safetensors has another checksum than when it was saved"),
+        ("trainer_state.json", flip, "trainer_state.json has another checksum"),
+        ("manifest.json", Path.unlink, "it has no manifest.json: its saving was interrupted"),
+        ("manifest.json", cut, "its manifest.json cannot be read"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_by_name_and_passed_over(make_trainer, tmp_path, caplog, name, harm, reason):
     run(make_trainer, tmp_path / "run", max_steps=3)
-    half = tmp_path / "run" / "checkpoint-3" / "trainer_state.json"
-    half.write_text(half.read_text()[:40])
+    newest = tmp_path / "run" / "checkpoint-3"
+    check_checkpoint(newest)
+    harm(newest / name)
+    with pytest.raises(ValueError, match=f"Expected a complete checkpoint in .*checkpoint-3, but {reason}"):
+        make_trainer(output_dir=str(tmp_path / "run")).train(resume_from_checkpoint=str(newest))
     assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
-    assert "checkpoint-3: its saving was interrupted" in caplog.text
-    half.unlink()
+    assert re.search(f"Passing over .*checkpoint-3: {reason}", caplog.text)
+
+
+def test_the_manifest_is_written_last_and_older_checkpoints_go_after_it(make_trainer, tmp_path, monkeypatch):
+    """Stopped just before the manifest, the older checkpoint is still there, although only one is to be kept."""
+    run(make_trainer, tmp_path / "run", max_steps=2, save_total_limit=1)
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == ["checkpoint-2"]
+
+    def stopped(checkpoint):
+        assert {"model.safetensors", "teacher.safetensors", "optimizer.pt", "trainer_state.json"} <= {
+            path.name for path in Path(checkpoint).iterdir()
+        }
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("carot_hf.trainer.write_manifest", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=1, resume=True)
     assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+
+
+def test_the_newest_is_so_by_number_not_by_letter(make_trainer, tmp_path):
+    run(make_trainer, tmp_path / "run", max_steps=2)
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-10")
-    assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-10")  # by number, not by letter
+    assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-10")
     with pytest.raises(ValueError, match=r"Expected a complete checkpoint in .*empty, got none"):
         newest_complete_checkpoint(tmp_path / "empty")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import re
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from reproduce_tables import Cell, Runner
 from scipy import stats
 
 from carot_hf import load_suite
+from carot_hf.checkpoints import write_manifest
 from carot_hf.ece.binning import calibration_bins
 from carot_hf.plots import id_ood_scatter
 
@@ -167,7 +167,7 @@ def test_an_interrupted_training_run_goes_on_from_its_checkpoint(script):
     runner = Runner(script / "cells", 1)
     checkpoint = runner.folder(cell) / "checkpoint-50"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 50}))
+    write_manifest(checkpoint)
     runner.run([cell])
     assert "--resume_from_checkpoint" in (runner.folder(cell) / "seen").read_text()
 
