@@ -146,9 +146,16 @@ class LabelTable:
 
     def all(self, values: Sequence[Any] | NDArray[Any]) -> NDArray[np.int64]:
         """``(N,)`` indices of a whole column."""
-        array = np.asarray(values)
-        distinct, places = np.unique(array, return_inverse=True)
-        return np.asarray([self(value) for value in distinct.tolist()], dtype=np.int64)[places.reshape(-1)]
+        try:
+            distinct, places = np.unique(np.asarray(values), return_inverse=True)
+            indices = [self(value) for value in distinct.tolist()]
+            whole = [int(index) for index in indices]
+        except TypeError as error:  # None among them, for one
+            raise ValueError(f"Expected labels of {self._where} to be numbers or names, got {error}.") from error
+        if whole != indices:
+            wrong = next(index for index in indices if int(index) != index)
+            raise ValueError(f"Expected labels of {self._where} to be whole numbers, got {wrong}. Correct them.")
+        return np.asarray(whole, dtype=np.int64)[places.reshape(-1)]
 
     def _find(self, name: str) -> int:
         if name in self._names:

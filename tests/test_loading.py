@@ -146,6 +146,16 @@ def test_unknown_names_are_refused():
         table("cow")
 
 
+def test_labels_that_are_no_whole_numbers_are_refused():
+    table = LabelTable(None, ["cat", "dog"], "'far'")
+    assert table.all(["dog", "cat", "dog"]).tolist() == [1, 0, 1]
+    assert table.all([1.0, 0.0]).tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"labels of 'far' to be whole numbers, got 1\.5"):
+        table.all([0.0, 1.5])
+    with pytest.raises(ValueError, match="labels of 'far' to be numbers or names, got"):
+        table.all([0, None, 1])
+
+
 @pytest.mark.parametrize(
     ("labels", "got"),
     [
