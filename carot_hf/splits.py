@@ -133,7 +133,10 @@ def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: i
         )
 
     fingerprint = Hasher.hash([key, quota, classes, seed])
-    held = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
+    try:
+        held = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
     left_out: dict[int, set[int]] = defaultdict(set)
     for file, position in zip(held["file"], held["position"], strict=True):
         left_out[file].add(position)
