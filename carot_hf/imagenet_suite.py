@@ -83,7 +83,7 @@ def imagenet_suite(
         validation=validation,
         test=test,
         shifts={name: shifted[name] for name in shifts},
-        recommended={"dataloader_num_workers": min(16, os.cpu_count() or 1)},
+        recommended={"dataloader_num_workers": _workers()},
         sources={"class_names": names.source, "templates": names.templates_source},
     )
 
@@ -147,6 +147,11 @@ class _Loader:
             f"one with `hf download {facts.hub_id} --repo-type dataset --local-dir {candidates[0]}`, or leave it "
             "out of `shifts`."
         )
+
+
+def _workers() -> int:
+    """The cores that fall to one of this machine's processes, at most 16."""
+    return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _corrupted(test: ShiftSet, name: str) -> ShiftSet:

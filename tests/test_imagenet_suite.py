@@ -76,6 +76,15 @@ def test_two_percent_are_held_out_the_same_of_every_class(root):
     assert content(again.validation) == content(suite.validation) != content(other.validation)
 
 
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(64, 8, 8), (8, 1, 8), (64, 1, 16), (2, 8, 1), (None, 1, 1)]
+)
+def test_workers_share_the_cores(root, monkeypatch, cores, processes, workers):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert load(root, shifts=["r"]).recommended == {"dataloader_num_workers": workers}
+
+
 def test_names_come_from_the_class_label_first_then_from_the_files(root):
     suite = load(root)
     assert suite.class_names == NAMES  # the first synonym
