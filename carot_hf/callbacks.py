@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .teacher import Teacher, ema_momentum
+
+logger = logging.getLogger(__name__)
 
 Schedule = Callable[[int, int], float]
 
@@ -87,3 +94,43 @@ class LogitScaleCallback(TrainerCallback):
     @torch.no_grad()
     def _clamp(self, model: Any) -> None:
         model.logit_scale.clamp_(max=self.max_log)
+
+
+class TerminationCallback(TrainerCallback):
+    """On SIGTERM, e.g. of a scheduler: finish the step, save a checkpoint, end the training.
+
+    With several processes all of them stop at the same step, whichever was asked.
+
+    Attributes:
+        stopped: Whether the training ended for that reason.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signal inside; outside of the main thread, where Python cannot, do nothing."""
+        self.stopped = self._asked = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop if the signal has come."""
+        if args.world_size > 1:
+            asked = torch.tensor(int(self._asked), device=args.device)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            self._asked = bool(asked)
+        if self._asked:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def _note(self, *_: Any) -> None:
+        logger.warning("SIGTERM: the step is finished and saved, then the training ends.")
+        self._asked = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import CLIPModel
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from .callbacks import LogitScaleCallback, Schedule, TeacherCallback
+from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, TerminationCallback
 from .checkpoints import (
     check_checkpoint,
     checkpoint_folders,
@@ -91,6 +92,8 @@ class CaRotTrainer(SuiteTrainer):
         self._random_states: list[RandomState] = []
         if options.clamps_logit_scale:
             self.add_callback(LogitScaleCallback(options.max_logit_multiplier))
+        self._termination = TerminationCallback()
+        self.add_callback(self._termination)
         self.teacher: Teacher | None = None
         self._teacher_callback: TeacherCallback | None = None
         _freeze(self.model, options.freeze)
@@ -110,6 +113,7 @@ class CaRotTrainer(SuiteTrainer):
         Raises:
             ValueError: If there is no complete checkpoint to resume from.
             RuntimeError: If the loss or a weight is not finite; the last checkpoint is intact.
+            SystemExit: With status 143, after SIGTERM: the step is finished and saved.
         """
         if resume_from_checkpoint is True or resume_from_checkpoint == "latest":
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
@@ -124,12 +128,16 @@ class CaRotTrainer(SuiteTrainer):
         self._forget_evaluation()
         self._input_wait = InputWait()
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with self._termination.listening():
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except BaseException:
             self.report_bad_images(gather=False)  # the other processes may be anywhere: to wait for them would hang
             raise
         self.report_bad_images()
         self._check_weights()
+        if self._termination.stopped:
+            logger.warning("Stopped by SIGTERM after step %d, which is saved.", self.state.global_step)
+            raise SystemExit(128 + signal.SIGTERM)
         return output
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_clip
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from carot_hf import CaRotTrainer
 from carot_hf.checkpoints import check_checkpoint, checkpoint_folders, newest_complete_checkpoint, write_manifest
@@ -183,6 +184,28 @@ def test_the_newest_is_so_by_number_not_by_letter(make_trainer, tmp_path):
     assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-10")
     with pytest.raises(ValueError, match=r"Expected a complete checkpoint in .*empty, got none"):
         newest_complete_checkpoint(tmp_path / "empty")
+
+
+class Terminator(TrainerCallback):
+    """Sends SIGTERM in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_143(make_trainer, tmp_path):
+    whole = run(make_trainer, tmp_path / "whole", save_strategy="no")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run(make_trainer, tmp_path / "run", save_strategy="no", trainer={"callbacks": [Terminator(4)]})
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == ["checkpoint-5"]
+    assert_equal_runs(whole, run(make_trainer, tmp_path / "run", resume=True, save_strategy="no"))
 
 
 def test_resume_without_checkpoints_says_so(make_trainer):
