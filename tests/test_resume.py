@@ -213,6 +213,7 @@ def test_resume_without_checkpoints_says_so(make_trainer):
         make_trainer().train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
     """The example itself, SIGKILL at a moment of no one's choosing."""
     script = [sys.executable, str(ROOT / "examples" / "finetune_imagenet.py"), "--suite", "digits", "--use_cpu"]
