@@ -99,6 +99,8 @@ class CaRotTrainer(SuiteTrainer):
         _freeze(self.model, options.freeze)
         if options.needs_teacher:
             self.teacher = Teacher(self.model)
+            if options.torch_compile:  # the student is compiled by accelerate, in the same way
+                self.teacher.model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
             update_every = 0 if options.teacher == "frozen" else options.teacher_update_every
             self._teacher_callback = TeacherCallback(self.teacher, _schedule(options), update_every)
             self.add_callback(self._teacher_callback)
@@ -274,7 +276,7 @@ class CaRotTrainer(SuiteTrainer):
         student = self.accelerator.unwrap_model(model)
         count = len(self._micro_batches)
         if self._cached is None:
-            self._cached, self._cached_terms = self._embed_micro_batches(student)
+            self._cached, self._cached_terms = self._embed_micro_batches(model, student.logit_scale)
         index = self._micro_index
         self._micro_index += 1
         self._random_states[index].restore()
@@ -288,7 +290,7 @@ class CaRotTrainer(SuiteTrainer):
         value = self._weighted({name: term.detach() for name, term in terms.items()})
         return value + count * (part - part.detach()), outputs
 
-    def _embed_micro_batches(self, student: Any) -> tuple[CachedGradients, dict[str, Tensor]]:
+    def _embed_micro_batches(self, model: nn.Module, logit_scale: Tensor) -> tuple[CachedGradients, dict[str, Tensor]]:
         """The first pass over all micro-batches of a step: gradients of their embeddings, and the terms."""
         embeds, taught, labels = [], [], []
         self._random_states = []
@@ -296,7 +298,7 @@ class CaRotTrainer(SuiteTrainer):
             inputs = self._prepare_inputs(batch)
             self._random_states.append(RandomState(self.args.device))
             with torch.no_grad(), self.accelerator.autocast():
-                embeds.append(_unit_embeds(student(**_pairs(inputs))))
+                embeds.append(_unit_embeds(model(**_pairs(inputs))))
             taught.append(self._taught(_pairs(inputs)))
             labels += [inputs["labels"]] if "labels" in inputs else []
         whole: dict[str, Any] = {"labels": torch.cat(labels)} if labels else {}
@@ -310,7 +312,7 @@ class CaRotTrainer(SuiteTrainer):
             terms.update(self._pair_terms((images, texts), scale, joined, whole))
             return self._weighted(terms)
 
-        cached = cache_gradients(embeds, student.logit_scale, loss_of)
+        cached = cache_gradients(embeds, logit_scale, loss_of)
         return cached, {name: term.detach() for name, term in terms.items()}
 
     def _targets(self, inputs: Mapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor | None]:
