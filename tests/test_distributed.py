@@ -28,14 +28,14 @@ suite = ShiftSuite("noise", list(CLASSES), list(TEMPLATES), noise_set("train", 4
 args = CaRotTrainingArguments.from_preset(
     {preset!r}, **{options!r}, output_dir={out!r}, max_steps=8,
     per_device_train_batch_size={batch}, per_device_eval_batch_size=4,
-    learning_rate=3e-3, warmup_steps=0, logging_steps=1, save_strategy="no", report_to="none",
+    learning_rate=3e-3, warmup_steps=0, logging_steps=1, save_strategy="steps", save_steps=5, report_to="none",
     disable_tqdm=True, use_cpu=True, label_smoothing_factor=0.1, optim="sgd", max_grad_norm=0,
     ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
 )
 trainer = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor)
 if {preset!r} == "carot-2024":  # an evaluation must not keep accelerate from wrapping the model afterwards
     trainer.evaluate()
-trainer.train()
+trainer.train(resume_from_checkpoint={resume!r})
 metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
     teacher = {{}} if trainer.teacher is None else trainer.teacher.state_dict()
@@ -84,12 +84,14 @@ def test_a_bad_image_on_one_process_ends_both(tmp_path):
     assert "in set 'train' at index 30, got no bytes" in result.stderr
 
 
-def launch(tmp_path, processes, batch, preset, options):
-    out = tmp_path / str(processes)
+def launch(tmp_path, processes, batch, preset, options, resume=None):
+    out = tmp_path / (f"{processes}-resumed" if resume else str(processes))
     out.mkdir()
     script = out / "worker.py"
     script.write_text(
-        WORKER.format(tests=str(ROOT / "tests"), out=str(out), batch=batch, preset=preset, options=options)
+        WORKER.format(
+            tests=str(ROOT / "tests"), out=str(out), batch=batch, preset=preset, options=options, resume=resume
+        )
     )
     command = [sys.executable, str(script)]
     if processes > 1:
@@ -126,3 +128,18 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path, preset, options)
         if "second" not in key and "runtime" not in key:
             assert two["metrics"][key] == pytest.approx(value, abs=1e-4, nan_ok=True), key
     assert json.dumps(one["metrics"])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """Saved by two and resumed by one, and the other way round: both end where the unbroken run of one ends."""
+    options = {"teacher_update_every": 2}
+    one = launch(tmp_path, 1, 8, "carot", options)
+    two = launch(tmp_path, 2, 4, "carot", options)
+    fewer = launch(tmp_path, 1, 8, "carot", options, resume=str(tmp_path / "2" / "checkpoint-5"))
+    more = launch(tmp_path, 2, 4, "carot", options, resume=str(tmp_path / "1" / "checkpoint-5"))
+    for name, run in (("unbroken, two", two), ("two, then one", fewer), ("one, then two", more)):
+        assert [entry["step"] for entry in run["log"] if "loss" in entry] == list(range(1, 9)), name
+        for kind in ("student", "teacher"):
+            for key, value in one[kind].items():
+                torch.testing.assert_close(run[kind][key], value, atol=1e-5, rtol=1e-5, msg=f"{name}: {kind} {key}")
