@@ -26,7 +26,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .classifier import linear_probe
-from .distributed import gather_rows, local_columns
+from .distributed import gather_rows, local_columns, lost_process
 from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from .input_wait import InputWait
 from .losses import (
@@ -132,8 +132,10 @@ class CaRotTrainer(SuiteTrainer):
         try:
             with self._termination.listening():
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except BaseException:
+        except BaseException as error:
             self.report_bad_images(gather=False)  # the other processes may be anywhere: to wait for them would hang
+            if isinstance(error, RuntimeError) and (cause := lost_process(error)) is not None:
+                raise RuntimeError(f"{cause} {self._kept()}") from error
             raise
         self.report_bad_images()
         self._check_weights()
@@ -173,12 +175,13 @@ class CaRotTrainer(SuiteTrainer):
                 self._stop(f"Expected finite weights after step {self.state.global_step}, got nan or inf in `{name}`.")
 
     def _stop(self, reason: str) -> NoReturn:
-        kept = [folder for folder in checkpoint_folders(self.args.output_dir) if is_complete(folder)]
         raise RuntimeError(
-            f"{reason} "
-            + (f"The last checkpoint is {kept[-1]}; " if kept else "No checkpoint was kept yet; ")
-            + "lower `learning_rate` or look at the data of this step, then resume."
+            f"{reason} {self._kept()} Lower `learning_rate` or look at the data of this step, then resume."
         )
+
+    def _kept(self) -> str:
+        kept = [folder for folder in checkpoint_folders(self.args.output_dir) if is_complete(folder)]
+        return f"The last checkpoint is {kept[-1]}." if kept else "No checkpoint was kept yet."
 
     def compute_loss(
         self,
