@@ -1,12 +1,12 @@
 """Memory and time of a contrastive batch: at once, and through the gradient cache.
 
-    OMP_NUM_THREADS=1 python benchmarks/gradient_cache.py            # some 4 minutes, 1 core, 5 GB of memory
+    OMP_NUM_THREADS=1 python benchmarks/gradient_cache.py            # some 10 minutes, 1 core, 7 GB of memory
     OMP_NUM_THREADS=1 python benchmarks/gradient_cache.py --quick    # does it run at all?
 
 Trains a CLIP of random weights (ViT-B/16's patches, half its width and depth) on random images with CaRot's loss, each
 variant in a process of its own, and prints a Markdown table: peak memory beyond that of the loaded model, and seconds a
-step. To be expected: memory of the small batch, 1.3 to 1.5 times the time (a second forward of the student: the
-teacher's, which is a third of a step, runs once either way).
+step. By the count of operations the time should be a quarter longer (a second forward of the student; the teacher's
+runs once either way).
 """
 
 from __future__ import annotations

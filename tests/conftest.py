@@ -59,11 +59,27 @@ def suite():
     )
 
 
+def noise_suite(train=Noise):
+    """A suite for scripts that run in a process of their own; ``train(size, seed)`` makes the training set."""
+    return ShiftSuite(
+        name="noise",
+        class_names=list(CLASSES),
+        templates=list(TEMPLATES),
+        train=ShiftSet(train(48, 0), name="train", num_classes=len(CLASSES)),
+        validation=noise_set("validation", 15, 1),
+        test=noise_set("home", 19, 2),
+        shifts={"far": noise_set("far", 17, 3)},
+    )
+
+
+def tiny_processor():
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return CLIPProcessor(image_processor=images, tokenizer=CLIPTokenizer.from_pretrained(CLIP))
+
+
 @pytest.fixture(scope="session")
 def processor():
-    tokenizer = CLIPTokenizer.from_pretrained(CLIP)
-    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+    return tiny_processor()
 
 
 def tiny_clip(tokenizer, seed=0, **config):

@@ -17,14 +17,11 @@ WORKER = """
 import sys, json, os, dataclasses
 sys.path.insert(0, {tests!r})
 import torch
-from conftest import ShiftSuite, noise_set, tiny_clip, CLASSES, TEMPLATES, CLIP
-from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+from conftest import noise_suite, tiny_clip, tiny_processor
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 
-images = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size={{"height": 16, "width": 16}})
-processor = CLIPProcessor(image_processor=images, tokenizer=CLIPTokenizer.from_pretrained(CLIP))
-suite = ShiftSuite("noise", list(CLASSES), list(TEMPLATES), noise_set("train", 48, 0), noise_set("validation", 15, 1),
-                   noise_set("home", 19, 2), {{"far": noise_set("far", 17, 3)}})
+processor = tiny_processor()
+suite = noise_suite()
 args = CaRotTrainingArguments.from_preset(
     {preset!r}, **{options!r}, output_dir={out!r}, max_steps=8,
     per_device_train_batch_size={batch}, per_device_eval_batch_size=4,
@@ -48,8 +45,7 @@ trainer.accelerator.end_training()
 STOPPED = """
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import CLASSES, CLIP, TEMPLATES, Noise, ShiftSet, ShiftSuite, noise_set, tiny_clip
-from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+from conftest import Noise, noise_suite, tiny_clip, tiny_processor
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 
 
@@ -58,12 +54,8 @@ class Spoiled(Noise):
         return {{"image": b"", "label": 0}} if index == 30 else super().__getitem__(index)
 
 
-images = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size={{"height": 16, "width": 16}})
-processor = CLIPProcessor(image_processor=images, tokenizer=CLIPTokenizer.from_pretrained(CLIP))
-suite = ShiftSuite(
-    "noise", list(CLASSES), list(TEMPLATES), ShiftSet(Spoiled(48, 0), name="train", num_classes=4),
-    noise_set("validation", 15, 1), noise_set("home", 19, 2), {{"far": noise_set("far", 17, 3)}},
-)
+processor = tiny_processor()
+suite = noise_suite(Spoiled)
 args = CaRotTrainingArguments.from_preset(
     "flyp", output_dir={out!r}, max_steps=12, per_device_train_batch_size=4, save_strategy="no", report_to="none",
     disable_tqdm=True, use_cpu=True, ddp_backend="gloo",

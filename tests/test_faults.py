@@ -15,9 +15,8 @@ from carot_hf.distributed import lost_process
 WORKER = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-from conftest import CLASSES, CLIP, TEMPLATES, Noise, ShiftSet, ShiftSuite, noise_set, tiny_clip
+from conftest import Noise, noise_suite, tiny_clip, tiny_processor
 from torch.utils.data import get_worker_info
-from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 
 
@@ -35,12 +34,8 @@ class Lost(CaRotTrainer):
         return super().training_step(*args, **kwargs)
 
 
-images = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size={{"height": 16, "width": 16}})
-processor = CLIPProcessor(image_processor=images, tokenizer=CLIPTokenizer.from_pretrained(CLIP))
-suite = ShiftSuite(
-    "noise", list(CLASSES), list(TEMPLATES), ShiftSet(Deadly(48, 0), name="train", num_classes=4),
-    noise_set("validation", 15, 1), noise_set("home", 19, 2), {{"far": noise_set("far", 17, 3)}},
-)
+processor = tiny_processor()
+suite = noise_suite(Deadly)
 args = CaRotTrainingArguments.from_preset(
     "carot", **{options!r}, output_dir={out!r}, max_steps=12, per_device_train_batch_size=4, warmup_steps=0,
     save_steps=2, report_to="none", disable_tqdm=True, use_cpu=True,

@@ -210,8 +210,7 @@ import datasets
 datasets.config.HF_DATASETS_CACHE = Path({out!r}) / "cache"
 from conftest import *
 from test_streaming import make_suite
-images = CLIPImageProcessor(size={{"shortest_edge": 16}}, crop_size={{"height": 16, "width": 16}})
-processor = CLIPProcessor(image_processor=images, tokenizer=CLIPTokenizer.from_pretrained(CLIP))
+processor = tiny_processor()
 args = CaRotTrainingArguments.from_preset(
     "carot", output_dir={out!r}, per_device_train_batch_size=4, per_device_eval_batch_size=8, max_steps=3,
     report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", dataloader_num_workers={workers},
