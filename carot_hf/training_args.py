@@ -6,9 +6,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from .losses import SAME_CLASS
@@ -310,10 +313,17 @@ class CaRotTrainingArguments(TrainingArguments):
         self._set_best_metric()
         if self.dataloader_persistent_workers is None:
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        self._join_processes()
         super().__post_init__()
         self._set_accumulation()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+
+    def _join_processes(self) -> None:
+        """Start the process group on CPUs, with ``ddp_timeout``: transformers passes that on for other devices only."""
+        on_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
 
     @property
     def needs_teacher(self) -> bool:
