@@ -208,6 +208,36 @@ class DrawSampler(Sampler[int]):
         return (epoch * self.size + int(index) for index in order[: len(self)])
 
 
+class ShareSampler(Sampler[list[int]]):
+    """Yield a process's share of each batch; what remains at the end of an epoch is shared out as evenly as can be.
+
+    No sample is repeated to fill a batch up: it would be a false negative of itself. Fewer remaining samples than
+    processes are left out.
+
+    Args:
+        sampler: Yields the samples of an epoch, the same in each process.
+        batch_size: Samples of a process in a whole batch.
+        rank: Number of the process.
+        world: Number of processes.
+    """
+
+    def __init__(self, sampler: DrawSampler, batch_size: int, rank: int, world: int) -> None:
+        self.sampler, self.batch_size, self.rank, self.world = sampler, batch_size, rank, world
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self.batch_size * self.world)
+        return whole + (rest >= self.world)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for start in range(0, len(order), self.batch_size * self.world):
+            batch = order[start : start + self.batch_size * self.world]
+            if len(batch) >= self.world:
+                size, larger = divmod(len(batch), self.world)  # the first processes take one more
+                begin = self.rank * size + min(self.rank, larger)
+                yield batch[begin : begin + size + (self.rank < larger)]
+
+
 class ReplacedCollator:
     """Put the pairs of set and index in the samples' ``"replaced"`` beside what another collator makes of the rest."""
 

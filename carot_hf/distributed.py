@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,22 +10,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather_rows(local: Tensor, *, with_grad: bool) -> Tensor:
+def gather_rows(local: Tensor, *, with_grad: bool, counts: Sequence[int] | None = None) -> Tensor:
     """Stack the rows of all processes in the order of their ranks; one process gets its own rows back.
 
     Args:
-        local: ``(b, D)``, the same shape on every process.
+        local: ``(b, ...)``, the same shape on every process, but for ``b`` if there are ``counts``.
         with_grad: Let gradients flow back to the process that a row came from. Together with a loss over the local
             rows and DDP's mean of gradients this is exactly the gradient of the whole batch.
+        counts: ``b`` of each process, where they may differ; see :func:`row_counts`.
     Returns:
-        ``(world_size * b, D)``.
+        ``(sum of all b, ...)``.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _several():
         return local
+    counts = [len(local)] * dist.get_world_size() if counts is None else counts
     if with_grad:
-        gathered: Tensor = _GatherRows.apply(local)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _GatherRows.apply(local, counts)  # type: ignore[no-untyped-call]
         return gathered
-    return _stacked(local)
+    return _stacked(local, counts)
+
+
+def row_counts(rows: int, device: torch.device) -> list[int]:
+    """Tell how many rows each process has, by rank."""
+    if not _several():
+        return [rows]
+    ones = [1] * dist.get_world_size()
+    return list(map(int, _stacked(torch.tensor([rows], device=device), ones).tolist()))
 
 
 def gather_uneven(local: Tensor) -> Tensor:
@@ -33,20 +44,14 @@ def gather_uneven(local: Tensor) -> Tensor:
     Args:
         local: ``(b, ...)``; ``b`` may differ between processes and be 0, the rest may not.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return local
-    size = _stacked(torch.tensor([len(local)], device=local.device))
-    longest = int(size.max())
-    padded = local.new_zeros(longest, *local.shape[1:])
-    padded[: len(local)] = local
-    parts = _stacked(padded).split(longest) if longest else []
-    return torch.cat([local[:0], *(part[:rows] for part, rows in zip(parts, size.tolist(), strict=bool(longest)))])
+    return gather_rows(local, with_grad=False, counts=row_counts(len(local), local.device))
 
 
-def local_columns(rows: int, device: torch.device) -> Tensor:
+def local_columns(rows: int, device: torch.device, counts: Sequence[int] | None = None) -> Tensor:
     """Return the columns, among all gathered ones, of this process's own ``rows`` samples: ``(rows,)`` int64."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return torch.arange(rows, device=device) + rank * rows
+    rank = dist.get_rank() if _several() else 0
+    before = rank * rows if counts is None else sum(counts[:rank])
+    return torch.arange(rows, device=device) + before
 
 
 def lost_process(error: RuntimeError) -> str | None:
@@ -79,20 +84,27 @@ class _GatherRows(torch.autograd.Function):
     """all_gather whose backward sums each row's gradient over all processes and hands it to the row's own process."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        ctx.rows = len(local)
-        return _stacked(local)
+    def forward(ctx: Any, local: Tensor, counts: Sequence[int]) -> Tensor:
+        ctx.start, ctx.rows = sum(counts[: dist.get_rank()]), len(local)
+        return _stacked(local, counts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        start = dist.get_rank() * ctx.rows
-        return grad[start : start + ctx.rows]
+        return grad[ctx.start : ctx.start + ctx.rows], None
 
 
-def _stacked(local: Tensor) -> Tensor:
-    local = local.detach().contiguous()
-    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, local)
-    return torch.cat(parts)
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _stacked(local: Tensor, counts: Sequence[int]) -> Tensor:
+    """Collectives take equal shapes: shorter parts travel with zeros below, which are cut off here."""
+    longest = max(counts)
+    sent = local.detach().contiguous()
+    if len(local) < longest:
+        sent = torch.cat([sent, sent.new_zeros(longest - len(local), *local.shape[1:])])
+    parts = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(parts, sent)
+    return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])

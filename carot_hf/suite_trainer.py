@@ -23,7 +23,16 @@ from transformers.utils import logging
 
 from .calibration import bake_temperature, calibration_metrics, check_not_baked, fit_temperature
 from .classifier import CLIPClassifier, export_classifier
-from .data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, ReadSet, ReplacedCollator, normalize_pixels
+from .data import (
+    CaRotCollator,
+    DrawnSet,
+    DrawSampler,
+    ImageTransform,
+    ReadSet,
+    ReplacedCollator,
+    ShareSampler,
+    normalize_pixels,
+)
 from .distributed import gather_uneven
 from .ece.binning import CalibrationBins
 from .evaluation import METRICS, SCALED, Metrics, SetLogits, flat_names, label_bins, set_metrics, with_aggregates
@@ -123,8 +132,11 @@ class SuiteTrainer(Trainer):
                 f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. "
                 "Lower `per_device_train_batch_size`, or set `dataloader_drop_last` False."
             )
+        drawn = DrawnSet(ReadSet(data, skip=self._skips, min_size=self._transform.train_size))
+        if self.args.world_size > 1 and not self.args.dataloader_drop_last:
+            return self._share_loader(drawn)
         return self._get_dataloader(
-            dataset=DrawnSet(ReadSet(data, skip=self._skips, min_size=self._transform.train_size)),
+            dataset=drawn,
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=self._draw_sampler,
@@ -152,7 +164,18 @@ class SuiteTrainer(Trainer):
             min_size=self._transform.train_size,
             skip=self._skips,
         )
-        loader = self._plain_loader(draws, self._train_batch_size, ReplacedCollator(self.data_collator))
+        return self._own_share(
+            self._plain_loader(draws, ReplacedCollator(self.data_collator), batch_size=self._train_batch_size)
+        )
+
+    def _share_loader(self, data: DrawnSet) -> Any:
+        """Uneven last batches: accelerate would fill them up with samples from the start of the epoch."""
+        args = self.args
+        shares = ShareSampler(self._draw_sampler(data), self._train_batch_size, args.process_index, args.world_size)
+        return self._own_share(self._plain_loader(data, ReplacedCollator(self.data_collator), batch_sampler=shares))
+
+    def _own_share(self, loader: DataLoader[Any]) -> Any:
+        """Let accelerate move the batches of a loader that yields this process's own, and nothing else."""
         return prepare_data_loader(
             loader,
             device=self.accelerator.device,
@@ -162,13 +185,13 @@ class SuiteTrainer(Trainer):
             dispatch_batches=False,
         )
 
-    def _plain_loader(self, data: Any, batch_size: int, collator: Any) -> DataLoader[Any]:
-        """A loader as `Trainer` makes them, but for a stream."""
+    def _plain_loader(self, data: Any, collator: Any, **batches: Any) -> DataLoader[Any]:
+        """A loader as `Trainer` makes them."""
         args = self.args
         workers = args.dataloader_num_workers
         return DataLoader(
             data,
-            batch_size=batch_size,
+            **batches,
             collate_fn=collator,
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory and self.accelerator.device.type == "cuda",
@@ -490,7 +513,9 @@ class SuiteTrainer(Trainer):
         """Embed the rows of a stream: each process and worker its share, then all of them in the order of the rows."""
         args = self.args
         source = StreamedRows(data, args.process_index, args.world_size, skip=self._skips)
-        loader = self._plain_loader(source, args.eval_batch_size, RowCollator(ReplacedCollator(self.data_collator)))
+        loader = self._plain_loader(
+            source, RowCollator(ReplacedCollator(self.data_collator)), batch_size=args.eval_batch_size
+        )
         network = self._network.eval()
         shown = not args.disable_tqdm and self.is_world_process_zero()
         parts = []

@@ -26,7 +26,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .classifier import linear_probe
-from .distributed import gather_rows, local_columns, lost_process
+from .distributed import gather_rows, local_columns, lost_process, row_counts
 from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from .input_wait import InputWait
 from .losses import (
@@ -224,9 +224,8 @@ class CaRotTrainer(SuiteTrainer):
         epsilon = self.args.label_smoothing_factor
         if self.args.objective == "cross_entropy":
             outputs = model(pixel_values=inputs["pixel_values"])
-            return {
-                "cross_entropy": cross_entropy_loss(outputs.logits, inputs["labels"], label_smoothing=epsilon)
-            }, outputs
+            loss = cross_entropy_loss(outputs.logits, inputs["labels"], label_smoothing=epsilon)
+            return {"cross_entropy": _share(self._row_counts(outputs.logits), len(outputs.logits)) * loss}, outputs
         student = self.accelerator.unwrap_model(model)
         pairs = _pairs(inputs)
         outputs = model(**pairs)
@@ -241,18 +240,25 @@ class CaRotTrainer(SuiteTrainer):
         inputs: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         """The terms that are functions of the embeddings of this device's rows, the teacher's, and the labels."""
-        logits = _batch_logits(*embeds, logit_scale, with_grad=True)
-        targets, ignore = self._targets(inputs, logits[0])
+        counts = self._row_counts(embeds[0])
+        logits = _batch_logits(*embeds, logit_scale, counts, with_grad=True)
+        targets, ignore = self._targets(inputs, logits[0], counts)
         epsilon = self.args.label_smoothing_factor
         terms = {"contrastive": contrastive_loss(*logits, targets, label_smoothing=epsilon, ignore=ignore)}
         if self.teacher is not None and taught is not None:
             network: Any = self.teacher.model
             if self.args.distillation_weight:
-                teacher_logits = _batch_logits(*taught, network.logit_scale, with_grad=False)
+                teacher_logits = _batch_logits(*taught, network.logit_scale, counts, with_grad=False)
                 terms["distillation"] = distillation_loss(*logits, *teacher_logits)
             if self.args.feature_distillation_weight:
                 terms["feature_distillation"] = feature_distillation_loss(*embeds, *taught)
-        return terms
+        share = _share(counts, len(embeds[0]))
+        return {name: share * term for name, term in terms.items()}
+
+    def _row_counts(self, local: Tensor) -> list[int] | None:
+        """Rows of each process, where the last batch of an epoch may give them different numbers of rows."""
+        uneven = self.args.world_size > 1 and not self.args.dataloader_drop_last
+        return row_counts(len(local), local.device) if uneven else None
 
     def _taught(self, pairs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """The teacher's embeddings."""
@@ -318,9 +324,11 @@ class CaRotTrainer(SuiteTrainer):
         cached = cache_gradients(embeds, logit_scale, loss_of)
         return cached, {name: term.detach() for name, term in terms.items()}
 
-    def _targets(self, inputs: Mapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _targets(
+        self, inputs: Mapping[str, Any], logits: Tensor, counts: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Targets and ignored columns of the contrastive loss for the rows of this device."""
-        columns = local_columns(len(logits), logits.device)
+        columns = local_columns(len(logits), logits.device, counts)
         if self.args.same_class == "negative":
             return columns, None
         if "labels" not in inputs:
@@ -329,7 +337,8 @@ class CaRotTrainer(SuiteTrainer):
                 "Let the data collator add them, or use 'negative'."
             )
         labels = inputs["labels"]
-        return same_class_targets(labels, gather_rows(labels, with_grad=False), columns, self.args.same_class)
+        everyones = gather_rows(labels, with_grad=False, counts=counts)
+        return same_class_targets(labels, everyones, columns, self.args.same_class)
 
     def _fit_head(self) -> None:
         """Fit the linear head on the frozen features of the training images, as evaluation sees them."""
@@ -465,10 +474,17 @@ def _unit_embeds(outputs: Any) -> tuple[Tensor, Tensor]:
         return F.normalize(outputs.image_embeds.float(), dim=-1), F.normalize(outputs.text_embeds.float(), dim=-1)
 
 
-def _batch_logits(image: Tensor, text: Tensor, logit_scale: Tensor, *, with_grad: bool) -> tuple[Tensor, Tensor]:
+def _batch_logits(
+    image: Tensor, text: Tensor, logit_scale: Tensor, counts: list[int] | None, *, with_grad: bool
+) -> tuple[Tensor, Tensor]:
     """Compare this device's samples with the whole batch: two ``(b, B)`` float32 matrices, rows image and text."""
-    all_image, all_text = gather_rows(image, with_grad=with_grad), gather_rows(text, with_grad=with_grad)
+    all_image, all_text = (gather_rows(part, with_grad=with_grad, counts=counts) for part in (image, text))
     return similarity_logits(image, all_text, logit_scale), similarity_logits(text, all_image, logit_scale)
+
+
+def _share(counts: list[int] | None, rows: int) -> float:
+    """Weight of a mean over this device's rows, so that the mean over the devices is that over all rows."""
+    return 1.0 if counts is None else rows * len(counts) / sum(counts)
 
 
 def _schedule(options: CaRotTrainingArguments) -> Schedule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor
 
 from carot_hf import ShiftSet
-from carot_hf.data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, ReadSet, normalize_pixels
+from carot_hf.data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, ReadSet, ShareSampler, normalize_pixels
 from carot_hf.images import BadImageError, read_image
 from carot_hf.prompts import CaptionTable
 
@@ -248,3 +249,15 @@ def test_evaluation_batches_have_no_captions(suite, collator):
     assert batch.keys() == {"pixel_values", "labels"}
     assert batch["pixel_values"].dtype == torch.uint8
     assert torch.equal(batch["pixel_values"][0], collator.transform.evaluate(suite.test[0]["image"]))
+
+
+@pytest.mark.parametrize(("size", "batches"), [(16, [8, 8]), (21, [8, 8, 5]), (17, [8, 8]), (18, [8, 8, 2]), (3, [3])])
+def test_shares_of_two_processes_are_the_batches_of_one(size, batches):
+    """Rows of rank 0, then of rank 1; no sample twice; a rest that does not reach every process is left out."""
+    order = DrawSampler(size, seed=3, epoch=lambda: 2)
+    ranks = [list(ShareSampler(order, 4, rank, 2)) for rank in (0, 1)]
+    whole = [a + b for a, b in zip(*ranks, strict=True)]
+    assert [len(batch) for batch in whole] == batches
+    assert [len(share) for share in ranks[0]] == [math.ceil(rows / 2) for rows in batches]
+    assert [draw for batch in whole for draw in batch] == list(order)[: sum(batches)]
+    assert len(ShareSampler(order, 4, 1, 2)) == len(batches)

@@ -17,13 +17,13 @@ WORKER = """
 import sys, json, os, dataclasses
 sys.path.insert(0, {tests!r})
 import torch
-from conftest import noise_suite, tiny_clip, tiny_processor
+from conftest import Noise, noise_suite, tiny_clip, tiny_processor
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 
 processor = tiny_processor()
-suite = noise_suite()
+suite = noise_suite(lambda size, seed: Noise({samples}, seed))
 args = CaRotTrainingArguments.from_preset(
-    {preset!r}, **{options!r}, output_dir={out!r}, max_steps=8,
+    {preset!r}, **{options!r}, output_dir={out!r}, max_steps={steps},
     per_device_train_batch_size={batch}, per_device_eval_batch_size=4,
     learning_rate=3e-3, warmup_steps=0, logging_steps=1, save_strategy="steps", save_steps=5, report_to="none",
     disable_tqdm=True, use_cpu=True, label_smoothing_factor=0.1, optim="sgd", max_grad_norm=0,
@@ -76,13 +76,20 @@ def test_a_bad_image_on_one_process_ends_both(tmp_path):
     assert "in set 'train' at index 30, got no bytes" in result.stderr
 
 
-def launch(tmp_path, processes, batch, preset, options, resume=None):
+def launch(tmp_path, processes, batch, preset, options, resume=None, samples=45, steps=20):
     out = tmp_path / (f"{processes}-resumed" if resume else str(processes))
     out.mkdir()
     script = out / "worker.py"
     script.write_text(
         WORKER.format(
-            tests=str(ROOT / "tests"), out=str(out), batch=batch, preset=preset, options=options, resume=resume
+            tests=str(ROOT / "tests"),
+            out=str(out),
+            batch=batch,
+            preset=preset,
+            options=options,
+            resume=resume,
+            samples=samples,
+            steps=steps,
         )
     )
     command = [sys.executable, str(script)]
@@ -99,19 +106,23 @@ def launch(tmp_path, processes, batch, preset, options, resume=None):
 @pytest.mark.parametrize(
     ("preset", "options"),
     [
-        ("carot-2024", {"teacher_update_every": 2}),
+        (
+            "carot-2024",
+            {"teacher_update_every": 2, "dataloader_drop_last": False, "gradient_accumulation_steps": 2},
+        ),
         pytest.param("tracer", {"teacher_update_every": 2, "same_class": "ignore"}, marks=pytest.mark.slow),
-        pytest.param("flyp", {"same_class": "positive"}, marks=pytest.mark.slow),
-        pytest.param("lp-ft", {}, marks=pytest.mark.slow),
+        pytest.param("flyp", {"same_class": "positive", "dataloader_drop_last": False}, marks=pytest.mark.slow),
+        pytest.param("lp-ft", {"dataloader_drop_last": False}, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, preset, options):
+    """45 samples in batches of 8: where the last is not dropped, its 5 are split into 3 and 2."""
     one, two = launch(tmp_path, 1, 8, preset, options), launch(tmp_path, 2, 4, preset, options)
     for kind in ("student", "teacher"):
         for name, value in one[kind].items():
             torch.testing.assert_close(two[kind][name], value, atol=1e-5, rtol=1e-5, msg=f"{kind} {name}")
     logs = [[entry for entry in run["log"] if "loss" in entry] for run in (one, two)]
-    assert len(logs[0]) == 8
+    assert len(logs[0]) == 20
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() & {"loss", "grad_norm", *TERMS}:
@@ -131,7 +142,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     fewer = launch(tmp_path, 1, 8, "carot", options, resume=str(tmp_path / "2" / "checkpoint-5"))
     more = launch(tmp_path, 2, 4, "carot", options, resume=str(tmp_path / "1" / "checkpoint-5"))
     for name, run in (("unbroken, two", two), ("two, then one", fewer), ("one, then two", more)):
-        assert [entry["step"] for entry in run["log"] if "loss" in entry] == list(range(1, 9)), name
+        assert [entry["step"] for entry in run["log"] if "loss" in entry] == list(range(1, 21)), name
         for kind in ("student", "teacher"):
             for key, value in one[kind].items():
                 torch.testing.assert_close(run[kind][key], value, atol=1e-5, rtol=1e-5, msg=f"{name}: {kind} {key}")
