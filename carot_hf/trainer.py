@@ -21,6 +21,7 @@ from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, Terminatio
 from .checkpoints import (
     check_checkpoint,
     checkpoint_folders,
+    failed_to_write,
     is_complete,
     newest_complete_checkpoint,
     write_manifest,
@@ -384,6 +385,16 @@ class CaRotTrainer(SuiteTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights()
+        try:
+            self._write_checkpoint(model, trial)
+        except Exception as error:
+            if not failed_to_write(error):
+                raise
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            reason = f"Expected to save {folder}, got {type(error).__name__}: {' '.join(str(error).split())}."
+            raise OSError(f"{reason} {self._kept()} Make room, then resume.") from error
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.teacher is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
