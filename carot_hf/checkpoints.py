@@ -8,8 +8,6 @@ import logging
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
@@ -32,14 +30,6 @@ def write_manifest(checkpoint: str | Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / MANIFEST_NAME)
-
-
-def failed_to_write(error: BaseException) -> bool:
-    """Tell whether an error is about writing a file: of Python, safetensors, or torch, in torch 2.13."""
-    of_torch = isinstance(error, RuntimeError) and (
-        "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-    )
-    return isinstance(error, (OSError, SafetensorError)) or of_torch
 
 
 def damage_of(checkpoint: str | Path, *, checksums: bool = True) -> str | None:

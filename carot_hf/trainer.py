@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from transformers import CLIPModel
@@ -21,7 +22,6 @@ from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, Terminatio
 from .checkpoints import (
     check_checkpoint,
     checkpoint_folders,
-    failed_to_write,
     is_complete,
     newest_complete_checkpoint,
     write_manifest,
@@ -388,7 +388,7 @@ class CaRotTrainer(SuiteTrainer):
         try:
             self._write_checkpoint(model, trial)
         except Exception as error:
-            if not failed_to_write(error):
+            if not _failed_to_write(error):
                 raise
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             reason = f"Expected to save {folder}, got {type(error).__name__}: {' '.join(str(error).split())}."
@@ -496,6 +496,13 @@ def _batch_logits(
 def _share(counts: list[int] | None, rows: int) -> float:
     """Weight of a mean over this device's rows, so that the mean over the devices is that over all rows."""
     return 1.0 if counts is None else rows * len(counts) / sum(counts)
+
+
+def _failed_to_write(error: Exception) -> bool:
+    """Tell whether an error is about writing a file: of Python, safetensors, or torch, in torch 2.13."""
+    texts = ("PytorchStreamWriter", "inline_container")
+    of_torch = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return of_torch or isinstance(error, (OSError, SafetensorError))
 
 
 def _schedule(options: CaRotTrainingArguments) -> Schedule:
