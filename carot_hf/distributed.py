@@ -85,14 +85,16 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, counts: Sequence[int]) -> Tensor:
-        ctx.start, ctx.rows = sum(counts[: dist.get_rank()]), len(local)
+        ctx.counts = counts
         return _stacked(local, counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad[ctx.start : ctx.start + ctx.rows], None
+        rows, longest = ctx.counts[dist.get_rank()], max(ctx.counts)
+        parts = [_padded(part, longest) for part in grad.split(list(ctx.counts))]
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts)
+        return own[:rows], None
 
 
 def _several() -> bool:
@@ -101,10 +103,13 @@ def _several() -> bool:
 
 def _stacked(local: Tensor, counts: Sequence[int]) -> Tensor:
     """Collectives take equal shapes: shorter parts travel with zeros below, which are cut off here."""
-    longest = max(counts)
-    sent = local.detach().contiguous()
-    if len(local) < longest:
-        sent = torch.cat([sent, sent.new_zeros(longest - len(local), *local.shape[1:])])
+    sent = _padded(local.detach(), max(counts))
     parts = [torch.empty_like(sent) for _ in counts]
     dist.all_gather(parts, sent)
     return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])
+
+
+def _padded(part: Tensor, rows: int) -> Tensor:
+    """The part, contiguous, with zeros below it up to a number of rows."""
+    missing = rows - len(part)
+    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part.contiguous()

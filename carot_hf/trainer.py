@@ -385,18 +385,17 @@ class CaRotTrainer(SuiteTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
-            self._write_checkpoint(model, trial)
+            self._write_checkpoint(folder, model, trial)
         except Exception as error:
             if not _failed_to_write(error):
                 raise
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             reason = f"Expected to save {folder}, got {type(error).__name__}: {' '.join(str(error).split())}."
             raise OSError(f"{reason} {self._kept()} Make room, then resume.") from error
 
-    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.teacher is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self.teacher.model, str(folder / TEACHER_NAME))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -407,11 +406,10 @@ class CaRotTrainer(SuiteTrainer):
         if self.args.world_size > 1:
             dist.barrier()  # each process saves the state of its own generators
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial))
-            write_manifest(folder / f"checkpoint-{self.state.global_step}")
+            write_manifest(folder)
             # only now an older checkpoint may go: until here the new one did not count
             rotate_checkpoints(
-                output_dir=str(folder),
+                output_dir=str(folder.parent),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,

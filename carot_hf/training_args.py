@@ -109,7 +109,8 @@ class CaRotTrainingArguments(TrainingArguments):
     - ``per_device_eval_batch_size`` 256: only embeddings are computed.
     - ``remove_unused_columns`` False: it would drop images and labels.
     - ``dataloader_drop_last`` True: a filled-up last batch would bring repeated samples, that is false negatives.
-      It acts in training only; evaluation sees every sample once.
+      It acts in training only; evaluation sees every sample once. Where it is False, several processes share the
+      samples of the last batch, each once.
     - ``ddp_find_unused_parameters`` False: every parameter of CLIP is used.
     - ``logging_nan_inf_filter`` False: a loss that is not finite stops the run, it is not hidden.
     - ``eval_do_concat_batches`` False: embeddings are joined once, not after each batch.
