@@ -87,6 +87,7 @@ class SuiteTrainer(Trainer):
         self.suite = suite
         self._processor = processing_class
         self._objective = args.objective
+        self._float32_weights = args.float32_weights
         if model is not None:
             model = self._prepared(model)
         self._transform = ImageTransform.from_processor(processing_class)
@@ -212,21 +213,39 @@ class SuiteTrainer(Trainer):
                 f"for the objective '{self._objective}'. Load the checkpoint with "
                 "CLIPModel.from_pretrained(..., dtype=torch.float32)."
             )
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
-            logger.info("The model comes in half precision; it is trained and saved in float32. `bf16` is for speed.")
-            model.float()
+        dtype = self._training_dtype(model)
+        model.to(dtype)
         if isinstance(model, CLIPModel):
             _align_markers(model, self._processor)
             if self._objective == "contrastive":
                 return model
             head = class_embeddings(model, self._captions(model))
-            return CLIPClassifier.from_clip(model, head, self.suite.class_names)
+            return CLIPClassifier.from_clip(model, head, self.suite.class_names).to(dtype)
         if model.head.out_features != len(self.suite.class_names):
             raise ValueError(
                 f"Expected a classifier of the {len(self.suite.class_names)} classes of suite '{self.suite.name}', got "
                 f"one of {model.head.out_features}. Start from a CLIPModel, or from a classifier of this suite."
             )
         return model
+
+    def _training_dtype(self, model: nn.Module) -> torch.dtype:
+        """The dtype of the weights in training: float32, unless asked otherwise."""
+        half = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+        if not half:
+            return next(model.parameters()).dtype
+        if self._float32_weights:
+            logger.info(
+                "The model comes in half precision; it is trained and saved in float32. `bf16` is for speed, "
+                "`float32_weights` False trains bfloat16 as it comes."
+            )
+            return torch.float32
+        if torch.float16 in half:
+            raise ValueError(
+                "Expected bfloat16 with `float32_weights` False, got float16. Its gradients underflow: leave "
+                "`float32_weights` True and set `fp16`, or load the checkpoint with `dtype=torch.bfloat16`."
+            )
+        logger.info("The model is trained and saved in bfloat16, the teacher kept in float32.")
+        return torch.bfloat16
 
     def _captions(self, model: Any) -> CaptionTable:
         """Tokenise the captions; a classifier has no text tower whose context they could exceed."""
@@ -408,6 +427,9 @@ class SuiteTrainer(Trainer):
             RuntimeError: If the model is calibrated already.
         """
         check_not_baked(self.model)
+        if self.model.dtype == torch.bfloat16:
+            logger.info("The model is brought to float32: a temperature baked into bfloat16 may be off by 1.6 %%.")
+            self.model.float()
         embeds, labels = self._embed_sets({"validation": self.suite.validation}, "Calibration", "eval")["validation"]
         logits = SetLogits(embeds, self._head(), self.suite.validation)
         criterion = self.args.calibration_criterion

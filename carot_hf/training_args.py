@@ -146,6 +146,9 @@ class CaRotTrainingArguments(TrainingArguments):
         reliability_diagrams: Draw the diagrams of each final evaluation.
         contrastive_batch_size: Pairs in the contrastive loss of a step, over all devices, embedded
             ``per_device_train_batch_size`` at a time (gradient cache); 0: as many as the devices hold at once.
+        float32_weights: Train a half-precision checkpoint in float32. ``False``: in bfloat16, as it comes, with the
+            optimizer's moments; half the memory, but a step that changes a weight by less than 1/256 is mostly lost,
+            and at the published learning rate that is nearly every step. The teacher stays float32.
         on_bad_image: An image that cannot be decoded is an error ("raise"), or replaced by the next one of its set and
             listed in the end ("skip").
         dataloader_persistent_workers: Keep the workers of the training loader from epoch to epoch; ``None``: if there
@@ -273,6 +276,13 @@ class CaRotTrainingArguments(TrainingArguments):
         metadata={
             "help": "Pairs in the contrastive loss of a step, over all devices, embedded per_device_train_batch_size "
             "at a time, twice: the gradient of the large batch in the memory of the small one. 0: no such cache."
+        },
+    )
+    float32_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "Train a half-precision checkpoint in float32. Off: in bfloat16, as it comes, which loses steps "
+            "that change a weight by less than 1/256."
         },
     )
     on_bad_image: str = field(

@@ -126,3 +126,39 @@ def test_a_bf16_checkpoint_is_trained_in_float32(make_trainer, processor, tmp_pa
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert {value.dtype for name, value in saved.items() if value.is_floating_point()} == {torch.float32}
     assert not torch.equal(saved["visual_projection.weight"], saved["visual_projection.weight"].bfloat16().float())
+
+
+def test_a_bf16_checkpoint_is_trained_in_bf16_if_asked(make_trainer, processor, tmp_path, caplog):
+    """Student and its moments are bfloat16, teacher and losses float32; a temperature needs float32 again."""
+    half = tiny_clip(processor.tokenizer).bfloat16()
+    with caplog.at_level(logging.INFO, logger="carot_hf"):
+        trainer = make_trainer(half, float32_weights=False, **CACHE)
+    assert "trained and saved in bfloat16" in caplog.text
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    terms, _ = trainer.loss_terms(trainer.model, first_batch(trainer))
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    trainer.train()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.teacher.model.parameters()} == {torch.float32}
+    moments = {state["exp_avg"].dtype for state in trainer.optimizer.state_dict()["state"].values()}
+    assert moments == {torch.bfloat16}
+    weight = "visual_projection.weight"
+    assert not torch.equal(trainer.model.state_dict()[weight], start[weight])
+    trainer.save_model(str(tmp_path / "saved"))
+    assert load_file(tmp_path / "saved" / "model.safetensors")[weight].dtype == torch.bfloat16
+    trainer.calibrate()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_a_classifier_is_trained_in_bf16_if_asked(make_trainer, processor):
+    trainer = make_trainer(
+        tiny_clip(processor.tokenizer).bfloat16(), preset="lp-ft", float32_weights=False, teacher_update_every=0
+    )
+    trainer.train()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_float16_weights_are_not_trained_as_they_are(make_trainer, processor):
+    with pytest.raises(ValueError, match=r"Expected bfloat16 with `float32_weights` False, got float16"):
+        make_trainer(tiny_clip(processor.tokenizer).half(), float32_weights=False)
