@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,20 +79,35 @@ def test_a_bad_image_on_one_process_ends_both(tmp_path):
     assert "in set 'train' at index 30, got no bytes" in result.stderr
 
 
-def launch(tmp_path, processes, batch, preset, options, resume=None):
-    out = tmp_path / (f"{processes}-resumed" if resume else str(processes))
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(tmp_path, processes, batch, preset, options, resume=None, nodes=1):
+    """Run the worker; with two nodes, from two launchers that know of each other by an address only."""
+    out = tmp_path / f"{processes}{'-resumed' if resume else ''}{'-nodes' if nodes > 1 else ''}"
     out.mkdir()
     script = out / "worker.py"
     values = {"batch": batch, "preset": preset, "options": options, "resume": resume}
     script.write_text(WORKER.format(tests=str(ROOT / "tests"), out=str(out), **values))
-    command = [sys.executable, str(script)]
-    if processes > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, f"--nproc_per_node={processes}", str(script)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    if nodes > 1:
+        shared = [*torchrun, f"--nnodes={nodes}", f"--nproc_per_node={processes // nodes}", "--master_addr=127.0.0.1"]
+        port = f"--master_port={free_port()}"
+        commands = [[*shared, port, f"--node_rank={rank}", str(script)] for rank in range(nodes)]
+    elif processes > 1:
+        commands = [[*torchrun, "--standalone", f"--nproc_per_node={processes}", str(script)]]
+    else:
+        commands = [[sys.executable, str(script)]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "carot_hf/" not in result.stderr  # no warning points at our lines
+    with ThreadPoolExecutor() as pool:
+        run = partial(subprocess.run, capture_output=True, text=True, env=environment, timeout=240)
+        results = list(pool.map(run, commands))
+    for result in results:
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        assert "carot_hf/" not in result.stderr  # no warning points at our lines
     return torch.load(Path(out) / "result.pt", weights_only=False)
 
 
@@ -136,3 +154,14 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
         for kind in ("student", "teacher"):
             for key, value in one[kind].items():
                 torch.testing.assert_close(run[kind][key], value, atol=1e-5, rtol=1e-5, msg=f"{name}: {kind} {key}")
+
+
+@pytest.mark.slow
+def test_two_nodes_equal_one(tmp_path):
+    """As in docs/scale.md, over the loopback address: the same weights as two processes of one machine."""
+    options = {"teacher_update_every": 2}
+    one, two = (launch(tmp_path, 2, 4, "carot", options, nodes=nodes) for nodes in (1, 2))
+    for kind in ("student", "teacher"):
+        for key, value in one[kind].items():
+            torch.testing.assert_close(two[kind][key], value, atol=1e-5, rtol=1e-5, msg=f"{kind} {key}")
+    assert two["metrics"]["eval_id_accuracy"] == one["metrics"]["eval_id_accuracy"]
