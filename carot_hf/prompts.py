@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 PLACEHOLDER = "{}"
+_AT_ONCE = 4096  # captions; a fast tokenizer keeps kilobytes for each until it returns
 
 
 def fill_template(template: str, class_name: str) -> str:
@@ -53,8 +56,11 @@ class CaptionTable:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self._tokenizer, self._max_length = tokenizer, max_length
         captions = [fill_template(template, name) for name in class_names for template in templates]
-        encoded = tokenizer(captions, padding=False, truncation=False, return_attention_mask=False, verbose=False)
-        rows = encoded["input_ids"]
+        rows: list[NDArray[np.int32]] = []
+        for start in range(0, len(captions), _AT_ONCE):
+            part = captions[start : start + _AT_ONCE]
+            encoded = tokenizer(part, padding=False, truncation=False, return_attention_mask=False, verbose=False)
+            rows += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
         lengths = torch.tensor([len(row) for row in rows])
         longest = int(lengths.argmax())
         if lengths[longest] > max_length:
@@ -65,7 +71,7 @@ class CaptionTable:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         table = torch.full((len(rows), int(lengths.max())), pad, dtype=torch.int32)
         for index, row in enumerate(rows):
-            table[index, : len(row)] = torch.tensor(row, dtype=torch.int32)
+            table[index, : len(row)] = torch.from_numpy(row)
         shape = (len(class_names), len(templates))
         self.input_ids = table.view(*shape, -1)
         self.lengths = lengths.view(shape)
