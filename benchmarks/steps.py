@@ -121,6 +121,7 @@ def train(
     batch: dict[str, Tensor],
     processor: CLIPProcessor,
     steps: int,
+    clock: Clock | None = None,
     **options: Any,
 ) -> tuple[list[float], list[float]]:
     """Train with our trainer on one batch; seconds and losses of the steps after the first."""
@@ -130,7 +131,7 @@ def train(
     )
     suite = ShiftSuite("synthetic", ["cat", "dog"], ["a photo of a {}."], train, validation, home, {})
     cpu = options.pop("device", "cpu") == "cpu"
-    clock = Clock("cpu" if cpu else "cuda")
+    clock = clock or Clock("cpu" if cpu else "cuda")
     with tempfile.TemporaryDirectory() as folder:
         arguments = {
             "output_dir": folder,
@@ -172,7 +173,6 @@ def hand_written(
         return similarities
 
     def step() -> Tensor:
-        optimizer.zero_grad()
         ours = logits(model)
         targets = torch.arange(len(ours), device=ours.device)
         loss = (F.cross_entropy(ours, targets) + F.cross_entropy(ours.T, targets)) / 2
@@ -184,6 +184,7 @@ def hand_written(
                 loss = loss + distillation / 2 * divergence
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
         return loss.detach()
 
     return step
