@@ -85,6 +85,7 @@ def imagenet_suite(
         shifts={name: shifted[name] for name in shifts},
         recommended={"dataloader_num_workers": _workers()},
         sources={"class_names": names.source, "templates": names.templates_source},
+        datasets=[imagenet.hub_id, *(SETS[name].hub_id for name in shifts if name in SHIFTS)],
     )
 
 

@@ -187,6 +187,7 @@ class ShiftSuite:
         shifts: Shifted test sets by name. Never selected on.
         recommended: Training arguments that suit this suite; they go before a preset and behind the command line.
         sources: Where class names and templates come from, as ``{"class_names": ..., "templates": ...}``.
+        datasets: Ids of its data sets on the Hub, for the card of a pushed model.
     Raises:
         ValueError: If names, templates or the number of classes do not fit.
     """
@@ -200,6 +201,7 @@ class ShiftSuite:
     shifts: dict[str, ShiftSet]
     recommended: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    datasets: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_templates(self.templates)

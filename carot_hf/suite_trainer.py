@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPModel, EvalPrediction, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
 from transformers.utils import logging
 
@@ -36,6 +40,7 @@ from .data import (
 from .distributed import gather_uneven
 from .ece.binning import CalibrationBins
 from .evaluation import METRICS, SCALED, Metrics, SetLogits, flat_names, label_bins, set_metrics, with_aggregates
+from .model_card import CLASSIFICATION, ZERO_SHOT, CardFacts, command_line, model_card, versions
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
 from .sets import ShiftSet, ShiftSuite
@@ -113,6 +118,7 @@ class SuiteTrainer(Trainer):
         self.bins_ts: dict[str, CalibrationBins] = {}
         self._bad_images: dict[str, set[int]] = {}
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
+        self._latest: tuple[dict[str, float], bool] = {}, False  # of the whole suite: metrics, temperature baked in
 
     # ---- data ----
 
@@ -366,6 +372,9 @@ class SuiteTrainer(Trainer):
             flat = {f"{prefix}_{key}": value for values in metrics.values() for key, value in values.items()}
         if temperature is not None:
             flat[f"{prefix}_temperature"] = temperature
+        if eval_dataset is None and self._evaluated is None and not self.is_in_train:
+            baked = getattr(self._network.config, "calibration", None) is not None
+            self._latest = {key.removeprefix(f"{prefix}_"): value for key, value in flat.items()}, baked
         samples = sum(len(data) for data in sets.values())
         steps = math.ceil(samples / (self.args.eval_batch_size * self.args.world_size))
         flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=steps))
@@ -446,6 +455,104 @@ class SuiteTrainer(Trainer):
         }
         bake_temperature(self.model, temperature, record=record)
         return dict(self.model.config.calibration)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # a pickle that nothing reads, in which a `hub_token` would be published
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository on the Hub, before anything is trained.
+
+        Raises:
+            ValueError: If the Hub refuses.
+        """
+        try:
+            super().init_hf_repo(token, private)
+        except HfHubHTTPError as error:
+            raise ValueError(
+                f"Expected to create or open '{self.args.hub_model_id or Path(self.args.output_dir).name}' on the Hub, "
+                f"got: {_one_line(error)} Run `hf auth login` with a token that may write there, or correct "
+                "`hub_model_id`."
+            ) from error
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish weights (safetensors), processor, card and pictures, as ``Trainer.push_to_hub`` does.
+
+        Call it after :meth:`evaluate` and :meth:`calibrate`: the card holds the results of the latest evaluation of
+        the whole suite, and the weights hold the temperature.
+
+        Raises:
+            ValueError: If the Hub refuses the token or the name.
+            RuntimeError: If the upload fails, after huggingface_hub's own attempts; all of it is in ``output_dir``.
+        """
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # what huggingface_hub raises
+            raise RuntimeError(
+                f"Expected to push to '{self.hub_model_id}', got: {_one_line(error)} The model and its card are in "
+                f"{self.args.output_dir}; call `push_to_hub` again, or `hf upload {self.hub_model_id} "
+                f"{self.args.output_dir} --exclude 'checkpoint-*'`."
+            ) from error
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write ``README.md`` into ``output_dir``: the card, from the latest :meth:`evaluate` of the whole suite.
+
+        `push_to_hub` calls it. Not used, since they follow from the suite: ``tasks``, ``dataset_tags``,
+        ``dataset_args``.
+
+        Args:
+            language: Of the captions, as the Hub abbreviates it.
+            license: Of the weights.
+            tags: Beside those of carot_hf.
+            model_name: Default: the name of ``output_dir``.
+            finetuned_from: Id of the base model; default: where the model was loaded from, unless it is a folder.
+            dataset: Ids of data sets on the Hub; default: those of the suite.
+        """
+        if not self.is_world_process_zero():
+            return
+        config = self.model.config
+        start = finetuned_from or getattr(config, "_name_or_path", "")
+        folder = Path(self.args.output_dir)
+        diagram = diagrams_path(str(folder), "eval")
+        metrics, baked = self._latest
+        card = model_card(
+            CardFacts(
+                name=model_name or folder.name,
+                task=CLASSIFICATION if self._objective == "cross_entropy" else ZERO_SHOT,
+                suite=self.suite.name,
+                sets={self.suite.test.name: "home", **dict.fromkeys(self.suite.shifts, "shifted")},
+                metrics=metrics,
+                baked=baked,
+                calibration=getattr(config, "calibration", None),
+                templates=self.suite.templates,
+                classes=len(self.suite.class_names),
+                arguments=self.args.changed(),
+                versions=versions(),
+                seed=self.args.seed,
+                objective=self._objective,
+                command=command_line(sys.argv),
+                base_model=start if start and not Path(start).exists() else None,
+                license=license,
+                language=language,
+                diagram=diagram.name if metrics and diagram.is_file() else None,
+                datasets=_listed(dataset) or self.suite.datasets,
+                tags=_listed(tags),
+            )
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        card.save(folder / "README.md")
 
     def export_classifier(self) -> CLIPClassifier:
         """Return the model as a classifier of the suite's classes, with its head and its temperature.
@@ -613,6 +720,14 @@ def _align_markers(model: Any, processor: Any) -> None:
     for module in model.text_model.modules():
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = config.eos_token_id
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _check_launch(args: CaRotTrainingArguments) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .teacher import check_momentum
 TEACHERS = ("ema", "frozen", "beta")
 ON_BAD_IMAGE = ("raise", "skip")
 _WEIGHTS = ("distillation_weight", "feature_distillation_weight", "orthogonality_weight", "cross_norm_weight")
+_STOCK = ("max_steps", "gradient_accumulation_steps", "bf16", "fp16", "tf32", "optim", "label_smoothing_factor", "seed")
 
 _LOWER_IS_BETTER = ("loss", "nll", "ece", "ece_ts", "nll_ts", "ece_batch_mean", "mce", "brier", "overconfidence")
 DEFAULT_BEST_METRIC = "eval_validation_nll"
@@ -335,6 +336,12 @@ class CaRotTrainingArguments(TrainingArguments):
         on_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
         if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
+
+    def changed(self) -> dict[str, Any]:
+        """The arguments of the method that differ from the defaults, for the card of a model; no folder, no token."""
+        own = [item for item in fields(self) if item.name in {*vars(type(self))["__annotations__"], *_STOCK}]
+        values = {item.name: (getattr(self, item.name), item.default) for item in own}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
     @property
     def needs_teacher(self) -> bool:

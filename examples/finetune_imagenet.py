@@ -119,7 +119,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     calibration = trainer.calibrate()
-    trainer.save_model()
+    if not args.push_to_hub:  # pushing saves
+        trainer.save_model()
     report: dict[str, Any] = {
         "command": " ".join(["examples/finetune_imagenet.py", *argv]),
         "suite": script.suite,
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         print(table(suite, metrics))
         print(f"\nSaved to {output_dir}")
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(finetuned_from=None if Path(start_model).exists() else start_model)
     trainer.accelerator.end_training()
     return report
 

@@ -50,13 +50,14 @@ ALLOWED = {
     "callbacks": {"teacher"},
     "evaluation": {"calibration", "ece.binning", "sets"},
     "plots": {"ece.binning"},
+    "model_card": set(),
     "reporting": {"ece.binning", "plots"},
     # the Space of the metric, which installs the package: nothing of ours imports it
     "ece.app": {"metric", "plots"},
     # floor 3: the trainer
     "suite_trainer": {
-        "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation", "prompts", "reporting", "sets",
-        "streaming", "training_args",
+        "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation", "model_card", "prompts",
+        "reporting", "sets", "streaming", "training_args",
     },
     "trainer": {
         "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses", "sets",
@@ -92,6 +93,7 @@ THIRD_PARTY = {
     "loading": {"datasets", "huggingface_hub", "numpy"},
     "suite_file": {"numpy", "yaml"},
     "plots": {"numpy", "matplotlib"},
+    "model_card": {"huggingface_hub"},
     "reporting": {"numpy", "matplotlib"},
 }
 
