@@ -1,4 +1,4 @@
-# make setup   an environment in .venv: the package (editable) with the extras demo and test
+# make setup   an environment in .venv: the package (editable) with the extras demo, docs and test
 # make demo    zero-shot, FLYP and CaRot on real images, offline, side by side
 # make test    ruff, mypy and the tests
 # make lint    ruff and mypy
@@ -20,7 +20,7 @@ setup: $(READY)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,docs,test]'
 	touch $@
 
 demo: $(READY)
