@@ -67,7 +67,9 @@ def evaluation(rows: int, classes: int) -> tuple[Work, int]:
     data = ShiftSet(range(rows), name="rows", num_classes=classes)
 
     def work() -> None:
-        set_metrics(SetLogits(embeds, (weight, torch.zeros(classes)), data), labels, n_bins=10, temperature=1.5)
+        set_metrics(
+            SetLogits(embeds, (weight, torch.zeros(classes)), data), labels, n_bins=10, scaling={"temperature": 1.5}
+        )
 
     return work, rows * classes
 

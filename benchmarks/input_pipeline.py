@@ -81,8 +81,9 @@ def contestants(files: list[bytes]) -> tuple[dict[str, Callable[[int], Any]], li
     from transformers import CLIPProcessor, CLIPTokenizer
 
     from carot_hf import ShiftSet, load_suite
-    from carot_hf.data import CaRotCollator, DrawnSet, ImageTransform, ReadSet, normalize_pixels
+    from carot_hf.data import CaRotCollator, DrawnSet, ReadSet
     from carot_hf.prompts import CaptionTable, fill_template
+    from carot_hf.transforms import ImageTransform, normalize_pixels
 
     suite = load_suite("digits")
     tokenizer = CLIPTokenizer.from_pretrained(CLIP)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from .ece.binning import calibration_bins, check_n_bins, classwise_sums
 logger = logging.getLogger(__name__)
 
 CRITERIA = ("nll", "ece")
+LINKS = ("softmax", "sigmoid")
 PUBLISHED_BATCH = 512  # rows of one batch where published figures are means of per-batch ECE
 _CHUNK_VALUES = 1 << 17  # logits worked on at a time: small enough for the cache of one core
 _LOWEST_EXPONENT = -80.0  # exp(-80) is 0 for every sum here and still a normal float32; denormals are slow
@@ -56,7 +58,13 @@ Logits = Tensor | NDArray[Any] | LogitRows
 
 
 def calibration_metrics(
-    logits: Logits, labels: Tensor | NDArray[Any], *, n_bins: int = 10, temperature: float = 1.0
+    logits: Logits,
+    labels: Tensor | NDArray[Any],
+    *,
+    n_bins: int = 10,
+    temperature: float = 1.0,
+    bias: float = 0.0,
+    link: str = "softmax",
 ) -> dict[str, float]:
     r"""Accuracy and calibration of ``softmax(logits / temperature)`` over a whole data set.
 
@@ -65,6 +73,8 @@ def calibration_metrics(
         labels: ``(N,)`` integer class indices in ``[0, K)``.
         n_bins: Number of confidence bins of every ECE here.
         temperature: Divides the logits; > 0.
+        bias: Is added to the divided logits; with the sigmoid only, for a softmax does not see it.
+        link: From logits to probabilities: ``"softmax"``, or ``"sigmoid"`` of each logit (SigLIP).
 
     Returns:
         Python floats; fractions, never percent:
@@ -76,7 +86,9 @@ def calibration_metrics(
           published CaRot and TRACER tables hold.
         - ``adaptive_ece``: ECE with bins of equal mass. ``classwise_ece``: mean over the classes of the ECE of
           :math:`p_k` as a forecast of class k.
-        - ``nll``: mean of :math:`-\ln p_y`. ``brier``: mean of :math:`\sum_k (p_k - 1[y = k])^2`, in [0, 2].
+        - ``nll``: mean of :math:`-\ln p_y`; with the sigmoid of the sum over the classes of
+          :math:`-\ln p_k` for the label and :math:`-\ln(1 - p_k)` for the others. ``brier``: mean of
+          :math:`\sum_k (p_k - 1[y = k])^2`, in [0, 2], or up to K with the sigmoid.
         - ``auroc``: chance that a right row has a higher confidence than a wrong one, ties counted half; nan when
           all rows are right or all are wrong, for then there is no such pair.
         - ``overconfidence``: mean confidence - accuracy, signed.
@@ -88,21 +100,30 @@ def calibration_metrics(
         Guo et al. 2017 (ECE, MCE, NLL); Kull et al. 2019 (class-wise ECE); Nixon et al. 2019 (adaptive ECE).
     """
     check_n_bins(n_bins)
-    logits, labels = _checked(logits, labels, temperature)
+    _check_link(link, bias)
+    logits, labels = checked_rows(logits, labels, temperature)
     n_rows, n_classes = logits.shape
     confidences, correct = _empty_like_rows(logits), np.empty(n_rows, dtype=bool)
     nll = brier = 0.0
     top5 = 0
     class_sums = np.zeros((n_classes, n_bins))
-    for start, rows, targets in _chunks(logits, labels):
+    for start, rows, targets in row_chunks(logits, labels):
         at = slice(start, start + len(rows))
         shifted, margins, hits = _shift(rows, targets)
         top5 += _count_top5(rows, targets, hits)
-        exponentials = shifted.div_(temperature).clamp_(min=_LOWEST_EXPONENT).exp_()
-        totals = exponentials.sum(dim=1)
-        nll += float((totals.double().log() - margins.double() / temperature).sum())
-        probabilities = exponentials.div_(totals[:, None]).cpu().numpy()
-        confidences[at], correct[at] = totals.reciprocal().cpu().numpy(), hits.cpu().numpy()
+        if link == "softmax":
+            exponentials = shifted.div_(temperature).clamp_(min=_LOWEST_EXPONENT).exp_()
+            totals = exponentials.sum(dim=1)
+            nll += float((totals.double().log() - margins.double() / temperature).sum())
+            probabilities = exponentials.div_(totals[:, None]).cpu().numpy()
+            confidences[at] = totals.reciprocal().cpu().numpy()
+        else:
+            scaled = rows / temperature + bias
+            own = scaled.gather(1, targets[:, None])[:, 0]
+            nll += float((F.softplus(scaled).sum(dim=1, dtype=torch.float64) - own.double()).sum())
+            confidences[at] = scaled.amax(dim=1).sigmoid().cpu().numpy()
+            probabilities = scaled.sigmoid_().cpu().numpy()
+        correct[at] = hits.cpu().numpy()
         label_index = targets.cpu().numpy()
         class_sums += classwise_sums(probabilities, label_index, n_bins)
         probabilities[np.arange(len(label_index)), label_index] -= 1.0
@@ -124,7 +145,12 @@ def calibration_metrics(
 
 
 def top_label(
-    logits: Logits, labels: Tensor | NDArray[Any], temperature: float = 1.0
+    logits: Logits,
+    labels: Tensor | NDArray[Any],
+    temperature: float = 1.0,
+    *,
+    bias: float = 0.0,
+    link: str = "softmax",
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Confidence and hit of each row, ready for `carot_hf.ece.binning.calibration_bins`.
 
@@ -132,21 +158,27 @@ def top_label(
         logits: ``(N, K)`` float, before the softmax.
         labels: ``(N,)`` integer class indices in ``[0, K)``.
         temperature: Divides the logits; > 0.
+        bias: Is added to the divided logits; with the sigmoid only.
+        link: ``"softmax"`` or ``"sigmoid"``.
 
     Returns:
-        ``(N,)`` largest softmax probability of ``logits / temperature``, float64 for float64 logits and else float32,
+        ``(N,)`` largest probability of ``logits / temperature + bias``, float64 for float64 logits and else float32,
         and ``(N,)`` bool, whether the argmax of the logits as given (first index among equals) is the label.
 
     Raises:
         ValueError: If a shape or range above does not hold, or a logit is not finite.
     """
-    logits, labels = _checked(logits, labels, temperature)
+    _check_link(link, bias)
+    logits, labels = checked_rows(logits, labels, temperature)
     confidences, correct = _empty_like_rows(logits), np.empty(len(logits), dtype=bool)
-    for start, rows, targets in _chunks(logits, labels):
+    for start, rows, targets in row_chunks(logits, labels):
         at = slice(start, start + len(rows))
         shifted, _, hits = _shift(rows, targets)
-        totals = shifted.div_(temperature).clamp_(min=_LOWEST_EXPONENT).exp_().sum(dim=1)
-        confidences[at], correct[at] = totals.reciprocal().cpu().numpy(), hits.cpu().numpy()
+        if link == "softmax":
+            largest = shifted.div_(temperature).clamp_(min=_LOWEST_EXPONENT).exp_().sum(dim=1).reciprocal()
+        else:
+            largest = (rows.amax(dim=1) / temperature + bias).sigmoid()
+        confidences[at], correct[at] = largest.cpu().numpy(), hits.cpu().numpy()
     return confidences, correct
 
 
@@ -184,7 +216,7 @@ def fit_temperature(
     low, high = (float(bound) for bound in bounds)
     if not 0 < low < high < math.inf:
         raise ValueError(f"Expected `bounds` with 0 < low < high, got {bounds}. Pass e.g. `bounds=(0.5, 10.0)`.")
-    logits, labels = _checked(logits, labels)
+    logits, labels = checked_rows(logits, labels)
     temperature = _fit_nll(logits, labels, low, high)
     if criterion == "ece":
         temperature = _fit_ece(logits, labels, low, high, temperature)
@@ -199,32 +231,43 @@ def fit_temperature(
     return temperature
 
 
-def bake_temperature(model: nn.Module, temperature: float, *, record: Mapping[str, Any] | None = None) -> None:
+def bake_temperature(
+    model: nn.Module, temperature: float, *, bias: float = 0.0, record: Mapping[str, Any] | None = None
+) -> None:
     r"""Put the temperature into the weights, in place, once: afterwards the model's own logits are divided by it.
 
-    A model with a ``logit_scale`` (`transformers.CLIPModel`) gets ``logit_scale - ln(temperature)``, rounded once to
-    the parameter's dtype; one without gets weight and bias of its linear ``head`` or ``classifier`` divided by it.
+    A model with a ``logit_scale`` (`transformers.CLIPModel`) gets ``logit_scale - ln(temperature)``, and one that has a
+    ``logit_bias`` too (SigLIP) ``logit_bias / temperature + bias``, rounded once to the parameter's dtype; one without
+    gets weight and bias of its linear ``head`` or ``classifier`` divided by the temperature.
     The parameter must be float32 or float64: in bfloat16 a baked scale of 100 would be off by up to 1.6 %. It is not
     widened here because a model saved as bfloat16 loads as bfloat16.
 
-    Writes ``model.config.calibration = {"temperature": ..., **record}``, which is saved with the config. Where adding
-    ``ln(temperature)`` again would not give back the very ``logit_scale`` (rounding, when the sum passes a power of 2),
-    the exact value is kept beside it as ``"logit_scale_before"``, so that `unbake_temperature` loses no bit.
+    Writes ``model.config.calibration = {"temperature": ..., **record}``, with ``"bias"`` for a model with a
+    ``logit_bias``; it is saved with the config. Where adding ``ln(temperature)`` again would not give back the very
+    ``logit_scale`` (rounding, when the sum passes a power of 2), the exact value is kept beside it as
+    ``"logit_scale_before"``, and that of the bias always as ``"logit_bias_before"``, so that `unbake_temperature` loses
+    no bit.
 
     Args:
         model: A model with a ``config``; its parameters are changed.
         temperature: Divides the logits; > 0.
+        bias: Is added to the divided logits, as :func:`~carot_hf.sigmoid.fit_sigmoid` gives it.
         record: What else to write down (data set, number of rows, criterion ...), as JSON types.
 
     Raises:
         RuntimeError: If a temperature is baked in already.
         TypeError: If the model has no config, or nothing to bake into.
-        ValueError: If the temperature, the record or the parameter's dtype is not as said above.
+        ValueError: If the temperature, the bias, the record or the parameter's dtype is not as said above.
     """
     _check_temperature(temperature)
-    target = _baking_target(model)
+    target, shift = _baking_target(model), _logit_bias(model)
     config: Any = model.config
     check_not_baked(model)
+    if not math.isfinite(bias) or (bias and shift is None):
+        raise ValueError(
+            f"Expected a finite `bias` for a model with a `logit_bias`, got {bias} for {type(model).__name__}. A "
+            "softmax does not see a bias that all classes share: leave it 0."
+        )
     parameters = [target] if isinstance(target, nn.Parameter) else list(target.parameters())
     for parameter in parameters:
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -233,7 +276,7 @@ def bake_temperature(model: nn.Module, temperature: float, *, record: Mapping[st
                 "Call `model.float()` first, or load with `dtype=torch.float32`."
             )
     record = dict(record or {})
-    if taken := record.keys() & {"temperature", "logit_scale_before"}:
+    if taken := record.keys() & {"temperature", "bias", "logit_scale_before", "logit_bias_before"}:
         raise ValueError(f"Expected `record` without the key {taken.pop()!r}, got {record}. Rename it.")
     try:
         json.dumps(record, allow_nan=False)
@@ -249,6 +292,9 @@ def bake_temperature(model: nn.Module, temperature: float, *, record: Mapping[st
         else:
             for parameter in parameters:
                 parameter.div_(temperature)
+        if shift is not None:
+            calibration |= {"bias": float(bias), "logit_bias_before": float(shift)}
+            shift.fill_(_shifted(float(shift), temperature, bias))
     config.calibration = {**calibration, **record}
 
 
@@ -266,8 +312,9 @@ def unbake_temperature(model: nn.Module) -> None:
     """Take a baked temperature out again, in place, and remove ``config.calibration``.
 
     An untouched ``logit_scale`` gets back the very value it had, bit for bit, also after a save and a load; one that
-    was trained since gets ``ln(temperature)`` added. Weights of a linear head are multiplied by the temperature, which
-    restores them up to a rounding of the last bit or two (the division is not one to one in floating point).
+    was trained since gets ``ln(temperature)`` added; the same holds for a ``logit_bias``. Weights of a linear head are
+    multiplied by the temperature, which restores them up to a rounding of the last bit or two (the division is not one
+    to one in floating point).
 
     Raises:
         RuntimeError: If no temperature is baked in.
@@ -290,6 +337,11 @@ def unbake_temperature(model: nn.Module) -> None:
         else:
             for parameter in target.parameters():
                 parameter.mul_(temperature)
+        shift = _logit_bias(model)
+        if shift is not None:
+            before, bias = float(calibration["logit_bias_before"]), float(calibration["bias"])
+            untouched = torch.equal(shift, torch.full_like(shift, _shifted(before, temperature, bias)))
+            shift.fill_(before if untouched else (float(shift) - bias) * temperature)
     del config.calibration
 
 
@@ -309,18 +361,39 @@ def _baking_target(model: nn.Module) -> nn.Parameter | nn.Linear:
     )
 
 
+def _logit_bias(model: nn.Module) -> nn.Parameter | None:
+    shift = getattr(model, "logit_bias", None)
+    return shift if isinstance(shift, nn.Parameter) and shift.numel() == 1 else None
+
+
+def _shifted(logit_bias: float, temperature: float, bias: float) -> float:
+    return logit_bias / temperature + bias
+
+
+def _check_link(link: str, bias: float) -> None:
+    if link not in LINKS:
+        raise ValueError(
+            f"Expected `link` to be one of {LINKS}, got {link!r}. CLIP's is 'softmax', SigLIP's 'sigmoid'."
+        )
+    if not math.isfinite(bias) or (bias and link == "softmax"):
+        raise ValueError(
+            f"Expected a finite `bias`, and 0 with the softmax, which does not see it; got {bias} with {link!r}. "
+            "Leave it out."
+        )
+
+
 def _fit_nll(logits: Tensor | LogitRows, labels: Tensor, low: float, high: float) -> float:
     """Root of the derivative of the mean NLL with respect to u = ln(1 / T), which is negative left of the optimum."""
-    maxima = torch.cat([rows.amax(dim=1) for _, rows, _ in _chunks(logits, labels)])
+    maxima = torch.cat([rows.amax(dim=1) for _, rows, _ in row_chunks(logits, labels)])
     mean_margin = 0.0
-    for start, rows, targets in _chunks(logits, labels):
+    for start, rows, targets in row_chunks(logits, labels):
         label_logits = rows.gather(1, targets[:, None])[:, 0]
         mean_margin += float((label_logits.double() - maxima[start : start + len(rows)].double()).sum()) / len(logits)
 
     def slope(u: float) -> tuple[float, float]:
         """Derivative of the NLL, and variance of the scaled logits: slope / variance is a Newton step."""
         beta, first, second = math.exp(u), 0.0, 0.0
-        for start, rows, _ in _chunks(logits, labels):
+        for start, rows, _ in row_chunks(logits, labels):
             scaled = (rows - maxima[start : start + len(rows), None]).mul_(beta).clamp_(min=_LOWEST_EXPONENT)
             weights = scaled.exp()
             totals = weights.sum(dim=1).double()
@@ -378,7 +451,7 @@ def _ece_at(
     errors = []
     for group in np.array_split(temperatures, -(-len(temperatures) // 16)):  # bounds the memory to 16 floats a row
         confidences = np.empty((len(group), len(logits)), dtype=_empty_like_rows(logits).dtype)
-        for start, rows, targets in _chunks(logits, labels):
+        for start, rows, targets in row_chunks(logits, labels):
             shifted = _shift(rows, targets)[0]
             totals = [shifted.div(t).clamp_(min=_LOWEST_EXPONENT).exp_().sum(dim=1) for t in group.tolist()]
             confidences[:, start : start + len(rows)] = torch.stack(totals).reciprocal_().cpu().numpy()
@@ -386,8 +459,8 @@ def _ece_at(
     return np.array(errors)
 
 
-def _chunks(logits: Tensor | LogitRows, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """First row, logits as float32 or float64, and labels of one chunk after the other."""
+def row_chunks(logits: Tensor | LogitRows, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield first row, logits as float32 or float64, and labels of one chunk after the other."""
     step = max(1, _CHUNK_VALUES // logits.shape[1])
     for start in range(0, len(logits), step):
         rows = logits[start : start + step]
@@ -441,10 +514,10 @@ def _check_temperature(temperature: float) -> None:
         )
 
 
-def _checked(
+def checked_rows(
     logits: Logits, labels: Tensor | NDArray[Any], temperature: float = 1.0
 ) -> tuple[Tensor | LogitRows, Tensor]:
-    """Both as tensors on the device of the logits, shapes and values checked."""
+    """Return both as tensors on the device of the logits, shapes and values checked."""
     _check_temperature(temperature)
     if not isinstance(logits, LogitRows):
         logits = logits.detach() if isinstance(logits, Tensor) else _from_numpy(logits)
@@ -470,7 +543,7 @@ def _checked(
             f"Expected `labels` in [0, {logits.shape[1]}), got {int(labels[row])} in row {row}. "
             "Leave out rows without a class, and map labels to the columns of `logits`."
         )
-    for start, rows, _ in _chunks(logits, labels):
+    for start, rows, _ in row_chunks(logits, labels):
         if math.isfinite(rows.sum()):  # the sum shows a nan or inf at a fifth of the cost of `isfinite`
             continue
         for row, column in (~rows.isfinite()).nonzero()[:1].tolist():

@@ -1,4 +1,4 @@
-"""From data sets to batches: image transforms, the order of the samples, the collator.
+"""From data sets to batches: the order of the samples, the collator.
 
 Whatever is random about a sample (its crop, its template) is a function of the seed and of the number of the *draw*,
 ``epoch * len(dataset) + index``. Nothing depends on worker processes, prefetching, the number of devices or on
@@ -7,133 +7,16 @@ where a run was interrupted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .images import BadImageError
 from .prompts import CaptionTable
-
-_TORCH_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's filters: torch's, with antialias
-
-
-@dataclass(frozen=True)
-class ImageTransform:
-    """PIL image to uint8 tensor, for training (random resized crop) and for evaluation (resize, centre crop).
-
-    Args:
-        size: Short side after the resize of the evaluation, in pixels.
-        crop: Height and width that the model takes, in pixels.
-        mean: Mean of each colour channel, in [0, 1].
-        std: Standard deviation of each colour channel.
-        resample: PIL's filter; 3 is bicubic.
-        scale: Range of the area of the training crop, as a share of the image.
-        ratio: Range of the aspect ratio of the training crop.
-    Source:
-        FLYP and CaRot: scale (0.9, 1.0), bicubic, no flip. The evaluation equals the PIL backend of CLIPImageProcessor.
-    """
-
-    size: int
-    crop: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resample: int = 3
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-    @classmethod
-    def from_processor(cls, processor: Any) -> ImageTransform:
-        """Read sizes, filter, mean and standard deviation from a ``CLIPProcessor`` or its image processor.
-
-        Raises:
-            ValueError: If the processor does not resize the short side and crop the centre, as CLIP's does.
-        """
-        processor = getattr(processor, "image_processor", processor)
-        size, crop = processor.size, processor.crop_size
-        short = size.get("shortest_edge", size.get("height") if size.get("height") == size.get("width") else None)
-        if short is None or not (processor.do_resize and processor.do_center_crop and processor.do_normalize):
-            raise ValueError(
-                "Expected an image processor that resizes the short side, crops the centre and normalises, got "
-                f"{type(processor).__name__} with size={dict(size)}. Pass the CLIPProcessor of the checkpoint."
-            )
-        height, width = crop["height"], crop["width"]
-        if short < max(height, width):
-            raise ValueError(
-                f"Expected a resize to at least the crop, got shortest_edge={short} and a crop of {height} x {width}. "
-                "Correct the processor's `size` or `crop_size`."
-            )
-        return cls(
-            size=short,
-            crop=(height, width),
-            mean=tuple(processor.image_mean),
-            std=tuple(processor.image_std),
-            resample=int(processor.resample),
-        )
-
-    def evaluate(self, image: Image.Image) -> Tensor:
-        """Resize the short side and crop the centre: ``(3, height, width)`` uint8."""
-        height, width = self.crop
-        short, long = sorted(image.size)
-        scaled = (self.size, int(self.size * long / short))
-        target = scaled if image.width <= image.height else scaled[::-1]
-        if target != image.size:
-            image = image.resize(target, self.resample)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return _to_tensor(image.crop((left, top, left + width, top + height)))
-
-    @property
-    def train_size(self) -> tuple[int, int]:
-        """Width and height of an image whose smallest random crop is as large as what the model takes."""
-        share = math.sqrt(self.scale[0] * min(self.ratio[0], 1 / self.ratio[1]))
-        height, width = (math.ceil(side / share) + 1 for side in self.crop)
-        return width, height
-
-    def train(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
-        """Crop at random and resize: ``(3, height, width)`` uint8.
-
-        A crop that shrinks is resized by torch where torch has vector code for it (x86 with AVX2), else by PIL. Both
-        filter alike; on photographs about 1 in 100 values differs, nearly all of them by 1.
-        """
-        height, width = self.crop
-        box = self._random_box(image.width, image.height, generator)
-        shrinks = box[2] - box[0] >= width and box[3] - box[1] >= height
-        if shrinks and self.resample in _TORCH_MODES and _has_vector_resize():
-            pixels = _to_tensor(image.crop(box))[None]
-            return F.interpolate(pixels, (height, width), mode=_TORCH_MODES[self.resample], antialias=True)[0]
-        return _to_tensor(image.resize((width, height), self.resample, box=box))
-
-    def _random_box(self, width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-        for _ in range(10):
-            area = width * height * generator.uniform(*self.scale)
-            ratio = math.exp(generator.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = (int(generator.integers(0, limit + 1)) for limit in (width - w, height - h))
-                return left, top, left + w, top + h
-        w = min(width, max(1, round(height * self.ratio[1])))  # the largest centre crop within the allowed ratios
-        h = min(height, max(1, round(width / self.ratio[0])))
-        left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
-
-
-def _has_vector_resize() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
-
-
-def normalize_pixels(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bring ``(b, 3, h, w)`` uint8 pixels to float32 ``(x / 255 - mean) / std`` on their device."""
-    shape = (1, -1, 1, 1)
-    mean_ = torch.tensor(mean, device=pixel_values.device).view(shape)
-    std_ = torch.tensor(std, device=pixel_values.device).view(shape)
-    return pixel_values.to(torch.float32, copy=True).div_(255).sub_(mean_).div_(std_)  # one array, not four
+from .transforms import ImageTransform, PatchTransform, image_batch
 
 
 class ReadSet(Dataset):  # type: ignore[type-arg]
@@ -263,19 +146,20 @@ class CaRotCollator:
         seed: Seed of the crops and templates.
     """
 
-    def __init__(self, transform: ImageTransform, captions: CaptionTable, seed: int) -> None:
+    def __init__(self, transform: ImageTransform | PatchTransform, captions: CaptionTable, seed: int) -> None:
         self.transform, self.captions, self.seed = transform, captions, seed
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``pixel_values`` ``(b, 3, h, w)`` uint8, ``labels`` ``(b,)`` int64 and, in training, the tokens.
 
-        Samples without labels give a batch without them.
+        Of a `PatchTransform` the pixels are what the image processor gives, a batch of it. Samples without labels give
+        a batch without them.
         """
         batch: dict[str, Any]
         if "draw" in samples[0]:
             batch = self._drawn(samples)
         else:
-            batch = {"pixel_values": _stacked([self.transform.evaluate(sample["image"]) for sample in samples])}
+            batch = image_batch([self.transform.evaluate(sample["image"]) for sample in samples])
         if "label" in samples[0]:
             batch["labels"] = torch.tensor([sample["label"] for sample in samples])
         return batch
@@ -292,16 +176,4 @@ class CaRotCollator:
         else:
             labels = torch.tensor([sample["label"] for sample in samples])
             tokens = self.captions.lookup(labels, torch.tensor(templates))
-        return {"pixel_values": _stacked(pixels), **tokens}
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    """``(3, h, w)`` uint8, a view of ``(h, w, 3)``: channels last, as the image is."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _stacked(images: Sequence[Tensor]) -> Tensor:
-    """``(b, 3, h, w)`` of ``(3, h, w)``, in the memory format of the images: values are copied once, in order."""
-    if images[0].is_contiguous():
-        return torch.stack([*images])
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+        return {**image_batch(pixels), **tokens}

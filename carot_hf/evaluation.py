@@ -9,11 +9,13 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calibration import LogitRows, calibration_metrics, top_label
+from .calibration import LogitRows, calibration_metrics, fit_temperature, top_label
 from .ece.binning import CalibrationBins, calibration_bins
 from .sets import ShiftSet, ShiftSuite
+from .sigmoid import fit_sigmoid
 
 Metrics = dict[str, float]
+Scaling = dict[str, float]  # "temperature" and, for the sigmoid, "bias"
 SCALED = ("ece", "nll")  # reported with a fitted temperature as well, under <name>_ts
 METRICS = (
     "accuracy", "top5_accuracy", "ece", "ece_batch_mean", "adaptive_ece", "classwise_ece", "mce", "nll", "brier",
@@ -39,25 +41,45 @@ class SetLogits(LogitRows):
         return self._data.select(F.linear(self._embeds[rows], *self._head))
 
 
-def label_bins(logits: Tensor | LogitRows, labels: Tensor, *, n_bins: int, temperature: float = 1.0) -> CalibrationBins:
-    """Put the top-label confidences of ``(n, K)`` logits into ``n_bins`` bins of equal width."""
-    return calibration_bins(*top_label(logits, labels, temperature=temperature), n_bins=n_bins)
+def fit_scaling(logits: Tensor | LogitRows, labels: Tensor, *, link: str, criterion: str) -> Scaling:
+    """Fit what calibrates the logits of a held-out set: a temperature and, for the sigmoid, a bias.
+
+    Raises:
+        ValueError: If the link is the sigmoid and the criterion not "nll".
+    """
+    if link == "softmax":
+        return {"temperature": fit_temperature(logits, labels, criterion=criterion)}
+    if criterion != "nll":
+        raise ValueError(
+            f"Expected `calibration_criterion` 'nll' for a model with SigLIP's sigmoid, got {criterion!r}. Scale and "
+            "bias are fitted together, by their likelihood."
+        )
+    temperature, bias = fit_sigmoid(logits, labels)
+    return {"temperature": temperature, "bias": bias}
+
+
+def label_bins(
+    logits: Tensor | LogitRows, labels: Tensor, *, n_bins: int, link: str = "softmax", scaling: Scaling | None = None
+) -> CalibrationBins:
+    """Put the top-label confidences of ``(n, K)`` logits, scaled, into ``n_bins`` bins of equal width."""
+    return calibration_bins(*top_label(logits, labels, link=link, **(scaling or {})), n_bins=n_bins)
 
 
 def set_metrics(
-    logits: Tensor | LogitRows, labels: Tensor, *, n_bins: int, temperature: float | None = None
+    logits: Tensor | LogitRows, labels: Tensor, *, n_bins: int, link: str = "softmax", scaling: Scaling | None = None
 ) -> Metrics:
     """Compute the metrics of one set.
 
     Args:
-        logits: ``(n, K)`` float32, before the softmax.
+        logits: ``(n, K)`` float32, before the link.
         labels: ``(n,)`` int64.
         n_bins: Confidence bins.
-        temperature: Fitted on held-out data; adds ``ece_ts`` and ``nll_ts``, measured with it.
+        link: "softmax" or "sigmoid".
+        scaling: Fitted on held-out data by `fit_scaling`; adds ``ece_ts`` and ``nll_ts``, measured with it.
     """
-    metrics = calibration_metrics(logits, labels, n_bins=n_bins)
-    if temperature is not None:
-        scaled = calibration_metrics(logits, labels, n_bins=n_bins, temperature=temperature)
+    metrics = calibration_metrics(logits, labels, n_bins=n_bins, link=link)
+    if scaling is not None:
+        scaled = calibration_metrics(logits, labels, n_bins=n_bins, link=link, **scaling)
         metrics.update({f"{name}_ts": scaled[name] for name in SCALED})
     return metrics
 

@@ -24,53 +24,56 @@ class CachedGradients:
         loss: Of the whole batch, a float32 scalar without graph.
         image: Gradients of the image embeddings by micro-batch, each ``(b, D)``.
         text: The same of the text embeddings.
-        logit_scale: Gradient of the scale, of its shape.
+        head: Gradients of the parameters that turn embeddings into logits, of their shapes.
     """
 
     loss: Tensor
     image: tuple[Tensor, ...]
     text: tuple[Tensor, ...]
-    logit_scale: Tensor
+    head: tuple[Tensor, ...]
 
 
 def cache_gradients(
     embeds: Sequence[tuple[Tensor, Tensor]],
-    logit_scale: Tensor,
-    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    head: Sequence[Tensor],
+    loss_of: Callable[..., Tensor],
 ) -> CachedGradients:
     """Differentiate the loss of a whole batch with respect to its embeddings.
 
     Args:
         embeds: Image and text embeddings of each micro-batch, ``(b, D)`` each, without graph.
-        logit_scale: The scale that the loss uses.
-        loss_of: From all image embeddings, all text embeddings and the scale to the loss.
+        head: The parameters that turn embeddings into logits: CLIP's ``logit_scale``, also SigLIP's ``logit_bias``.
+        loss_of: From all image embeddings, all text embeddings and the head's parameters to the loss.
     """
     images, texts = (torch.cat(parts).detach().requires_grad_() for parts in zip(*embeds, strict=True))
-    scale = logit_scale.detach().clone().requires_grad_()
+    copies = [parameter.detach().clone().requires_grad_() for parameter in head]
+    inputs = (images, texts, *copies)
     with torch.enable_grad():
-        loss = loss_of(images, texts, scale)
-        gradients = torch.autograd.grad(loss, (images, texts, scale), allow_unused=True)
-    sizes = [len(image) for image, _ in embeds]
-    by_batch = [
-        (torch.zeros_like(whole) if gradient is None else gradient).split(sizes)
-        for whole, gradient in zip((images, texts), gradients[:2], strict=True)
-    ]
-    last = torch.zeros_like(scale) if gradients[2] is None else gradients[2]
-    return CachedGradients(loss.detach(), by_batch[0], by_batch[1], last)
+        loss = loss_of(*inputs)
+        found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    image, text, *rest = (
+        torch.zeros_like(value) if gradient is None else gradient for value, gradient in zip(inputs, found, strict=True)
+    )
+    sizes = [len(part) for part, _ in embeds]
+    return CachedGradients(loss.detach(), image.split(sizes), text.split(sizes), tuple(rest))
 
 
-def surrogate(cached: CachedGradients, index: int, image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> Tensor:
-    """A scalar whose gradient is this micro-batch's part of the whole batch's, ``1 / n`` of the scale's included.
+def surrogate(
+    cached: CachedGradients, index: int, image_embeds: Tensor, text_embeds: Tensor, head: Sequence[Tensor]
+) -> Tensor:
+    """A scalar whose gradient is this micro-batch's part of the whole batch's, ``1 / n`` of the head's included.
 
     Args:
         cached: Of the first pass, with ``n`` micro-batches.
         index: Of the micro-batch.
         image_embeds: ``(b, D)``, with a graph; the values of the first pass.
         text_embeds: The same of the texts.
-        scale: The model's ``logit_scale``.
+        head: The model's parameters in the order of the first pass.
     """
     part = (image_embeds * cached.image[index]).sum() + (text_embeds * cached.text[index]).sum()
-    return part + (scale * cached.logit_scale).sum() / len(cached.image)
+    for parameter, gradient in zip(head, cached.head, strict=True):
+        part = part + (parameter * gradient).sum() / len(cached.image)
+    return part
 
 
 class RandomState:

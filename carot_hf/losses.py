@@ -43,9 +43,9 @@ def contrastive_loss(
     Source:
         CaRot (NeurIPS 2023 workshop) Eq. 1 and section 2.3, up to the common factor 1/(2B); FLYP (arXiv 2212.00638).
     """
-    _check_pair(logits_per_image, logits_per_text)
-    _check_smoothing(label_smoothing)
-    rows = _target_rows(logits_per_image, targets, ignore)
+    check_pair(logits_per_image, logits_per_text)
+    check_smoothing(label_smoothing)
+    rows = target_rows(logits_per_image, targets, ignore)
     with torch.autocast(logits_per_image.device.type, enabled=False):
         if label_smoothing:
             kept = torch.ones_like(rows) if ignore is None else (~ignore).float()
@@ -76,13 +76,15 @@ def cross_entropy_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float
             f"Expected `logits` of shape (rows, classes) and `labels` of shape (rows,), got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}. Pass one class index a row."
         )
-    _check_smoothing(label_smoothing)
+    check_smoothing(label_smoothing)
     with torch.autocast(logits.device.type, enabled=False):
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
-def same_class_targets(labels: Tensor, all_labels: Tensor, columns: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
-    r"""What `contrastive_loss` is to make of other samples of the same class in the batch.
+def same_class_targets(
+    labels: Tensor, all_labels: Tensor, columns: Tensor, mode: str, *, shared: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    r"""What the loss of pairs is to make of other samples of the same class in the batch.
 
     With ``"negative"`` they count as wrong answers, as in all published codes; the loss then has a floor of
     :math:`E[\ln(1 + X)]` nats with :math:`X` other samples of the class: 0.32 at 512 samples of 1,000 classes, 3.95 at
@@ -94,8 +96,10 @@ def same_class_targets(labels: Tensor, all_labels: Tensor, columns: Tensor, mode
         columns: ``(b,)`` int64, the column of each sample's own pair.
         mode: ``"negative"``; ``"positive"``: the target is uniform over the columns of the class; ``"ignore"``: those
             columns, but for the own pair, are left out of the softmax and of the smoothing.
+        shared: The columns of a class share a target of 1, as a softmax needs it; ``False``: each has 1, for the
+            sigmoid loss.
     Returns:
-        ``targets`` and ``ignore`` of `contrastive_loss`.
+        ``targets`` and ``ignore`` of `contrastive_loss`, or of :func:`~carot_hf.sigmoid.sigmoid_loss`.
     Raises:
         ValueError: If the mode is unknown.
     """
@@ -105,7 +109,7 @@ def same_class_targets(labels: Tensor, all_labels: Tensor, columns: Tensor, mode
         return columns, None
     same = labels[:, None] == all_labels  # (b, B)
     if mode == "positive":
-        return same.float() / same.sum(dim=-1, keepdim=True), None
+        return same.float() / (same.sum(dim=-1, keepdim=True) if shared else 1), None
     return columns, same.scatter(1, columns[:, None], False)
 
 
@@ -135,9 +139,9 @@ def distillation_loss(
     Source:
         CaRot (NeurIPS 2023 workshop) Eq. 2, up to the common factor 1/(2B).
     """
-    _check_pair(student_logits_per_image, student_logits_per_text)
-    _check_pair(student_logits_per_image, teacher_logits_per_image, "teacher_logits_per_image")
-    _check_pair(student_logits_per_image, teacher_logits_per_text, "teacher_logits_per_text")
+    check_pair(student_logits_per_image, student_logits_per_text)
+    check_pair(student_logits_per_image, teacher_logits_per_image, "teacher_logits_per_image")
+    check_pair(student_logits_per_image, teacher_logits_per_text, "teacher_logits_per_text")
     with torch.autocast(student_logits_per_image.device.type, enabled=False):
         image_to_text = _kl_divergence(teacher_logits_per_image, student_logits_per_image)
         text_to_image = _kl_divergence(teacher_logits_per_text, student_logits_per_text)
@@ -168,7 +172,7 @@ def feature_distillation_loss(
         ("teacher_image_embeds", teacher_image_embeds),
         ("teacher_text_embeds", teacher_text_embeds),
     ):
-        _check_pair(image_embeds, embeds, name, first="image_embeds")
+        check_pair(image_embeds, embeds, name, first="image_embeds")
     with torch.autocast(image_embeds.device.type, enabled=False):
         image = (image_embeds.float() - teacher_image_embeds.detach().float()).square().sum(dim=-1)  # (b,)
         text = (text_embeds.float() - teacher_text_embeds.detach().float()).square().sum(dim=-1)  # (b,)
@@ -223,18 +227,22 @@ def cross_norm_penalty(visual_weight: Tensor, text_weight: Tensor) -> Tensor:
         return torch.sqrt(cross.square().sum() + _ROOT_EPS)
 
 
-def similarity_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    r"""Scaled similarities :math:`S_{ij} = e^s f_i \cdot g_j` in float32.
+def similarity_logits(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+) -> Tensor:
+    r"""Scaled similarities :math:`S_{ij} = e^s f_i \cdot g_j + b` in float32.
 
     Args:
         image_embeds: ``(n, D)`` float, L2-normalised rows.
         text_embeds: ``(m, D)`` float, L2-normalised rows.
-        logit_scale: 0-dimensional, the natural logarithm ``s`` of CLIP's multiplier.
+        logit_scale: One value, the natural logarithm ``s`` of CLIP's multiplier.
+        logit_bias: One value, SigLIP's ``b``; ``None``: CLIP has none.
     Returns:
         ``(n, m)`` float32 logits.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
-        return logit_scale.float().exp() * (image_embeds.float() @ text_embeds.float().T)
+        logits = logit_scale.float().exp() * (image_embeds.float() @ text_embeds.float().T)
+        return logits if logit_bias is None else logits + logit_bias.float()
 
 
 def _soft_cross_entropy(logits: Tensor, target_rows: Tensor, ignore: Tensor | None) -> Tensor:
@@ -253,7 +261,7 @@ def _kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _target_rows(logits: Tensor, targets: Tensor | None, ignore: Tensor | None) -> Tensor:
+def target_rows(logits: Tensor, targets: Tensor | None, ignore: Tensor | None) -> Tensor:
     """Expand the targets into ``(b, B)`` float32 rows and check them."""
     rows, columns = logits.shape
     if ignore is not None and (ignore.shape != logits.shape or ignore.dtype != torch.bool):
@@ -282,7 +290,8 @@ def _target_rows(logits: Tensor, targets: Tensor | None, ignore: Tensor | None) 
     return targets.float()
 
 
-def _check_pair(a: Tensor, b: Tensor, name: str = "logits_per_text", *, first: str = "logits_per_image") -> None:
+def check_pair(a: Tensor, b: Tensor, name: str = "logits_per_text", *, first: str = "logits_per_image") -> None:
+    """Raise a ValueError unless both are matrices of one shape."""
     if a.dim() != 2 or a.shape != b.shape:
         raise ValueError(
             f"Expected `{first}` and `{name}` of one shape (rows, columns), got {tuple(a.shape)} and "
@@ -290,7 +299,8 @@ def _check_pair(a: Tensor, b: Tensor, name: str = "logits_per_text", *, first: s
         )
 
 
-def _check_smoothing(label_smoothing: float) -> None:
+def check_smoothing(label_smoothing: float) -> None:
+    """Raise a ValueError unless epsilon is in ``[0, 1)``."""
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(
             f"Expected `label_smoothing` in [0, 1), got {label_smoothing}. It is the share of the target spread evenly."

@@ -42,19 +42,31 @@ class CaptionTable:
         class_names: ``K`` names; duplicates are allowed (the ImageNet list has two), the index is what counts.
         templates: ``M`` strings with ``{}`` for the class name.
         max_length: The text model's context, in tokens.
+        padded: Always pad to the context, for text towers that read the padding (SigLIP); else to the longest caption
+            of the batch.
+        masked: Give an ``attention_mask``; SigLIP's towers were trained without.
     Attributes:
-        input_ids: ``(K, M, L)`` int32, padded on the right; ``L`` = the longest caption of all.
+        input_ids: ``(K, M, L)`` int32, padded on the right; ``L`` = the longest caption of all, or the context.
         lengths: ``(K, M)`` int64 tokens of each caption, begin and end markers included.
     Raises:
         ValueError: If a template has no ``{}``, there is no class name, or a caption does not fit the context.
     """
 
-    def __init__(self, tokenizer: Any, class_names: Sequence[str], templates: Sequence[str], max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        max_length: int,
+        *,
+        padded: bool = False,
+        masked: bool = True,
+    ) -> None:
         check_templates(templates)
         if len(class_names) == 0:
             raise ValueError("Expected at least one class name, got none. Pass one name for each label, in order.")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        self._tokenizer, self._max_length = tokenizer, max_length
+        self._tokenizer, self._max_length, self._padded, self._masked = tokenizer, max_length, padded, masked
         captions = [fill_template(template, name) for name in class_names for template in templates]
         rows: list[NDArray[np.int32]] = []
         for start in range(0, len(captions), _AT_ONCE):
@@ -69,7 +81,8 @@ class CaptionTable:
                 f"for {captions[longest]!r}. Shorten the class name or the template."
             )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        table = torch.full((len(rows), int(lengths.max())), pad, dtype=torch.int32)
+        width = max_length if padded else int(lengths.max())
+        table = torch.full((len(rows), width), pad, dtype=torch.int32)
         for index, row in enumerate(rows):
             table[index, : len(row)] = torch.from_numpy(row)
         shape = (len(class_names), len(templates))
@@ -88,26 +101,32 @@ class CaptionTable:
             classes: ``(b,)`` int64 in ``[0, K)``.
             templates: ``(b,)`` int64 in ``[0, M)``.
         Returns:
-            ``input_ids`` and ``attention_mask``, each ``(b, l)`` int64. CLIP's text tower is causal and pools at the
-            end marker, so the embeddings are those of captions padded to the maximum.
+            ``input_ids`` and, where the tower takes one, ``attention_mask``, each ``(b, l)`` int64. A text tower that
+            is causal and pools at the end marker (CLIP), or that heeds the mask, embeds them as it would embed captions
+            padded to the maximum.
         """
         lengths = self.lengths[classes, templates]  # (b,)
-        longest = int(lengths.max())
-        return {
-            "input_ids": self.input_ids[classes, templates, :longest].long(),
-            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-        }
+        longest = self._max_length if self._padded else int(lengths.max())
+        tokens = {"input_ids": self.input_ids[classes, templates, :longest].long()}
+        if self._masked:
+            tokens["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        return tokens
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Tokenise captions that are not made of class names, padded to the longest, cut at the model's context.
+        """Tokenise captions that are not made of class names, padded as in `lookup`, cut at the model's context.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, each ``(b, l)`` int64; the end marker stays.
+            As `lookup`; the end marker stays.
         """
         rows = self._tokenizer(
-            list(captions), padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
+            list(captions),
+            padding="max_length" if self._padded else True,
+            truncation=True,
+            max_length=self._max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
         )
-        return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+        return {name: rows[name] for name in ("input_ids", "attention_mask") if self._masked or name == "input_ids"}
 
 
 @torch.no_grad()
@@ -117,12 +136,13 @@ def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 10
     Captions go through the text tower in large batches of similar length.
 
     Args:
-        model: A ``CLIPModel``; its training mode and the autocast of the caller are left as they are.
+        model: A ``CLIPModel`` or one of its relatives; its training mode and the autocast of the caller are left as
+            they are.
         captions: The table of captions.
         batch_size: Captions at a time.
     Returns:
         ``(K, D)`` float32 on the model's device, rows of length 1: the zero-shot head. Logits are
-        ``exp(logit_scale) * image_embeds @ head.T``.
+        ``exp(logit_scale) * image_embeds @ head.T``, plus SigLIP's ``logit_bias``.
     Source:
         Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
     """

@@ -25,27 +25,47 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
 from transformers.utils import logging
 
-from .calibration import bake_temperature, calibration_metrics, check_not_baked, fit_temperature
+from .backbones import (
+    TABLE,
+    backbone_of,
+    caption_options,
+    check_method,
+    embedding_size,
+    image_inputs,
+    is_backbone,
+    logit_head,
+)
+from .calibration import bake_temperature, calibration_metrics, check_not_baked
 from .classifier import CLIPClassifier, export_classifier
 from .data import (
     CaRotCollator,
     DrawnSet,
     DrawSampler,
-    ImageTransform,
     ReadSet,
     ReplacedCollator,
     ShareSampler,
-    normalize_pixels,
 )
 from .distributed import gather_uneven
 from .ece.binning import CalibrationBins
-from .evaluation import METRICS, SCALED, Metrics, SetLogits, flat_names, label_bins, set_metrics, with_aggregates
+from .evaluation import (
+    METRICS,
+    SCALED,
+    Metrics,
+    Scaling,
+    SetLogits,
+    fit_scaling,
+    flat_names,
+    label_bins,
+    set_metrics,
+    with_aggregates,
+)
 from .model_card import CLASSIFICATION, ZERO_SHOT, CardFacts, command_line, model_card, versions
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
 from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
+from .transforms import image_transform, normalize_pixels
 
 logger = logging.get_logger(__name__)
 
@@ -53,14 +73,15 @@ _LISTED = 20  # indices of bad images that a warning names
 
 
 class SuiteTrainer(Trainer):
-    """A ``Trainer`` whose data are a :class:`~carot_hf.ShiftSuite` and whose model is a ``CLIPModel``.
+    """A ``Trainer`` whose data are a :class:`~carot_hf.ShiftSuite` and whose model is CLIP or one of its relatives.
 
     Args:
-        model: A ``CLIPModel``. With the objective "cross_entropy" it is turned into a
-            :class:`~carot_hf.CLIPClassifier` with the suite's zero-shot head; a classifier is taken as it is.
+        model: A ``CLIPModel``, or of another family of :data:`~carot_hf.backbones.BACKBONES`. With the objective
+            "cross_entropy" a ``CLIPModel`` is turned into a :class:`~carot_hf.CLIPClassifier` with the suite's
+            zero-shot head; a classifier is taken as it is.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
-        processing_class: The model's ``CLIPProcessor``.
+        processing_class: The model's processor, e.g. a ``CLIPProcessor``.
         data_collator: Replaces :class:`~carot_hf.data.CaRotCollator`. Training samples carry ``draw``, a number that
             is unique to the sample and the epoch; seed whatever is random with it.
         compute_metrics: Called for each set with its logits ``(n, labels)`` and labels; its metrics join ours.
@@ -68,7 +89,7 @@ class SuiteTrainer(Trainer):
     Attributes:
         bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature.
     Raises:
-        TypeError: If the model is not a ``CLIPModel``.
+        TypeError: If the model is of no family that is known.
         ValueError: If arguments, captions and suite do not fit each other.
     """
 
@@ -93,9 +114,11 @@ class SuiteTrainer(Trainer):
         self._processor = processing_class
         self._objective = args.objective
         self._float32_weights = args.float32_weights
+        self._arguments = args
+        self._link = "softmax"
         if model is not None:
             model = self._prepared(model)
-        self._transform = ImageTransform.from_processor(processing_class)
+        self._transform: Any = image_transform(processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -212,16 +235,12 @@ class SuiteTrainer(Trainer):
 
     def _prepared(self, model: Any) -> Any:
         """Check a model, bring it to float32, align its markers; make the classifier that FT trains of a CLIPModel."""
-        kinds = (CLIPModel, CLIPClassifier) if self._objective == "cross_entropy" else (CLIPModel,)
-        if not isinstance(model, kinds):
-            raise TypeError(
-                f"Expected a transformers.{' or a '.join(kind.__name__ for kind in kinds)}, got {type(model).__name__} "
-                f"for the objective '{self._objective}'. Load the checkpoint with "
-                "CLIPModel.from_pretrained(..., dtype=torch.float32)."
-            )
+        if not isinstance(model, CLIPClassifier) or self._objective == "contrastive":
+            self._link = backbone_of(model).link
+            check_method(model, self._arguments)
         dtype = self._training_dtype(model)
         model.to(dtype)
-        if isinstance(model, CLIPModel):
+        if is_backbone(model):
             _align_markers(model, self._processor)
             if self._objective == "contrastive":
                 return model
@@ -254,10 +273,10 @@ class SuiteTrainer(Trainer):
         return torch.bfloat16
 
     def _captions(self, model: Any) -> CaptionTable:
-        """Tokenise the captions; a classifier has no text tower whose context they could exceed."""
-        text = getattr(model.config, "text_config", None)
-        context = self._processor.tokenizer.model_max_length if text is None else text.max_position_embeddings
-        return CaptionTable(self._processor, self.suite.class_names, self.suite.templates, context)
+        """Tokenise the captions as the model's text tower takes them."""
+        tokenizer = self._processor.tokenizer
+        options = caption_options(model.config, tokenizer)
+        return CaptionTable(tokenizer, self.suite.class_names, self.suite.templates, **options)
 
     def _training_set(self, data: Any) -> ShiftSet | None:
         if data is None:
@@ -357,7 +376,8 @@ class SuiteTrainer(Trainer):
             Metrics by name: those of :func:`~carot_hf.calibration_metrics` for each set, ``eval_id_*`` (the test
             set) and ``eval_ood_*`` (unweighted mean over the shifted sets). When the validation set is among them
             also ``eval_temperature``, fitted on it, and ``*_ece_ts`` and ``*_nll_ts`` of the other sets with that
-            temperature. Accuracies and errors are fractions, ``nll`` is in nats.
+            temperature. (For SigLIP also ``eval_bias``; ``*_ts`` are with both.) Accuracies and errors are
+            fractions, ``nll`` is in nats.
         Raises:
             ValueError: If there is no such set, or it has no labels.
         """
@@ -365,13 +385,12 @@ class SuiteTrainer(Trainer):
         named, sets = self._sets(eval_dataset)
         self._memory_tracker.start()
         start = time.time()
-        metrics, temperature = self._measure(sets, self._embed_sets(sets, "Evaluation", prefix))
+        metrics, scaling = self._measure(sets, self._embed_sets(sets, "Evaluation", prefix))
         if named:
             flat = flat_names(with_aggregates(metrics, self.suite), prefix)
         else:
             flat = {f"{prefix}_{key}": value for values in metrics.values() for key, value in values.items()}
-        if temperature is not None:
-            flat[f"{prefix}_temperature"] = temperature
+        flat.update({f"{prefix}_{name}": value for name, value in (scaling or {}).items()})
         if eval_dataset is None and self._evaluated is None and not self.is_in_train:
             baked = getattr(self._network.config, "calibration", None) is not None
             self._latest = {key.removeprefix(f"{prefix}_"): value for key, value in flat.items()}, baked
@@ -382,6 +401,7 @@ class SuiteTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         self._memory_tracker.stop_and_update_metrics(flat)
         if self.args.reliability_diagrams and not self.is_in_train and self.is_world_process_zero() and can_draw():
+            temperature = (scaling or {}).get("temperature")
             write_diagrams(diagrams_path(self.args.output_dir, prefix), self.bins, self.bins_ts, temperature)
             callbacks, step = self.callback_handler.callbacks, self.state.global_step
             send_diagrams(callbacks, self.bins, prefix=prefix, step=step)
@@ -415,23 +435,27 @@ class SuiteTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor | None]:
         """Return no loss, the normalised image embeddings ``(b, D)`` in float32, and the labels."""
         inputs = self._prepare_inputs(inputs)
-        pixels = inputs["pixel_values"]
-        rows, missing = len(pixels), self.args.eval_batch_size - len(pixels)
+        images = image_inputs(inputs)
+        rows = len(images["pixel_values"])
+        missing = self.args.eval_batch_size - rows
         if missing > 0:  # always one shape: a row's embedding then depends on no batch and on no number of processes
-            pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
+            images = {
+                name: torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) for name, part in images.items()
+            }
         network = self.accelerator.unwrap_model(model if self._evaluated is None else self._evaluated)
         with torch.no_grad(), self.accelerator.autocast():
-            embeds = network.get_image_features(pixel_values=pixels).pooler_output[:rows]
+            embeds = network.get_image_features(**images).pooler_output[:rows]
         return None, F.normalize(embeds.float(), dim=-1), inputs.get("labels")
 
     def calibrate(self) -> dict[str, Any]:
         """Fit the temperature on the validation set and bake it into the student's ``logit_scale``.
 
-        Accuracy does not change; the saved model gives calibrated probabilities in the stock pipelines.
+        For SigLIP a bias is fitted with it and goes into ``logit_bias``. Accuracy does not change; the saved model
+        gives calibrated probabilities in the stock pipelines.
 
         Returns:
-            The record that is kept in ``config.calibration``: temperature, split, size, criterion, templates, and
-            ``nll`` and ``ece`` of the split before and after.
+            The record that is kept in ``config.calibration``: temperature, bias (SigLIP), split, size, criterion,
+            templates, and ``nll`` and ``ece`` of the split before and after.
         Raises:
             RuntimeError: If the model is calibrated already.
         """
@@ -442,9 +466,9 @@ class SuiteTrainer(Trainer):
         embeds, labels = self._embed_sets({"validation": self.suite.validation}, "Calibration", "eval")["validation"]
         logits = SetLogits(embeds, self._head(), self.suite.validation)
         criterion = self.args.calibration_criterion
-        temperature = fit_temperature(logits, labels, criterion=criterion)
-        before = calibration_metrics(logits, labels, n_bins=self.args.n_bins)
-        after = calibration_metrics(logits, labels, n_bins=self.args.n_bins, temperature=temperature)
+        scaling = fit_scaling(logits, labels, link=self._link, criterion=criterion)
+        before = calibration_metrics(logits, labels, n_bins=self.args.n_bins, link=self._link)
+        after = calibration_metrics(logits, labels, n_bins=self.args.n_bins, link=self._link, **scaling)
         record: dict[str, Any] = {
             "split": self.suite.validation.name,
             "n": len(labels),
@@ -453,7 +477,7 @@ class SuiteTrainer(Trainer):
             **{f"{name}_before": before[name] for name in ("nll", "ece")},
             **{f"{name}_after": after[name] for name in ("nll", "ece")},
         }
-        bake_temperature(self.model, temperature, record=record)
+        bake_temperature(self.model, **scaling, record=record)
         return dict(self.model.config.calibration)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -563,6 +587,11 @@ class SuiteTrainer(Trainer):
         network = self.accelerator.unwrap_model(self.model)
         if isinstance(network, CLIPClassifier):
             return copy.deepcopy(network)
+        if not backbone_of(network).classifier:
+            raise TypeError(
+                f"Expected a CLIPModel to export as a classifier, got {type(network).__name__}. Use the model itself; "
+                f"see {TABLE}."
+            )
         with torch.no_grad():
             classes = class_embeddings(network, self.captions)
         return export_classifier(network, classes, self.suite.class_names)
@@ -608,11 +637,12 @@ class SuiteTrainer(Trainer):
             return network.head.weight.detach().float().cpu(), network.head.bias.detach().float().cpu()
         with self.accelerator.autocast():
             classes = class_embeddings(network, self.captions).cpu()
-        weight = network.logit_scale.float().exp().cpu() * classes
-        return weight, torch.zeros(len(weight))
+        scale, *shift = (parameter.float().cpu() for parameter in logit_head(network))
+        bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes))
+        return scale.exp() * classes, bias
 
-    def _set_metrics(self, logits: Any, labels: Tensor, temperature: float | None = None) -> Metrics:
-        metrics = set_metrics(logits, labels, n_bins=self.args.n_bins, temperature=temperature)
+    def _set_metrics(self, logits: Any, labels: Tensor, scaling: Scaling | None = None) -> Metrics:
+        metrics = set_metrics(logits, labels, n_bins=self.args.n_bins, link=self._link, scaling=scaling)
         if self.compute_metrics is not None:
             own = self.compute_metrics(EvalPrediction(predictions=logits[:].numpy(), label_ids=labels.numpy()))
             metrics.update(denumpify_detensorize(own))
@@ -653,7 +683,7 @@ class SuiteTrainer(Trainer):
                 _, embeds, labels = self.prediction_step(network, batch, prediction_loss_only=False)
                 parts.append((numbers, embeds.cpu(), batch["labels"]))
                 bar.update(min(len(numbers) * args.world_size, len(data) - bar.n))
-        width = network.visual_projection.out_features
+        width = embedding_size(network)
         empty = (torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64))
         columns = [torch.cat(column) for column in zip(empty, *parts, strict=True)]
         numbers, embeds, labels = (gather_uneven(column.to(args.device)).cpu() for column in columns)
@@ -667,24 +697,25 @@ class SuiteTrainer(Trainer):
 
     def _measure(
         self, sets: dict[str, ShiftSet], parts: dict[str, tuple[Tensor, Tensor]]
-    ) -> tuple[dict[str, Metrics], float | None]:
+    ) -> tuple[dict[str, Metrics], Scaling | None]:
         """Compute each set's metrics and, with a validation set, the temperature; keep the bin tables."""
-        head, n_bins = self._head(), self.args.n_bins
-        temperature: float | None = None
+        head = self._head()
+        options: dict[str, Any] = {"n_bins": self.args.n_bins, "link": self._link}
+        scaling: Scaling | None = None
         metrics: dict[str, Metrics] = {}
         if "validation" in sets:
             held_out, ids = parts["validation"]
             logits = SetLogits(held_out, head, sets["validation"])
-            temperature = fit_temperature(logits, ids, criterion=self.args.calibration_criterion)
+            scaling = fit_scaling(logits, ids, link=self._link, criterion=self.args.calibration_criterion)
         self.bins, self.bins_ts = {}, {}
         for name, data in sets.items():
             part, ids = parts[name]
             logits = SetLogits(part, head, data)
-            self.bins[name] = label_bins(logits, ids, n_bins=n_bins)
-            if temperature is not None and name != "validation":
-                self.bins_ts[name] = label_bins(logits, ids, n_bins=n_bins, temperature=temperature)
-            metrics[name] = self._set_metrics(logits, ids, temperature if name in self.bins_ts else None)
-        return metrics, temperature
+            self.bins[name] = label_bins(logits, ids, **options)
+            if scaling is not None and name != "validation":
+                self.bins_ts[name] = label_bins(logits, ids, **options, scaling=scaling)
+            metrics[name] = self._set_metrics(logits, ids, scaling if name in self.bins_ts else None)
+        return metrics, scaling
 
     @property
     def _network(self) -> Any:
@@ -748,7 +779,7 @@ def _check_options(
             "CaRotTrainingArguments.from_preset('carot', output_dir=...)."
         )
     if processing_class is None:
-        raise ValueError("Expected the CLIPProcessor of the model, got None. Pass it as `processing_class`.")
+        raise ValueError("Expected the processor of the model, got None. Pass it as `processing_class`.")
     for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise ValueError(

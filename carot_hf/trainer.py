@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from transformers import CLIPModel
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from .backbones import logit_head, pair_inputs
 from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, TerminationCallback
 from .checkpoints import (
     check_checkpoint,
@@ -41,6 +42,7 @@ from .losses import (
     similarity_logits,
 )
 from .sets import ShiftSuite
+from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
 from .suite_trainer import SuiteTrainer
 from .teacher import Teacher, beta_momentum, ema_momentum, half_life
 from .training_args import CaRotTrainingArguments
@@ -51,19 +53,21 @@ TEACHER_NAME = "teacher.safetensors"
 
 
 class CaRotTrainer(SuiteTrainer):
-    """Fine-tune a ``CLIPModel`` with contrastive loss, smoothing, distillation and penalties; judge it under shift.
+    """Fine-tune CLIP with contrastive loss, smoothing, distillation and penalties; judge it under shift.
+
+    SigLIP and SigLIP 2 are fine-tuned with the sigmoid loss that they were pre-trained with, and its distillation.
 
     Args:
-        model: A ``CLIPModel``.
+        model: A ``CLIPModel``, or of another family of :data:`~carot_hf.backbones.BACKBONES`.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
-        processing_class: The model's ``CLIPProcessor``.
+        processing_class: The model's processor, e.g. a ``CLIPProcessor``.
         **kwargs: ``data_collator``, ``compute_metrics`` as for :class:`SuiteTrainer`; the rest as for ``Trainer``.
     Attributes:
         teacher: The :class:`~carot_hf.Teacher`, ``None`` when no term of the loss needs one.
         bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature.
     Raises:
-        TypeError: If the model is not a ``CLIPModel``.
+        TypeError: If the model is of no family that is known.
         ValueError: If arguments, captions and suite do not fit each other.
     """
 
@@ -91,7 +95,7 @@ class CaRotTrainer(SuiteTrainer):
         self._cached: CachedGradients | None = None
         self._cached_terms: dict[str, Tensor] = {}
         self._random_states: list[RandomState] = []
-        if options.clamps_logit_scale:
+        if options.clamps_logit_scale and self._link == "softmax":  # SigLIP's own scale is above 100
             self.add_callback(LogitScaleCallback(options.max_logit_multiplier))
         self._termination = TerminationCallback()
         self.add_callback(self._termination)
@@ -212,8 +216,10 @@ class CaRotTrainer(SuiteTrainer):
         """Sum the terms with their weights."""
         weights = {
             "contrastive": 1.0,
+            "sigmoid": 1.0,
             "cross_entropy": 1.0,
             "distillation": self.args.distillation_weight,
+            "sigmoid_distillation": self.args.distillation_weight,
             "feature_distillation": self.args.feature_distillation_weight,
             "orthogonality": self.args.orthogonality_weight,
             "cross_norm": self.args.cross_norm_weight,
@@ -228,29 +234,34 @@ class CaRotTrainer(SuiteTrainer):
             loss = cross_entropy_loss(outputs.logits, inputs["labels"], label_smoothing=epsilon)
             return {"cross_entropy": _share(self._row_counts(outputs.logits), len(outputs.logits)) * loss}, outputs
         student = self.accelerator.unwrap_model(model)
-        pairs = _pairs(inputs)
+        pairs = pair_inputs(inputs)
         outputs = model(**pairs)
-        terms = self._pair_terms(_unit_embeds(outputs), student.logit_scale, self._taught(pairs), inputs)
+        terms = self._pair_terms(_unit_embeds(outputs), logit_head(student), self._taught(pairs), inputs)
         return {**terms, **self._penalties(student)}, outputs
 
     def _pair_terms(
         self,
         embeds: tuple[Tensor, Tensor],
-        logit_scale: Tensor,
+        head: Sequence[Tensor],
         taught: tuple[Tensor, Tensor] | None,
         inputs: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         """The terms that are functions of the embeddings of this device's rows, the teacher's, and the labels."""
         counts = self._row_counts(embeds[0])
-        logits = _batch_logits(*embeds, logit_scale, counts, with_grad=True)
+        sigmoid = self._link == "sigmoid"
+        batch_logits: Any = _sigmoid_logits if sigmoid else _batch_logits
+        name, loss = ("sigmoid", sigmoid_loss) if sigmoid else ("contrastive", contrastive_loss)
+        logits = batch_logits(*embeds, head, counts, with_grad=True)
         targets, ignore = self._targets(inputs, logits[0], counts)
-        epsilon = self.args.label_smoothing_factor
-        terms = {"contrastive": contrastive_loss(*logits, targets, label_smoothing=epsilon, ignore=ignore)}
+        pair_loss: Any = partial(loss, label_smoothing=self.args.label_smoothing_factor, ignore=ignore)
+        terms = {name: pair_loss(*logits, targets)}
         if self.teacher is not None and taught is not None:
-            network: Any = self.teacher.model
             if self.args.distillation_weight:
-                teacher_logits = _batch_logits(*taught, network.logit_scale, counts, with_grad=False)
-                terms["distillation"] = distillation_loss(*logits, *teacher_logits)
+                teacher_logits = batch_logits(*taught, logit_head(self.teacher.model), counts, with_grad=False)
+                if sigmoid:
+                    terms["sigmoid_distillation"] = sigmoid_distillation_loss(*logits, *teacher_logits)
+                else:
+                    terms["distillation"] = distillation_loss(*logits, *teacher_logits)
             if self.args.feature_distillation_weight:
                 terms["feature_distillation"] = feature_distillation_loss(*embeds, *taught)
         share = _share(counts, len(embeds[0]))
@@ -286,21 +297,23 @@ class CaRotTrainer(SuiteTrainer):
         student = self.accelerator.unwrap_model(model)
         count = len(self._micro_batches)
         if self._cached is None:
-            self._cached, self._cached_terms = self._embed_micro_batches(model, student.logit_scale)
+            self._cached, self._cached_terms = self._embed_micro_batches(model, logit_head(student))
         index = self._micro_index
         self._micro_index += 1
         self._random_states[index].restore()
-        outputs = model(**_pairs(inputs))
+        outputs = model(**pair_inputs(inputs))
         terms = {**self._cached_terms, **self._penalties(student)}
         self._remember(terms)
-        part = surrogate(self._cached, index, *_unit_embeds(outputs), student.logit_scale)
+        part = surrogate(self._cached, index, *_unit_embeds(outputs), logit_head(student))
         penalties = {name: terms[name] for name in terms.keys() - self._cached_terms.keys()}
         if penalties:
             part = part + self._weighted(penalties) / count
         value = self._weighted({name: term.detach() for name, term in terms.items()})
         return value + count * (part - part.detach()), outputs
 
-    def _embed_micro_batches(self, model: nn.Module, logit_scale: Tensor) -> tuple[CachedGradients, dict[str, Tensor]]:
+    def _embed_micro_batches(
+        self, model: nn.Module, head: Sequence[Tensor]
+    ) -> tuple[CachedGradients, dict[str, Tensor]]:
         """The first pass over all micro-batches of a step: gradients of their embeddings, and the terms."""
         embeds, taught, labels = [], [], []
         self._random_states = []
@@ -308,8 +321,8 @@ class CaRotTrainer(SuiteTrainer):
             inputs = self._prepare_inputs(batch)
             self._random_states.append(RandomState(self.args.device))
             with torch.no_grad(), self.accelerator.autocast():
-                embeds.append(_unit_embeds(model(**_pairs(inputs))))
-            taught.append(self._taught(_pairs(inputs)))
+                embeds.append(_unit_embeds(model(**pair_inputs(inputs))))
+            taught.append(self._taught(pair_inputs(inputs)))
             labels += [inputs["labels"]] if "labels" in inputs else []
         whole: dict[str, Any] = {"labels": torch.cat(labels)} if labels else {}
         teacher = [pair for pair in taught if pair is not None]
@@ -318,11 +331,11 @@ class CaRotTrainer(SuiteTrainer):
         )
         terms: dict[str, Tensor] = {}
 
-        def loss_of(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-            terms.update(self._pair_terms((images, texts), scale, joined, whole))
+        def loss_of(images: Tensor, texts: Tensor, *head: Tensor) -> Tensor:
+            terms.update(self._pair_terms((images, texts), head, joined, whole))
             return self._weighted(terms)
 
-        cached = cache_gradients(embeds, logit_scale, loss_of)
+        cached = cache_gradients(embeds, head, loss_of)
         return cached, {name: term.detach() for name, term in terms.items()}
 
     def _targets(
@@ -339,7 +352,8 @@ class CaRotTrainer(SuiteTrainer):
             )
         labels = inputs["labels"]
         everyones = gather_rows(labels, with_grad=False, counts=counts)
-        return same_class_targets(labels, everyones, columns, self.args.same_class)
+        shared = self._link == "softmax"
+        return same_class_targets(labels, everyones, columns, self.args.same_class, shared=shared)
 
     def _fit_head(self) -> None:
         """Fit the linear head on the frozen features of the training images, as evaluation sees them."""
@@ -379,8 +393,11 @@ class CaRotTrainer(SuiteTrainer):
                 if momentum < 1:
                     logs["teacher_half_life"] = half_life(momentum, self._teacher_callback.update_every)
             logs["input_wait"] = round(self._input_wait.read(), 4)
-            if isinstance(self.model, CLIPModel):
-                logs["logit_multiplier"] = self.model.logit_scale.detach().float().exp().item()
+            if self.args.objective == "contrastive":
+                scale, *bias = (parameter.detach().float() for parameter in logit_head(self.model))
+                logs["logit_multiplier"] = scale.exp().item()
+                if bias:
+                    logs["logit_bias"] = bias[0].item()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -473,10 +490,6 @@ class CaRotTrainer(SuiteTrainer):
             return super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_teacher")
 
 
-def _pairs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}
-
-
 def _unit_embeds(outputs: Any) -> tuple[Tensor, Tensor]:
     """Image and text embeddings of length 1, ``(b, D)`` float32 each."""
     with torch.autocast(outputs.image_embeds.device.type, enabled=False):
@@ -484,11 +497,18 @@ def _unit_embeds(outputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _batch_logits(
-    image: Tensor, text: Tensor, logit_scale: Tensor, counts: list[int] | None, *, with_grad: bool
+    image: Tensor, text: Tensor, head: Sequence[Tensor], counts: list[int] | None, *, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Compare this device's samples with the whole batch: two ``(b, B)`` float32 matrices, rows image and text."""
     all_image, all_text = (gather_rows(part, with_grad=with_grad, counts=counts) for part in (image, text))
-    return similarity_logits(image, all_text, logit_scale), similarity_logits(text, all_image, logit_scale)
+    return similarity_logits(image, all_text, *head), similarity_logits(text, all_image, *head)
+
+
+def _sigmoid_logits(
+    image: Tensor, text: Tensor, head: Sequence[Tensor], counts: list[int] | None, *, with_grad: bool
+) -> tuple[Tensor]:
+    """Compare this device's images with all texts, ``(b, B)`` float32: with a sigmoid each pair counts once."""
+    return (similarity_logits(image, gather_rows(text, with_grad=with_grad, counts=counts), *head),)
 
 
 def _share(counts: list[int] | None, rows: int) -> float:
@@ -518,8 +538,6 @@ def _schedule(options: CaRotTrainingArguments) -> Schedule:
 def _freeze(model: Any, tower: str | None) -> None:
     """Exempt a tower and its projection from training."""
     if tower is not None:
-        for part in (
-            getattr(model, f"{tower}_model"),
-            getattr(model, f"{tower}_projection".replace("vision", "visual")),
-        ):
-            part.requires_grad_(False)
+        for name in (f"{tower}_model", f"{tower}_projection".replace("vision", "visual")):
+            if hasattr(model, name):
+                getattr(model, name).requires_grad_(False)

@@ -21,6 +21,8 @@ ALLOWED = {
     "ece.ece": {"ece.binning", "ece.inputs", "ece.rows", "ece.uncertainty"},
     "metric": set(),  # loads ece.ece through evaluate, by its folder
     "losses": set(),
+    "sigmoid": {"calibration", "losses"},
+    "backbones": set(),
     "teacher": set(),
     "distributed": set(),
     "images": set(),
@@ -37,7 +39,8 @@ ALLOWED = {
     "convert": set(),
     "prompts": set(),
     "class_names": {"prompts"},
-    "data": {"images", "prompts"},
+    "transforms": set(),
+    "data": {"images", "prompts", "transforms"},
     "loading": set(),  # rows from the Hub or from disk
     "sets": {"images", "prompts"},
     "streaming": {"images", "sets"},
@@ -48,7 +51,7 @@ ALLOWED = {
     "training_args": {"losses", "teacher"},
     # floor 2: when and what to show
     "callbacks": {"teacher"},
-    "evaluation": {"calibration", "ece.binning", "sets"},
+    "evaluation": {"calibration", "ece.binning", "sets", "sigmoid"},
     "plots": {"ece.binning"},
     "model_card": set(),
     "reporting": {"ece.binning", "plots"},
@@ -56,12 +59,12 @@ ALLOWED = {
     "ece.app": {"metric", "plots"},
     # floor 3: the trainer
     "suite_trainer": {
-        "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation", "model_card", "prompts",
-        "reporting", "sets", "streaming", "training_args",
+        "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation", "model_card",
+        "prompts", "reporting", "sets", "streaming", "training_args", "transforms",
     },
     "trainer": {
-        "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses", "sets",
-        "suite_trainer", "teacher", "training_args",
+        "backbones", "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses",
+        "sets", "sigmoid", "suite_trainer", "teacher", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -73,6 +76,9 @@ THIRD_PARTY = {
     "ece.app": {"gradio", "numpy", "PIL"},
     "metric": {"evaluate"},
     "losses": {"torch"},
+    "sigmoid": {"torch"},
+    "backbones": {"torch", "transformers"},
+    "transforms": {"numpy", "PIL", "torch"},
     "teacher": {"torch"},
     "distributed": {"torch"},
     "checkpoints": set(),

@@ -274,8 +274,8 @@ def test_the_ece_optimum_is_at_least_as_good_as_a_fine_grid(seed):
 
 def test_few_passes_over_the_rows_are_made(monkeypatch):
     passes = []
-    chunks = calibration._chunks
-    monkeypatch.setattr(calibration, "_chunks", lambda *args: passes.append(1) or chunks(*args))
+    chunks = calibration.row_chunks
+    monkeypatch.setattr(calibration, "row_chunks", lambda *args: passes.append(1) or chunks(*args))
     fit_temperature(*sample(500, 10, over=2.0))
     assert len(passes) <= 9  # one to check, two to prepare, and the Newton steps
     passes.clear()

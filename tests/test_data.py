@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor
 
 from carot_hf import ShiftSet
-from carot_hf.data import CaRotCollator, DrawnSet, DrawSampler, ImageTransform, ReadSet, ShareSampler, normalize_pixels
+from carot_hf.data import CaRotCollator, DrawnSet, DrawSampler, ReadSet, ShareSampler
 from carot_hf.images import BadImageError, read_image
 from carot_hf.prompts import CaptionTable
+from carot_hf.transforms import ImageTransform, normalize_pixels, random_box
 
 try:  # without torchvision CLIPImageProcessor is this class itself
     from transformers import CLIPImageProcessorPil
@@ -46,7 +47,7 @@ def test_training_crop_is_between_its_bounds_and_resized_in_one_call():
     generator = np.random.default_rng(0)
     areas, corners = [], set()
     for _ in range(300):
-        left, top, right, bottom = transform._random_box(200, 150, generator)
+        left, top, right, bottom = random_box(200, 150, generator, transform.scale, transform.ratio)
         assert 0 <= left < right <= 200
         assert 0 <= top < bottom <= 150
         areas.append((right - left) * (bottom - top) / (200 * 150))
@@ -70,7 +71,7 @@ def photo(width, height, seed=0):
 def test_training_crop_has_the_pixels_of_pil(size, seed, resample):
     transform = ImageTransform(224, (224, 224), (0.5,) * 3, (0.5,) * 3, resample=int(resample))
     image = photo(*size, seed)
-    box = transform._random_box(*size, np.random.default_rng(seed))
+    box = random_box(*size, np.random.default_rng(seed), transform.scale, transform.ratio)
     assert min(box[2] - box[0], box[3] - box[1]) > 224
     expected = np.asarray(image.crop(box).resize((224, 224), resample)).transpose(2, 0, 1).astype(int)
     result = transform.train(image, np.random.default_rng(seed))
@@ -87,7 +88,7 @@ def test_a_crop_that_enlarges_is_pils_and_so_is_each_where_torch_has_no_vector_c
         if size == (500, 375):
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
         image = photo(*size)
-        box = transform._random_box(*size, np.random.default_rng(5))
+        box = random_box(*size, np.random.default_rng(5), transform.scale, transform.ratio)
         expected = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)
         assert np.array_equal(transform.train(image, np.random.default_rng(5)).numpy(), expected)
 
@@ -176,7 +177,7 @@ def test_replaced_images_are_counted_with_a_collator_of_ones_own(make_trainer, c
 
 def test_training_crop_of_an_extreme_shape_falls_back_to_the_centre():
     transform = ImageTransform(32, (32, 32), (0.5,) * 3, (0.5,) * 3)
-    left, top, right, bottom = transform._random_box(400, 10, np.random.default_rng(0))
+    left, top, right, bottom = random_box(400, 10, np.random.default_rng(0), transform.scale, transform.ratio)
     assert (top, bottom) == (0, 10)
     assert right - left == round(10 * 4 / 3)
     assert abs((400 - right) - left) <= 1
@@ -184,7 +185,7 @@ def test_training_crop_of_an_extreme_shape_falls_back_to_the_centre():
 
 
 def test_unfit_processors_are_refused():
-    with pytest.raises(ValueError, match="crops the centre and normalises"):
+    with pytest.raises(ValueError, match="crops the centre or"):
         ImageTransform.from_processor(CLIPImageProcessor(do_center_crop=False))
     with pytest.raises(ValueError, match="resize to at least the crop, got shortest_edge=16"):
         ImageTransform.from_processor(CLIPImageProcessor(size={"shortest_edge": 16}))

@@ -400,11 +400,11 @@ def test_metrics_and_temperature_never_hold_the_whole_matrix():
     whole = embeds @ head[0].T + head[1]
     labels = torch.multinomial((whole / 2).softmax(1), 1, generator=generator)[:, 0]
     data = ShiftSet([0] * 4000, name="far", num_classes=1000)
-    expected = set_metrics(whole, labels, n_bins=10, temperature=1.7)
+    expected = set_metrics(whole, labels, n_bins=10, scaling={"temperature": 1.7})
     fitted = {name: fit_temperature(whole, labels, criterion=name) for name in ("nll", "ece")}
     with LargestTensor() as largest:
         rows = SetLogits(embeds, head, data)
-        metrics = set_metrics(rows, labels, n_bins=10, temperature=1.7)
+        metrics = set_metrics(rows, labels, n_bins=10, scaling={"temperature": 1.7})
         temperatures = {name: fit_temperature(rows, labels, criterion=name) for name in fitted}
         bins = label_bins(rows, labels, n_bins=10)
     assert largest.values <= 131_072

@@ -37,9 +37,9 @@ def test_the_parts_add_up_to_the_gradient_of_the_whole():
     expected = torch.autograd.grad(whole, (*weights, scale))
     with torch.no_grad():
         embeds = [(a @ weights[0], b @ weights[1]) for a, b in zip(left.split(5), right.split(5), strict=True)]
-    cached = cache_gradients(embeds, scale, loss_of)
+    cached = cache_gradients(embeds, [scale], loss_of)
     for index, (a, b) in enumerate(zip(left.split(5), right.split(5), strict=True)):
-        surrogate(cached, index, a @ weights[0], b @ weights[1], scale).backward()
+        surrogate(cached, index, a @ weights[0], b @ weights[1], [scale]).backward()
     assert float(cached.loss) == pytest.approx(whole.item(), rel=1e-12)
     for value, gradient in zip((*weights, scale), expected, strict=True):
         torch.testing.assert_close(value.grad, gradient, rtol=1e-12, atol=1e-12)

@@ -74,7 +74,7 @@ def test_an_evaluation_works_in_chunks():
         data = ShiftSet(range(rows), name="home", num_classes=200)
         logits = SetLogits(embeds, head, data)
         with Largest() as largest:
-            metrics = set_metrics(logits, labels, n_bins=10, temperature=fit_temperature(logits, labels))
+            metrics = set_metrics(logits, labels, n_bins=10, scaling={"temperature": fit_temperature(logits, labels)})
         seen[rows] = largest.elements
         whole = calibration_metrics(F.linear(embeds, *head), labels, n_bins=10)
         assert metrics["ece"] == pytest.approx(whole["ece"], abs=1e-6)

@@ -14,8 +14,9 @@ from conftest import CLASSES
 from PIL import Image
 
 from carot_hf import ShiftSet
-from carot_hf.data import ImageTransform, ReadSet
+from carot_hf.data import ReadSet
 from carot_hf.images import MAX_PIXELS, BadImageError, read_image
+from carot_hf.transforms import ImageTransform, random_box
 
 
 def encoded(image, form, **options):
@@ -165,7 +166,7 @@ def test_a_crop_of_what_is_decoded_smaller_is_never_enlarged(photo):
     width, height = transform.train_size
     for size in ((width, height), (width * 3, height), (width, height * 2)):
         for seed in range(300):
-            left, top, right, bottom = transform._random_box(*size, np.random.default_rng(seed))
+            left, top, right, bottom = random_box(*size, np.random.default_rng(seed), transform.scale, transform.ratio)
             assert min(right - left, bottom - top) >= 32
 
 

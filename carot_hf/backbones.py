@@ -1,0 +1,138 @@
+"""The families of models that can be fine-tuned, and all that differs between them.
+
+Every one is a pair of towers with ``get_image_features``, ``get_text_features`` and a ``logit_scale``, as transformers
+has them. What is supported with what is in docs/backbones.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from torch import Tensor
+
+TABLE = "docs/backbones.md"
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+TEXT_INPUTS = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A family of models.
+
+    Attributes:
+        model_class: Name of the class in transformers.
+        link: From logits to probabilities, in pre-training, in fine-tuning and in the stock pipeline: "softmax", or
+            "sigmoid" with a ``logit_bias``.
+        padded: The text tower reads the padding: captions are always as long as its context.
+        projections: The embeddings are linear projections of the towers' outputs, which the penalties of CaRot-2024 and
+            TRACER act on.
+        classifier: :class:`~carot_hf.CLIPClassifier` can hold its image tower.
+    """
+
+    model_class: str
+    link: str = "softmax"
+    padded: bool = False
+    projections: bool = True
+    classifier: bool = False
+
+
+BACKBONES = {
+    "clip": Backbone("CLIPModel", classifier=True),
+    "metaclip_2": Backbone("MetaClip2Model"),
+    "chinese_clip": Backbone("ChineseCLIPModel"),
+    "altclip": Backbone("AltCLIPModel"),
+    "siglip": Backbone("SiglipModel", link="sigmoid", padded=True, projections=False),
+    "siglip2": Backbone("Siglip2Model", link="sigmoid", padded=True, projections=False),
+}
+
+
+def backbone_of(model: Any) -> Backbone:
+    """Return the family of a model.
+
+    Raises:
+        TypeError: If it is none of `BACKBONES`.
+    """
+    found = BACKBONES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if found is None or not isinstance(model, getattr(transformers, found.model_class)):
+        names = ", ".join(kind.model_class for kind in BACKBONES.values())
+        raise TypeError(
+            f"Expected a transformers model of {names}, got {type(model).__name__}. Load the checkpoint with "
+            f"AutoModel.from_pretrained(..., dtype=torch.float32); see {TABLE}."
+        )
+    return found
+
+
+def is_backbone(model: Any) -> bool:
+    """Whether a model is of one of the families."""
+    try:
+        backbone_of(model)
+    except TypeError:
+        return False
+    return True
+
+
+def check_method(model: Any, arguments: Any) -> None:
+    """Refuse a method that the model's family cannot have.
+
+    Args:
+        model: Of one of the families.
+        arguments: ``CaRotTrainingArguments``.
+    Raises:
+        ValueError: If the objective or a penalty needs what the family does not have.
+    """
+    family = backbone_of(model)
+    if arguments.objective == "cross_entropy" and not family.classifier:
+        raise ValueError(
+            f"Expected a CLIPModel for the objective 'cross_entropy', got {type(model).__name__}. Its linear head is "
+            f"CLIP's only: use a preset with the contrastive objective; see {TABLE}."
+        )
+    for name in ("orthogonality_weight", "cross_norm_weight"):
+        if getattr(arguments, name) and not family.projections:
+            raise ValueError(
+                f"Expected `{name}` 0 for {type(model).__name__}, got {getattr(arguments, name)}. It has no linear "
+                f"projections that the penalty could act on: use the preset 'carot', or set it to 0; see {TABLE}."
+            )
+
+
+def logit_head(model: Any) -> tuple[Tensor, ...]:
+    """Return the parameters between similarities and logits: ``logit_scale`` and, for a sigmoid, ``logit_bias``."""
+    shift = getattr(model, "logit_bias", None)
+    return (model.logit_scale,) if shift is None else (model.logit_scale, shift)
+
+
+def image_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what the image tower takes of a batch."""
+    return {name: batch[name] for name in IMAGE_INPUTS if name in batch}
+
+
+def pair_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what both towers take of a batch."""
+    return {name: batch[name] for name in (*IMAGE_INPUTS, *TEXT_INPUTS) if name in batch}
+
+
+def caption_options(config: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return how captions are tokenised for a model: the arguments of a ``CaptionTable`` after the templates.
+
+    Args:
+        config: The model's; one without a text tower (a classifier) takes the tokenizer's context.
+        tokenizer: Its tokenizer. An ``attention_mask`` is given where the tokenizer gives one by default, as the stock
+            pipeline has it.
+    """
+    text = getattr(config, "text_config", None)
+    if text is None:
+        return {"max_length": tokenizer.model_max_length}
+    family = BACKBONES.get(config.model_type, Backbone(""))
+    context = text.max_position_embeddings
+    if config.model_type == "altclip":  # its positions start behind the padding's id
+        context -= text.pad_token_id + 1
+    masked = not family.padded or "attention_mask" in tokenizer.model_input_names
+    return {"max_length": context, "padded": family.padded, "masked": masked}
+
+
+def embedding_size(model: Any) -> int:
+    """Return the length of an embedding."""
+    projection = getattr(model, "visual_projection", None)
+    return int(model.config.vision_config.hidden_size if projection is None else projection.out_features)
