@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 TABLE = "docs/backbones.md"
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -130,6 +134,29 @@ def caption_options(config: Any, tokenizer: Any) -> dict[str, Any]:
         context -= text.pad_token_id + 1
     masked = not family.padded or "attention_mask" in tokenizer.model_input_names
     return {"max_length": context, "padded": family.padded, "masked": masked}
+
+
+def load_renamed(model: Any, folder: str | Path) -> bool:
+    """Load weights that transformers saves under other names than the model's own (AltCLIP); else do nothing.
+
+    ``save_pretrained`` gives them the names of the published checkpoints; ``Trainer`` reads them back by the model's
+    own names, and would leave out, with a warning only, all that it does not find.
+
+    Args:
+        model: A ``PreTrainedModel``, which is changed in place.
+        folder: Of a checkpoint.
+    Returns:
+        Whether there were such names.
+    """
+    path = Path(folder) / SAFE_WEIGHTS_NAME
+    if not isinstance(model, PreTrainedModel) or not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) <= set(model.state_dict()):
+            return False
+    saved: Any = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    return True
 
 
 def embedding_size(model: Any) -> int:

@@ -42,11 +42,11 @@ class CaptionTable:
         class_names: ``K`` names; duplicates are allowed (the ImageNet list has two), the index is what counts.
         templates: ``M`` strings with ``{}`` for the class name.
         max_length: The text model's context, in tokens.
-        padded: Always pad to the context, for text towers that read the padding (SigLIP); else to the longest caption
-            of the batch.
+        padded: Always pad to the context, on the tokenizer's side, for text towers that read the padding (SigLIP);
+            else to the longest caption of the batch, on the right.
         masked: Give an ``attention_mask``; SigLIP's towers were trained without.
     Attributes:
-        input_ids: ``(K, M, L)`` int32, padded on the right; ``L`` = the longest caption of all, or the context.
+        input_ids: ``(K, M, L)`` int32, padded; ``L`` = the longest caption of all, or the context.
         lengths: ``(K, M)`` int64 tokens of each caption, begin and end markers included.
     Raises:
         ValueError: If a template has no ``{}``, there is no class name, or a caption does not fit the context.
@@ -83,8 +83,10 @@ class CaptionTable:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         width = max_length if padded else int(lengths.max())
         table = torch.full((len(rows), width), pad, dtype=torch.int32)
+        self._left = padded and tokenizer.padding_side == "left"
         for index, row in enumerate(rows):
-            table[index, : len(row)] = torch.from_numpy(row)
+            start = width - len(row) if self._left else 0
+            table[index, start : start + len(row)] = torch.from_numpy(row)
         shape = (len(class_names), len(templates))
         self.input_ids = table.view(*shape, -1)
         self.lengths = lengths.view(shape)
@@ -109,7 +111,8 @@ class CaptionTable:
         longest = self._max_length if self._padded else int(lengths.max())
         tokens = {"input_ids": self.input_ids[classes, templates, :longest].long()}
         if self._masked:
-            tokens["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+            places = torch.arange(longest)
+            tokens["attention_mask"] = ((places.flip(0) if self._left else places) < lengths[:, None]).long()
         return tokens
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:

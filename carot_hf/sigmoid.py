@@ -19,7 +19,8 @@ from .losses import check_pair, check_smoothing, target_rows
 logger = logging.getLogger(__name__)
 
 _STEPS = 200  # of Newton's method; 10 are usual
-_SMALL = 1e-12  # decrement, in nats, at which a step is the last one
+_SMALL = 1e-18  # decrement, relative to the objective, below which there is nothing left to gain
+_FARTHEST = 8.0  # that a step may move a logit: farther off the curvature is another one
 
 
 def sigmoid_loss(
@@ -107,25 +108,24 @@ def fit_sigmoid(logits: Logits, labels: Tensor, *, bounds: tuple[float, float] =
     if not 0 < low < high < math.inf:
         raise ValueError(f"Expected `bounds` with 0 < low < high, got {bounds}. Pass e.g. `bounds=(0.05, 20.0)`.")
     rows, targets = checked_rows(logits, labels)
-    center, spread = _location(rows, targets)  # on standardised logits the two unknowns are of one size
+    center, spread, largest = _location(rows, targets)  # on standardised logits the two unknowns are of one size
 
     limits = (spread / high, spread / low)  # of the slope on standardised logits
-    slope = min(max(spread, limits[0]), limits[1])
-    bias = center
+    slope, bias = min(max(spread, limits[0]), limits[1]), center
     value, gradient, curvature = _derivatives(rows, targets, slope, bias, center, spread)
     for _ in range(_STEPS):
-        step = _newton(gradient, curvature)
-        outward = (slope == limits[0], slope == limits[1])
-        if any(
-            out and (sign * gradient[0] > 0 or sign * step[0] < 0) for out, sign in zip(outward, (1, -1), strict=True)
-        ):
-            step = (0.0, -gradient[1] / curvature[2])  # along the bound
-        decrement = -(step[0] * gradient[0] + step[1] * gradient[1])
+        along, across = _newton(gradient, curvature)
+        for limit, sign in zip(limits, (1, -1), strict=True):
+            if slope == limit and (sign * gradient[0] > 0 or sign * along < 0):  # stay at the bound
+                along, across = 0.0, -gradient[1] / curvature[2]
+        decrement = -(along * gradient[0] + across * gradient[1])
         if decrement <= _SMALL * max(1.0, value):
             break
-        size = 1.0
+        size = min(1.0, _FARTHEST / (abs(along) * largest + abs(across)))
+        if along:
+            size = min(size, ((limits[1] if along > 0 else limits[0]) - slope) / along)
         while True:
-            new = min(max(slope + size * step[0], limits[0]), limits[1]), bias + size * step[1]
+            new = min(max(slope + size * along, limits[0]), limits[1]), bias + size * across
             found = _derivatives(rows, targets, *new, center, spread)
             if found[0] < value or size < 1e-10:
                 break
@@ -156,17 +156,20 @@ def _newton(gradient: tuple[float, float], curvature: tuple[float, float, float]
     )
 
 
-def _location(logits: Tensor | LogitRows, labels: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of all logits; 1 for a spread of 0."""
+def _location(logits: Tensor | LogitRows, labels: Tensor) -> tuple[float, float, float]:
+    """Mean and standard deviation of all logits, 1 for a spread of 0, and how many of them the farthest is away."""
     count = logits.shape[0] * logits.shape[1]
     total = square = 0.0
+    low, high = math.inf, -math.inf
     for _, rows, _ in row_chunks(logits, labels):
         values = rows.double()
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
         total += float(values.sum())
         square += float(values.square().sum())
     mean = total / count
     variance = square / count - mean * mean
-    return mean, math.sqrt(variance) if variance > 1e-24 * max(1.0, mean * mean) else 1.0
+    spread = math.sqrt(variance) if variance > 1e-24 * max(1.0, mean * mean) else 1.0
+    return mean, spread, max(high - mean, mean - low) / spread
 
 
 def _derivatives(

@@ -637,7 +637,7 @@ class SuiteTrainer(Trainer):
             return network.head.weight.detach().float().cpu(), network.head.bias.detach().float().cpu()
         with self.accelerator.autocast():
             classes = class_embeddings(network, self.captions).cpu()
-        scale, *shift = (parameter.float().cpu() for parameter in logit_head(network))
+        scale, *shift = (parameter.detach().float().cpu() for parameter in logit_head(network))
         bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes))
         return scale.exp() * classes, bias
 

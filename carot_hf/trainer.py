@@ -18,7 +18,7 @@ from transformers import CLIPModel
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from .backbones import logit_head, pair_inputs
+from .backbones import load_renamed, logit_head, pair_inputs
 from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, TerminationCallback
 from .checkpoints import (
     check_checkpoint,
@@ -434,10 +434,12 @@ class CaRotTrainer(SuiteTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_teacher(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not load_renamed(self.accelerator.unwrap_model(self.model), resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if not load_renamed(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint):
+            super()._load_best_model()
         self._load_teacher(self.state.best_model_checkpoint)
 
     def _load_teacher(self, checkpoint: str) -> None:

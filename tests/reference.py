@@ -83,3 +83,27 @@ def gradient(function, point, step=1e-6):
         down[index] -= step
         result[index] = (function(up.tolist()) - function(down.tolist())) / (2 * step)
     return result
+
+
+def log_sigmoid(value):
+    return -math.log1p(math.exp(-value)) if value > 0 else value - math.log1p(math.exp(value))
+
+
+def sigmoid_cross_entropy(logits, targets, ignore=None):
+    """Mean over rows of the sum of -y log p - (1 - y) log(1 - p); ignored pairs are not there."""
+    total = 0.0
+    for i, row in enumerate(logits):
+        for j, value in enumerate(row):
+            if ignore is None or not ignore[i][j]:
+                total -= targets[i][j] * log_sigmoid(value) + (1 - targets[i][j]) * log_sigmoid(-value)
+    return total / len(logits)
+
+
+def sigmoid_kl(teacher, student):
+    """Mean over rows of the sum of the divergences of two-sided coins."""
+    total = 0.0
+    for teacher_row, student_row in zip(teacher, student, strict=True):
+        for t, s in zip(teacher_row, student_row, strict=True):
+            for sign in (1, -1):
+                total += math.exp(log_sigmoid(sign * t)) * (log_sigmoid(sign * t) - log_sigmoid(sign * s))
+    return total / len(teacher)

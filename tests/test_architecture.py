@@ -77,7 +77,7 @@ THIRD_PARTY = {
     "metric": {"evaluate"},
     "losses": {"torch"},
     "sigmoid": {"torch"},
-    "backbones": {"torch", "transformers"},
+    "backbones": {"safetensors", "torch", "transformers"},
     "transforms": {"numpy", "PIL", "torch"},
     "teacher": {"torch"},
     "distributed": {"torch"},

@@ -51,7 +51,7 @@ def test_the_loss_has_local_rows_times_columns(make_trainer, monkeypatch, same_c
     taught = [part.detach() for part in embeds]
     inputs = {"labels": torch.arange(ROWS) % 4}
     with many_processes(), Largest() as largest:
-        terms = trainer._pair_terms(tuple(embeds), trainer.model.logit_scale, tuple(taught), inputs)
+        terms = trainer._pair_terms(tuple(embeds), [trainer.model.logit_scale], tuple(taught), inputs)
         sum(terms.values()).backward()
     assert set(terms) == {"contrastive", "distillation", "feature_distillation"}
     assert largest.elements == ROWS * ROWS * WORLD
