@@ -47,7 +47,8 @@ ALLOWED = {
     "suites": {"digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"losses", "teacher"},
     # floor 2: when and what to show
-    "callbacks": {"teacher"},
+    "teacher_file": {"teacher"},
+    "callbacks": {"teacher", "teacher_file"},
     "evaluation": {"calibration", "ece.binning", "sets"},
     "plots": {"ece.binning"},
     "model_card": set(),
@@ -61,7 +62,7 @@ ALLOWED = {
     },
     "trainer": {
         "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses", "sets",
-        "suite_trainer", "teacher", "training_args",
+        "suite_trainer", "teacher", "teacher_file", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -74,6 +75,7 @@ THIRD_PARTY = {
     "metric": {"evaluate"},
     "losses": {"torch"},
     "teacher": {"torch"},
+    "teacher_file": {"safetensors", "torch"},
     "distributed": {"torch"},
     "checkpoints": set(),
     "calibration": {"numpy", "torch"},
