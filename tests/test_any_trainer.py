@@ -462,55 +462,62 @@ def test_the_page_runs(tmp_path, monkeypatch):
 
 # ---- several processes ----
 
+
+def run_and_save(folder, resume=None):
+    """Train in as many processes as there are, with the same batches in all; leave what came out, by rank."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer, teacher = make(
+        folder,
+        model=bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        per_device_train_batch_size=8 // processes,
+        per_device_eval_batch_size=10 // processes,
+        **{"optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.1, "average_tokens_across_devices": False},
+        **{"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2},
+        **{"load_best_model_at_end": True, "metric_for_best_model": "loss"},
+        ddp_backend="gloo" if processes > 1 else None,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    before = bits(trainer.model)
+    with teacher.swapped_into(trainer.model_wrapped):
+        loss = trainer.evaluate(metric_key_prefix="eval_teacher")["eval_teacher_loss"]
+    assert_same(bits(trainer.model), before)
+    found = {"teacher": teacher.state_dict(), "wrapped": type(trainer.model_wrapped).__name__, "loss": loss}
+    torch.save(found, f"{folder}/result-{os.environ.get('RANK', '0')}.pt")
+    trainer.accelerator.end_training()
+
+
 WORKER = """
-import os, sys
+import sys
 sys.path.insert(0, {tests!r})
-import torch
-from test_any_trainer import bits, make, momentum
-processes = int(os.environ.get("WORLD_SIZE", 1))
-options = dict(
-    per_device_train_batch_size=8 // processes, optim="sgd", max_grad_norm=0, learning_rate=0.1,
-    ddp_backend="gloo" if processes > 1 else None, eval_strategy="steps", eval_steps=2, save_steps=2,
-    load_best_model_at_end=True, metric_for_best_model="loss",
-)
-from test_any_trainer import bert
-trainer, teacher = make({out!r}, model=bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), **options)
-trainer.train(resume_from_checkpoint={resume!r})
-wrapped = type(trainer.model_wrapped).__name__
-student = bits(trainer.model)
-with teacher.swapped_into(trainer.model_wrapped):
-    loss = trainer.evaluate(metric_key_prefix="eval_teacher")["eval_teacher_loss"]
-same = all(torch.equal(a, b) for a, b in zip(student.values(), bits(trainer.model).values()))
-rank = os.environ.get("RANK", "0")
-torch.save(dict(teacher=teacher.state_dict(), wrapped=wrapped, loss=loss, same=same), {out!r} + f"/result-{{rank}}.pt")
-trainer.accelerator.end_training()
+from test_any_trainer import run_and_save
+
+run_and_save({folder!r}, {resume!r})
 """
 
 
-def launch(folder, processes, resume=None):
+def launch(folder, resume=None):
     folder.mkdir(exist_ok=True)
     script = folder / "worker.py"
-    script.write_text(WORKER.format(tests=str(ROOT / "tests"), out=str(folder), resume=resume))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    script.write_text(WORKER.format(tests=str(ROOT / "tests"), folder=str(folder), resume=resume))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, str(script)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return [torch.load(path, weights_only=False) for path in sorted(folder.glob("result-*.pt"))]
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.slow
 def test_two_processes_follow_the_bare_model(tmp_path):
     """Under DDP: the average of one process with the whole batch, the same on both, and resumed exactly."""
-    (one,) = launch(tmp_path / "one", 1)
-    two = launch(tmp_path / "two", 2)
+    run_and_save(tmp_path)
+    one = torch.load(tmp_path / "result-0.pt", weights_only=False)
+    two = launch(tmp_path / "two")
     assert [rank["wrapped"] for rank in two] == ["DistributedDataParallel"] * 2
     for name, value in one["teacher"].items():
         torch.testing.assert_close(two[0]["teacher"][name], value, atol=1e-5, rtol=1e-5, msg=name)
         assert torch.equal(two[0]["teacher"][name], two[1]["teacher"][name]), name
-    assert all(rank["same"] for rank in two)
     assert two[0]["loss"] == pytest.approx(one["loss"], abs=1e-5)
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "two" / "checkpoint-4", again / "checkpoint-4")
-    for resumed in launch(again, 2, str(again / "checkpoint-4")):
+    for resumed in launch(again, str(again / "checkpoint-4")):
         assert_same(resumed["teacher"], two[0]["teacher"])
