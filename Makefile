@@ -3,7 +3,7 @@
 # make test    ruff, mypy and the tests
 # make lint    ruff and mypy
 # make test-all  the slow checks: the demo, the slow tests, the Space of the metric, the quick report of the tables
-# make test-space  the Space of the metric in its own environment, driven in headless Chromium
+# make test-space  the Space of the metric in its own environment, driven in headless Chromium; trackio there, too
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -46,11 +46,12 @@ test-space: $(SPACE)/.ready
 	test -x /usr/bin/chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
 	$(SPACE)/bin/python -m pytest -q -m space tests/space
 
-# As a Space has it: its requirements.txt; and what the tests need. The package comes from here.
+# As a Space has it: its requirements.txt; and what the tests need. The package comes from here. trackio is tested there
+# as well: it goes with that pillow.
 $(SPACE)/.ready: setup.cfg carot_hf/ece/requirements.txt tests/space/constraints.txt
 	$(PYTHON) -m venv $(SPACE)
 	$(SPACE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/space/constraints.txt \
-		--editable . --requirement carot_hf/ece/requirements.txt pytest playwright
+		--editable . --requirement carot_hf/ece/requirements.txt pytest playwright trackio
 	touch $@
 
 clean:

@@ -1,10 +1,12 @@
-"""What a final evaluation leaves besides numbers: reliability diagrams in the output folder and in TensorBoard."""
+"""What a final evaluation leaves besides numbers: reliability diagrams in the output folder and at the reporters."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from .ece.binning import CalibrationBins
 from .plots import reliability_diagram, reliability_grid
 
 logger = logging.getLogger(__name__)
+
+Images = Mapping[str, NDArray[np.uint8]]  # by tag; (height, width, 3) each
+
+# Reporters with `log({tag: Image(pixels)})`, as transformers calls their callbacks: the package of each.
+_PACKAGES = {"WandbCallback": "wandb", "TrackioCallback": "trackio"}
 
 
 def diagrams_path(output_dir: str, prefix: str) -> Path:
@@ -48,23 +55,50 @@ def write_diagrams(
 def send_diagrams(
     callbacks: Iterable[Any], bins: Mapping[str, CalibrationBins], *, prefix: str, step: int, ending: str = ""
 ) -> None:
-    """Give each set's diagram to TensorBoard, as image ``<prefix>/<set>_reliability``, if that reporter is on.
+    """Give each set's diagram, as image ``<prefix>/<set>_reliability``, to the reporters that are on.
+
+    Those are the callbacks with an open ``tb_writer`` (TensorBoard), transformers' callbacks for W&B and trackio, and
+    every other one with a method ``log_images(images, step)``, where ``images`` are ``(height, width, 3)`` uint8 arrays
+    by tag.
 
     Args:
-        callbacks: Those of the trainer; that of TensorBoard is known by its open ``tb_writer``.
+        callbacks: Those of the trainer.
         bins: Tables by set.
         prefix: First part of the tag.
         step: Training steps done.
         ending: Last part of the tag.
     """
-    for callback in callbacks:
-        writer = getattr(callback, "tb_writer", None)
-        if writer is None:
-            continue
-        for name, table in bins.items():
-            image = _pixels(reliability_diagram(table, title=name))
-            writer.add_image(f"{prefix}/{name}_reliability{ending}", image, step, dataformats="HWC")
-        writer.flush()
+    senders = [sender for sender in map(_sender, callbacks) if sender is not None]
+    if not senders or not bins:
+        return
+    images = {
+        f"{prefix}/{name}_reliability{ending}": _pixels(reliability_diagram(table, title=name))
+        for name, table in bins.items()
+    }
+    for sender in senders:
+        sender(images, step)
+
+
+def _sender(callback: Any) -> Callable[[Images, int], None] | None:
+    """What takes images on behalf of a callback; ``None`` if it is no reporter of images."""
+    if (own := getattr(callback, "log_images", None)) is not None:
+        return own  # type: ignore[no-any-return]
+    if (writer := getattr(callback, "tb_writer", None)) is not None:
+        return partial(_to_tensorboard, writer)
+    package = next((_PACKAGES[kind.__name__] for kind in type(callback).__mro__ if kind.__name__ in _PACKAGES), None)
+    return None if package is None else partial(_to_package, import_module(package))
+
+
+def _to_tensorboard(writer: Any, images: Images, step: int) -> None:
+    for tag, pixels in images.items():
+        writer.add_image(tag, pixels, step, dataformats="HWC")
+    writer.flush()
+
+
+def _to_package(package: Any, images: Images, step: int) -> None:
+    """Into the run that the callback has open, on the axis that it uses."""
+    shown = {tag: package.Image(pixels) for tag, pixels in images.items()}
+    package.log({**shown, "train/global_step": step})
 
 
 def can_draw() -> bool:

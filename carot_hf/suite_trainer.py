@@ -365,7 +365,8 @@ class SuiteTrainer(Trainer):
         """Measure accuracy and calibration of every set in one pass over the images.
 
         Outside of training the reliability diagrams are written to ``<output_dir>/<prefix>_reliability.png`` and sent
-        to TensorBoard if it is among ``report_to`` (needs matplotlib; ``args.reliability_diagrams`` False: neither).
+        to TensorBoard, W&B or trackio if among ``report_to`` (needs matplotlib; ``args.reliability_diagrams`` False:
+        neither).
 
         Args:
             eval_dataset: ``None``: all sets of the suite. A name of one of them, or a dict of sets: metrics are called

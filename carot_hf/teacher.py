@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 
@@ -98,7 +99,8 @@ class Teacher:
     are copied, never averaged. Parameters that share storage in the student share it in the teacher and move once.
 
     Args:
-        model: The student, unwrapped (no DDP around it). It is copied, not kept.
+        model: The student. It is copied, not kept; what DDP or ``torch.compile`` put around it is left out, here and
+            in every method.
     Attributes:
         model: The teacher network, same class as the student.
     Source:
@@ -106,19 +108,20 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = _frozen_copy(model)
+        self.model = _frozen_copy(unwrapped(model))
 
     @torch.no_grad()
     def update(self, model: nn.Module, momentum: float) -> None:
         """Move towards ``model``: ``momentum`` 1 leaves the teacher, 0 replaces it.
 
         Args:
-            model: The student, unwrapped; same parameter names and shapes as at construction.
+            model: The student; same parameter names and shapes as at construction.
             momentum: Weight of the old teacher, in ``[0, 1]``.
         Raises:
             ValueError: If the momentum is out of range or the names or shapes differ (the first one is named).
         """
         check_momentum("momentum", momentum)
+        model = unwrapped(model)
         own = dict(self.model.named_parameters())
         theirs = dict(model.named_parameters())
         _check_names(own, theirs, "parameter")
@@ -157,6 +160,32 @@ class Teacher:
         _check_names(own, given, "tensor")
         self.model.load_state_dict(given)
 
+    @contextmanager
+    def swapped_into(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Lend the average to the student: inside, ``model`` has the teacher's weights and buffers, after it its own.
+
+        The values are copied in place and back, in the student's dtype and on its device, so that DDP, compiled code
+        and optimizers keep the tensors that they know. The student is restored bit for bit, also after an exception
+        and after an evaluation that cast it (``bf16_full_eval``). For evaluating and saving: whatever else changes the
+        student inside is undone. The memory of one more student is needed meanwhile.
+
+        Args:
+            model: The student; same names and shapes as at construction.
+        Returns:
+            A context manager that gives ``model``.
+        Raises:
+            ValueError: If the names or shapes differ; the student is as it was.
+        """
+        network = unwrapped(model)
+        lent = _tensors(self.model)
+        _check_names(lent, _tensors(network), "tensor")
+        kept = {name: tensor.detach().clone() for name, tensor in _tensors(network).items()}
+        try:
+            _put(lent, network)
+            yield model
+        finally:
+            _put(kept, network, dtypes=True)
+
     def to(self, device: torch.device) -> Teacher:
         """Move the network to a device. The dtype stays float32."""
         self.model.to(device)
@@ -184,6 +213,33 @@ def check_momentum(name: str, value: float) -> None:
     """Raise a ValueError unless ``value`` is a momentum, i.e. lies in ``[0, 1]``."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"Expected `{name}` in [0, 1], got {value}. It is the weight of the old teacher.")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``."""
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(compiled, nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, those that are not saved included; shared ones once."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+@torch.no_grad()
+def _put(values: Mapping[str, Tensor], network: nn.Module, *, dtypes: bool = False) -> None:
+    """Copy values in place; ``dtypes``: give back a dtype that was changed meanwhile, too."""
+    for name, tensor in _tensors(network).items():
+        if dtypes and tensor.dtype != values[name].dtype:
+            tensor.data = values[name].to(tensor.device)
+        else:
+            tensor.copy_(values[name])
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from transformers import CLIPModel
 from transformers.trainer_utils import rotate_checkpoints
@@ -45,11 +44,10 @@ from .sets import ShiftSuite
 from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
 from .suite_trainer import SuiteTrainer
 from .teacher import Teacher, beta_momentum, ema_momentum, half_life
+from .teacher_file import TEACHER_NAME, load_teacher_file, save_teacher_file
 from .training_args import CaRotTrainingArguments
 
 logger = logging.get_logger(__name__)
-
-TEACHER_NAME = "teacher.safetensors"
 
 
 class CaRotTrainer(SuiteTrainer):
@@ -107,7 +105,7 @@ class CaRotTrainer(SuiteTrainer):
             if options.torch_compile:  # the student is compiled by accelerate, in the same way
                 self.teacher.model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
             update_every = 0 if options.teacher == "frozen" else options.teacher_update_every
-            self._teacher_callback = TeacherCallback(self.teacher, _schedule(options), update_every)
+            self._teacher_callback = TeacherCallback(self.teacher, _schedule(options), update_every, save_as=None)
             self.add_callback(self._teacher_callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -414,7 +412,7 @@ class CaRotTrainer(SuiteTrainer):
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.teacher is not None and self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_model(self.teacher.model, str(folder / TEACHER_NAME))
+            save_teacher_file(self.teacher, folder / TEACHER_NAME)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -451,7 +449,7 @@ class CaRotTrainer(SuiteTrainer):
                 f"Expected the teacher's weights in {path}, got no such file. Resume from a checkpoint of a run with a "
                 "teacher, or set `distillation_weight` 0 to go on without one."
             )
-        self.teacher.load_state_dict(load_file(str(path)))
+        load_teacher_file(self.teacher, path)
 
     def save_teacher(self, output_dir: str | Path) -> None:
         """Save the teacher as a model of its own, with the processor; load it with ``CLIPModel.from_pretrained``.

@@ -302,7 +302,7 @@ class CaRotTrainingArguments(TrainingArguments):
         default=True,
         metadata={
             "help": "After each evaluation outside of training write reliability diagrams into output_dir and send "
-            "them to TensorBoard if it is among the reporters. Needs matplotlib."
+            "them to TensorBoard, W&B or trackio if among the reporters. Needs matplotlib."
         },
     )
 

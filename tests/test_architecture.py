@@ -50,7 +50,8 @@ ALLOWED = {
     "suites": {"digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"losses", "teacher"},
     # floor 2: when and what to show
-    "callbacks": {"teacher"},
+    "teacher_file": {"teacher"},
+    "callbacks": {"teacher", "teacher_file"},
     "evaluation": {"calibration", "ece.binning", "sets", "sigmoid"},
     "plots": {"ece.binning"},
     "model_card": set(),
@@ -64,7 +65,7 @@ ALLOWED = {
     },
     "trainer": {
         "backbones", "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses",
-        "sets", "sigmoid", "suite_trainer", "teacher", "training_args",
+        "sets", "sigmoid", "suite_trainer", "teacher", "teacher_file", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -80,6 +81,7 @@ THIRD_PARTY = {
     "backbones": {"safetensors", "torch", "transformers"},
     "transforms": {"numpy", "PIL", "torch"},
     "teacher": {"torch"},
+    "teacher_file": {"safetensors", "torch"},
     "distributed": {"torch"},
     "checkpoints": set(),
     "calibration": {"numpy", "torch"},

@@ -24,7 +24,7 @@ from carot_hf.checkpoints import newest_complete_checkpoint
 from carot_hf.distributed import lost_process
 
 SAVES = {  # moments of a checkpoint's saving, in their order: the function that starts then
-    "teacher": (carot_hf.trainer, "save_model"),
+    "teacher": (carot_hf.trainer, "save_teacher_file"),
     "model": (transformers.Trainer, "_save"),
     "optimizer": (transformers.Trainer, "_save_optimizer_and_scheduler"),
     "random state": (transformers.Trainer, "_save_rng_state"),
