@@ -46,6 +46,7 @@ ALLOWED = {
     "suite_file": {"loading", "sets", "splits"},
     "suites": {"digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"losses", "teacher"},
+    "onnx_export": {"classifier", "data"},
     # floor 2: when and what to show
     "callbacks": {"teacher"},
     "evaluation": {"calibration", "ece.binning", "sets"},
@@ -60,8 +61,8 @@ ALLOWED = {
         "reporting", "sets", "streaming", "training_args",
     },
     "trainer": {
-        "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses", "sets",
-        "suite_trainer", "teacher", "training_args",
+        "callbacks", "checkpoints", "classifier", "distributed", "evaluation", "gradient_cache", "input_wait", "losses",
+        "model_card", "sets", "suite_trainer", "teacher", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -79,6 +80,7 @@ THIRD_PARTY = {
     "calibration": {"numpy", "torch"},
     "merging": {"torch"},
     "classifier": {"torch", "transformers"},
+    "onnx_export": {"PIL", "torch", "transformers"},  # and those of the extra, when it is called
     "convert": {"torch", "safetensors", "transformers"},
     "digits": {"numpy", "PIL", "matplotlib", "mlxtend", "sklearn"},
     "imagenet": set(),
