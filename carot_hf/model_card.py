@@ -42,6 +42,7 @@ class CardFacts:
         metrics: Of an evaluation of these weights on the whole suite: ``<set>_<metric>`` without any temperature,
             ``<set>_ece_ts`` and ``<set>_nll_ts`` with one; ``ood`` is the mean over the shifted sets. Empty: none.
         temperature: The one of that evaluation.
+        n_bins: Confidence bins of the ECE.
         calibration: ``config.calibration``; ``None``: no temperature is in the weights.
         templates: Captions with ``{}`` for the class name.
         class_names: In the order of the labels.
@@ -68,6 +69,7 @@ class CardFacts:
     sets: Mapping[str, str]
     metrics: Mapping[str, float]
     temperature: float | None
+    n_bins: int
     calibration: Mapping[str, Any] | None
     templates: Sequence[str]
     class_names: Sequence[str]
@@ -226,8 +228,8 @@ def _table(facts: CardFacts) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (titles, *rows)]
     table = "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
     notes = [
-        "ECE is the expected calibration error of the whole set, equal-width bins of the top-label confidence; "
-        "0 is calibrated. Fractions, not per cent; NLL in nats."
+        f"ECE is the expected calibration error of the whole set, {facts.n_bins} bins of equal width of the top-label "
+        "confidence; 0 is calibrated. Fractions, not per cent; NLL in nats."
     ]
     if other:
         notes.append("ECE and NLL with the temperature that is in the weights were not measured.")
@@ -259,7 +261,7 @@ def _temperature(facts: CardFacts) -> str:
 def _use(facts: CardFacts) -> str:
     model = json.dumps(facts.repo or facts.name)
     code = f'from transformers import pipeline\n\nclassify = pipeline("{facts.task}", model={model})\n'
-    captions = f"It was evaluated with the mean over {len(facts.templates)} captions a class"
+    captions = f"It was evaluated with {len(facts.templates)} captions a class"
     if facts.task == ZERO_SHOT:
         names = ", ".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names[:_SHOWN_CLASSES])
         rest = len(facts.class_names) - _SHOWN_CLASSES
@@ -270,8 +272,8 @@ def _use(facts: CardFacts) -> str:
         )
         if len(facts.templates) > 1:
             captions += (
-                "; the pipeline takes one, so that its probabilities are near those of the table but not the same. "
-                "`CaRotTrainer.export_classifier` gives a classifier with just these"
+                ", whose embeddings are averaged. The pipeline takes one caption: its probabilities are near those of "
+                "the table, not the same; `CaRotTrainer.export_classifier` gives those. The captions"
             )
     else:
         code = f'import carot_hf  # makes the model\'s class known\n{code}classify("image.jpg")'

@@ -568,6 +568,7 @@ class SuiteTrainer(Trainer):
                 sets={self.suite.test.name: "home", **dict.fromkeys(self.suite.shifts, "shifted")},
                 metrics=latest.metrics,
                 temperature=latest.temperature,
+                n_bins=self.args.n_bins,
                 calibration=getattr(config, "calibration", None),
                 templates=self.suite.templates,
                 class_names=self.suite.class_names,

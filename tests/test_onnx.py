@@ -6,14 +6,16 @@ import json
 import subprocess
 import sys
 
+import export_onnx as script
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from conftest import CLIP, Noise
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
-from carot_hf import bake_temperature, export_classifier, export_onnx, onnx_export
+from carot_hf import bake_temperature, export_classifier, export_onnx, load_suite, onnx_export
 from carot_hf.prompts import CaptionTable, class_embeddings
 
 USE = """
@@ -158,3 +160,39 @@ def test_large_weights_lie_beside_the_file_and_half_precision_is_exported_in_flo
     floats = sum(value.numel() for value in classifier.state_dict().values() if value.is_floating_point())
     assert (tmp_path / "model.onnx.data").stat().st_size > 3.5 * floats  # transposed or not, 4 bytes each
     assert path.stat().st_size < 200_000
+
+
+@pytest.mark.slow
+def test_the_script_exports_a_calibrated_model_by_its_suite(tmp_path, capsys):
+    """Against CLIP's own towers, caption by caption."""
+    model, processor = CLIPModel.from_pretrained(CLIP).eval(), CLIPProcessor.from_pretrained(CLIP)
+    with pytest.raises(ValueError, match="Expected --suite for a CLIPModel, got none"):
+        script.main(["--model", str(CLIP), "--output", str(tmp_path / "x.onnx")])
+    suite = load_suite("digits")
+    bake_temperature(model, 1.7, record={"templates": suite.templates})
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    path = script.main(["--model", str(tmp_path / "model"), "--suite", "digits", "--output", str(tmp_path / "a.onnx")])
+    told = capsys.readouterr().out
+    assert "MB" in told
+    assert "captions" not in told
+    image = suite.shifts["mnist"][5]["image"]
+    pixels = processor(images=image, return_tensors="pt").pixel_values
+    heads = []
+    with torch.no_grad():
+        for name in suite.class_names:
+            rows = []
+            for template in suite.templates:
+                tokens = processor.tokenizer(template.format(name), return_tensors="pt")
+                row = model.get_text_features(**tokens).pooler_output[0]
+                rows.append(row / row.norm())
+            mean = torch.stack(rows).mean(dim=0)
+            heads.append(mean / mean.norm())
+        embed = model.get_image_features(pixel_values=pixels).pooler_output[0]
+        expected = (model.logit_scale.exp() * torch.stack(heads) @ (embed / embed.norm())).softmax(dim=0)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    got = session.run(["probabilities"], {"pixel_values": pixels.numpy()})[0][0]
+    assert got.tolist() == pytest.approx(expected.tolist(), abs=5e-6)
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["calibration"])["temperature"] == 1.7
+    assert json.loads(facts["class_names"]) == suite.class_names
