@@ -152,7 +152,7 @@ def image_processors() -> dict[str, Any]:
 
 def check_agreement(files: list[bytes], transform: Any, expected: torch.Tensor) -> None:
     """Raise unless our evaluation transform gives the pixels of transformers' processor: all do the same work."""
-    from carot_hf.data import normalize_pixels
+    from carot_hf.transforms import normalize_pixels
     from carot_hf.images import read_image
 
     pixels = torch.stack([transform.evaluate(read_image(data)) for data in files])

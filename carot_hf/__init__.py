@@ -21,6 +21,7 @@ _HOMES = {
     "clip_from_state_dict": "convert",
     "confidence_histogram": "plots",
     "export_classifier": "classifier",
+    "export_onnx": "onnx_export",
     "fit_temperature": "calibration",
     "greedy_soup": "merging",
     "interpolate": "merging",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .convert import clip_from_state_dict, load_clip_checkpoint
     from .merging import alpha_sweep, greedy_soup, interpolate, uniform_soup
     from .metric import load_ece
+    from .onnx_export import export_onnx
     from .plots import confidence_histogram, reliability_diagram
     from .suites import ShiftSet, ShiftSuite, load_suite
     from .teacher import Teacher
@@ -60,6 +62,7 @@ __all__ = [
     "clip_from_state_dict",
     "confidence_histogram",
     "export_classifier",
+    "export_onnx",
     "fit_temperature",
     "greedy_soup",
     "interpolate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,25 @@ METRICS = (
     "accuracy", "top5_accuracy", "ece", "ece_batch_mean", "adaptive_ece", "classwise_ece", "mce", "nll", "brier",
     "auroc", "overconfidence",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model on all sets of a suite, without and with a temperature: what a card reports.
+
+    Attributes:
+        model: That was measured; ``None``: none was yet.
+        metrics: ``<set>_<metric>`` without any temperature; ``<set>_ece_ts`` and ``<set>_nll_ts`` with it.
+        temperature: The one fitted by the evaluation, or the one that was in the weights already.
+        bins: Tables by set, without temperature.
+        bins_ts: Tables by set with it; the split it was fitted on has none.
+    """
+
+    model: Any = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    temperature: float | None = None
+    bins: Mapping[str, CalibrationBins] = field(default_factory=dict)
+    bins_ts: Mapping[str, CalibrationBins] = field(default_factory=dict)
 
 
 class SetLogits(LogitRows):

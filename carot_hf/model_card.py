@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import platform
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +18,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 TAGS = ("carot_hf", "clip", "calibration", "robustness", "distribution-shift")
 ZERO_SHOT, CLASSIFICATION = "zero-shot-image-classification", "image-classification"
 _NAMES = {"accuracy": "Accuracy", "ece": "Expected calibration error", "nll": "Negative log-likelihood"}
-_SHOWN_TEMPLATES = 5
+TEACHER_FOLDER = "teacher"
+_SHOWN_CLASSES = 10
+_SAME_TEMPERATURE = 0.01  # relative; evaluation and calibration fit the same split
 _CITATION = """@inproceedings{oh2023carot,
   title     = {Towards Calibrated Robust Fine-Tuning of Vision-Language Models},
   author    = {Oh, Changdae and Kim, Mijoo and Lim, Hyesu and Park, Junhyeok and Jeong, Euiseog and Cheng, Zhi-Qi and
@@ -34,19 +39,25 @@ class CardFacts:
         task: Of the pipeline that runs it.
         suite: Name of the suite.
         sets: The test sets by name, "id" for the one of the training distribution or "shifted": the order of the table.
-        metrics: Of the latest evaluation of the whole suite, ``<set>_<metric>``; ``<set>_ece_ts`` with the temperature.
-        baked: Whether the temperature was in the weights at that evaluation; the metrics then have no other column.
+        metrics: Of an evaluation of these weights on the whole suite: ``<set>_<metric>`` without any temperature,
+            ``<set>_ece_ts`` and ``<set>_nll_ts`` with one; ``ood`` is the mean over the shifted sets. Empty: none.
+        temperature: The one of that evaluation.
+        n_bins: Confidence bins of the ECE.
         calibration: ``config.calibration``; ``None``: no temperature is in the weights.
         templates: Captions with ``{}`` for the class name.
-        classes: How many there are.
+        class_names: In the order of the labels.
+        steps: Optimizer steps of the run; 0: nothing was trained.
         arguments: Training arguments that are not the defaults.
         versions: Of the packages.
         seed: Of the run.
+        processes: That trained together.
         objective: "contrastive" or "cross_entropy".
         command: That made it; ``None`` in a notebook.
+        repo: Id on the Hub; ``None``: as ``name``.
         base_model: What was fine-tuned; an id of the Hub, or ``None`` if it has none.
         license: Of the weights.
         diagram: File name of the reliability diagrams beside the card.
+        teacher: Whether the teacher's weights are in the folder ``teacher``.
         language: Of the captions.
         datasets: Ids of the Hub.
         tags: Beside ours.
@@ -57,18 +68,23 @@ class CardFacts:
     suite: str
     sets: Mapping[str, str]
     metrics: Mapping[str, float]
-    baked: bool
+    temperature: float | None
+    n_bins: int
     calibration: Mapping[str, Any] | None
     templates: Sequence[str]
-    classes: int
+    class_names: Sequence[str]
+    steps: int
     arguments: Mapping[str, Any]
     versions: Mapping[str, str]
     seed: int
+    processes: int = 1
     objective: str = "contrastive"
     command: str | None = None
+    repo: str | None = None
     base_model: str | None = None
     license: str | None = None
     diagram: str | None = None
+    teacher: bool = False
     language: str | None = None
     datasets: Sequence[str] = field(default_factory=tuple)
     tags: Sequence[str] = field(default_factory=tuple)
@@ -78,7 +94,7 @@ def model_card(facts: CardFacts) -> ModelCard:
     """Write the card: metadata with a result for each set and metric, as the weights give it, and the text."""
     data = ModelCardData(
         model_name=facts.name,
-        library_name="transformers",
+        library_name="transformers" if facts.task == ZERO_SHOT else "carot_hf",  # whose class the model is
         pipeline_tag=facts.task,
         license=facts.license,
         base_model=facts.base_model,
@@ -104,7 +120,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line(argv: Sequence[str]) -> str | None:
-    """The command that runs, if it is a script's; without the values of options called token, and without folders.
+    """The command that runs, if it is a script's; without tokens, and of folders of the machine only the last part.
 
     Args:
         argv: As ``sys.argv``.
@@ -113,25 +129,36 @@ def command_line(argv: Sequence[str]) -> str | None:
         return None
     words, hidden = [], False
     for word in argv[1:]:
-        option, equals, _ = word.partition("=")
-        if hidden and not word.startswith("--"):
-            words.append("...")
-            hidden = False
-            continue
-        hidden = option.startswith("--") and option.endswith("token") and not equals
-        secret = option.startswith("--") and option.endswith("token") and bool(equals)
-        words.append(f"{option}=..." if secret else word)
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        secret = option.endswith("token")
+        if (hidden and not option) or (secret and equals) or re.search(r"hf_\w{20,}", value):
+            value = "..."
+        elif value.startswith(("/", "~")):
+            value = f".../{Path(value).name}"
+        hidden = secret and not equals
+        words.append(f"{option}{equals}{value}")
     return shlex.join(["python", Path(argv[0]).name, *words])
+
+
+def _published(facts: CardFacts) -> str | None:
+    """Ending of the metrics that the published weights give; ``None``: they hold another temperature."""
+    if facts.calibration is None:
+        return ""
+    baked, measured = float(facts.calibration["temperature"]), facts.temperature
+    same = measured is not None and math.isclose(baked, measured, rel_tol=_SAME_TEMPERATURE)
+    return "_ts" if same else None
 
 
 def _results(facts: CardFacts) -> list[EvalResult]:
     """One for each set and metric, as the published weights give it: with the temperature, if it is in them."""
-    ending = "_ts" if facts.calibration is not None and not facts.baked else ""
+    ending = _published(facts)
     results = []
     for name in facts.sets:
         for metric, title in _NAMES.items():
+            if metric != "accuracy" and ending is None:
+                continue
             value = facts.metrics.get(f"{name}_{metric}{'' if metric == 'accuracy' else ending}")
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 results.append(
                     EvalResult(
                         task_type=facts.task,
@@ -164,53 +191,115 @@ def _text(facts: CardFacts) -> str:
 
 
 def _summary(facts: CardFacts) -> str:
-    start = f"`{facts.base_model}`" if facts.base_model else "a CLIP checkpoint"
+    start = f"`{facts.base_model}`" if facts.base_model else "A CLIP checkpoint"
     trained = "CLIP's contrastive loss" if facts.objective == "contrastive" else "a linear head and cross-entropy"
-    return (
-        f"{start[0].upper()}{start[1:]}, fine-tuned on the suite `{facts.suite}` ({facts.classes:,} classes) with "
-        f"{trained}, by carot_hf. It needs transformers only."
-    )
+    done = f"fine-tuned on the suite `{facts.suite}` ({len(facts.class_names):,} classes) with {trained}, by carot_hf."
+    if facts.steps == 0:
+        done = (
+            f"as it was loaded: this run trained nothing. It was prepared for the suite `{facts.suite}` "
+            f"({len(facts.class_names):,} classes) by carot_hf."
+        )
+    needs = "transformers only" if facts.task == ZERO_SHOT else "transformers and carot_hf, which has its class"
+    teacher = f" `{TEACHER_FOLDER}/` holds the teacher of the training, uncalibrated." if facts.teacher else ""
+    return f"{start}, {done} It needs {needs}.{teacher}"
 
 
 def _table(facts: CardFacts) -> str:
-    scaled = any(f"{name}_ece_ts" in facts.metrics for name in facts.sets)
-    plain = "ECE, T in the weights" if facts.baked else "ECE without T"
-    titles = ["set", "", "accuracy", plain, *(["ECE with T", "NLL with T"] if scaled else ["NLL"])]
-    keys = ["accuracy", "ece", *(["ece_ts", "nll_ts"] if scaled else ["nll"])]
+    names = [name for name in facts.sets if f"{name}_accuracy" in facts.metrics]
+    if not names:
+        return "**These weights were not evaluated** before they were pushed: nothing is known of them here."
+    other = _published(facts) is None
+    scaled = not other and any(f"{name}_ece_ts" in facts.metrics for name in names)
+    columns = {"accuracy": "accuracy", "ECE without T": "ece", "NLL without T": "nll"}
+    if scaled:
+        columns |= {"ECE with T": "ece_ts", "NLL with T": "nll_ts"}
+    kinds = {name: facts.sets[name] for name in names}
+    if "ood_accuracy" in facts.metrics:
+        kinds["ood"] = "mean of shifted"
+    titles = ["set", "", *columns]
     rows = [
-        [name, kind, *(_number(facts.metrics.get(f"{name}_{key}")) for key in keys)]
-        for name, kind in facts.sets.items()
+        [
+            "" if name == "ood" else name,
+            kind,
+            *(_number(facts.metrics.get(f"{name}_{key}")) for key in columns.values()),
+        ]
+        for name, kind in kinds.items()
     ]
-    if not any(f"{name}_accuracy" in facts.metrics for name in facts.sets):
-        return "The model was not evaluated before it was pushed."
     lines = ["| " + " | ".join(row) + " |" for row in (titles, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]]) + (
-        "\n\nECE is the expected calibration error of the whole set, equal-width bins of the top-label confidence; "
-        "0 is calibrated. Fractions, not per cent; NLL in nats."
-    )
+    table = "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
+    notes = [
+        f"ECE is the expected calibration error of the whole set, {facts.n_bins} bins of equal width of the top-label "
+        "confidence; 0 is calibrated. Fractions, not per cent; NLL in nats."
+    ]
+    if other:
+        notes.append("ECE and NLL with the temperature that is in the weights were not measured.")
+    elif scaled and facts.calibration is None:
+        notes.append(f"T = {facts.temperature:.4f} was fitted by the evaluation; **it is not in these weights**.")
+    worse = [name for name in names if facts.metrics.get(f"{name}_ece_ts", -1.0) > facts.metrics[f"{name}_ece"]]
+    if scaled and worse:
+        notes.append(f"**With T the ECE is larger than without** on: {', '.join(worse)}.")
+    return "\n\n".join([table, *notes])
 
 
 def _temperature(facts: CardFacts) -> str:
     record = facts.calibration
     if record is None:
-        return "No temperature is in the weights: the probabilities are as trained."
+        return "**No temperature is in the weights**: the probabilities are as trained, not calibrated."
     where = "logit_scale" if facts.task == ZERO_SHOT else "the head"
+    fitted = "set by hand: no split is known that it was fitted on"
+    if "split" in record and "n" in record:
+        fitted = (
+            f"fitted on the split `{record['split']}` ({record['n']:,} images, criterion {record.get('criterion')}), "
+            "which is held out of training and of the table"
+        )
+    if "bias" in record:
+        return (
+            f"T = {record['temperature']:.4f} and a bias of {record['bias']:.4f}, {fitted}. They are part of the weights "
+            "(logit_scale, logit_bias): the stock pipeline gives sigmoid(z / T + bias) of each logit z without knowing. "
+            "Accuracy does not change."
+        )
     return (
-        f"T = {record['temperature']:.4f}, fitted on the split `{record.get('split')}` ({record.get('n'):,} images, "
-        f"criterion {record.get('criterion')}), which is held out of training and of the table. It is part of the "
-        f"weights ({where}): the stock pipeline gives the calibrated probabilities. Accuracy does not change."
+        f"T = {record['temperature']:.4f}, {fitted}. It is part of the weights ({where}): the stock pipeline divides "
+        "by it without knowing. Accuracy does not change."
     )
 
 
 def _use(facts: CardFacts) -> str:
-    template = facts.templates[0]
-    labels = ', candidate_labels=["...", "..."], hypothesis_template=' + repr(template)
-    call = f'classify("image.jpg"{labels if facts.task == ZERO_SHOT else ""})'
-    code = f'from transformers import pipeline\n\nclassify = pipeline("{facts.task}", model="{facts.name}")\n{call}'
-    shown = "\n".join(f"- `{text}`" for text in facts.templates[:_SHOWN_TEMPLATES])
-    rest = len(facts.templates) - _SHOWN_TEMPLATES
-    more = f"\n- and {rest} more, in `config.json`" if rest > 0 else ""
-    return f"```python\n{code}\n```\n\nIt was evaluated with the mean over these captions:\n\n{shown}{more}"
+    model = json.dumps(facts.repo or facts.name)
+    code = f'from transformers import pipeline\n\nclassify = pipeline("{facts.task}", model={model})\n'
+    captions = f"It was evaluated with {len(facts.templates)} captions a class"
+    if facts.task == ZERO_SHOT:
+        names = ", ".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names[:_SHOWN_CLASSES])
+        rest = len(facts.class_names) - _SHOWN_CLASSES
+        code += (
+            f"labels = [{names}]{f'  # and {rest:,} more' if rest > 0 else ''}\n"
+            f"template = {json.dumps(facts.templates[0], ensure_ascii=False)}\n"
+            'classify("image.jpg", candidate_labels=labels, hypothesis_template=template)'
+        )
+        if len(facts.templates) > 1:
+            captions += (
+                ", whose embeddings are averaged. The pipeline takes one caption: its probabilities are near those of "
+                "the table, not the same; `CaRotTrainer.export_classifier` gives those. The captions"
+            )
+    else:
+        code = f'import carot_hf  # makes the model\'s class known\n{code}classify("image.jpg")'
+        captions = "The head started from these captions"
+    return "\n\n".join(
+        [
+            _fenced(code, "python"),
+            f"{captions}:",
+            _fenced("\n".join(facts.templates), "text"),
+            "<details><summary>Class names, in the order of the labels</summary>",
+            _fenced("\n".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names), "text"),
+            "</details>",
+        ]
+    )
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code whose fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _limits(facts: CardFacts) -> str:
@@ -226,12 +315,13 @@ def _limits(facts: CardFacts) -> str:
 def _reproduction(facts: CardFacts) -> str:
     parts = []
     if facts.command:
-        parts.append(f"```bash\n{facts.command}\n```")
-    options = "\n".join(f"| `{name}` | `{value}` |" for name, value in facts.arguments.items())
+        parts.append(_fenced(facts.command, "bash"))
+    options = "\n".join(f"| `{name}` | `{str(value).replace('|', '/')}` |" for name, value in facts.arguments.items())
     if options:
         parts.append(f"| argument | value |\n|---|---|\n{options}")
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    parts.append(f"Seed {facts.seed}; {versions}.")
+    processes = f"; {facts.processes} processes" if facts.processes > 1 else ""
+    parts.append(f"{facts.steps:,} steps; seed {facts.seed}{processes}; {versions}.")
     return "\n\n".join(parts)
 
 

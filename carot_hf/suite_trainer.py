@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm.auto import tqdm
@@ -50,6 +50,7 @@ from .ece.binning import CalibrationBins
 from .evaluation import (
     METRICS,
     SCALED,
+    Comparison,
     Metrics,
     Scaling,
     SetLogits,
@@ -59,7 +60,7 @@ from .evaluation import (
     set_metrics,
     with_aggregates,
 )
-from .model_card import CLASSIFICATION, ZERO_SHOT, CardFacts, command_line, model_card, versions
+from .model_card import CLASSIFICATION, TEACHER_FOLDER, ZERO_SHOT, CardFacts, command_line, model_card, versions
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
 from .sets import ShiftSet, ShiftSuite
@@ -141,7 +142,7 @@ class SuiteTrainer(Trainer):
         self.bins_ts: dict[str, CalibrationBins] = {}
         self._bad_images: dict[str, set[int]] = {}
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
-        self._latest: tuple[dict[str, float], bool] = {}, False  # of the whole suite: metrics, temperature baked in
+        self._latest = Comparison()  # by the latest evaluation of the whole suite
 
     # ---- data ----
 
@@ -386,24 +387,25 @@ class SuiteTrainer(Trainer):
         named, sets = self._sets(eval_dataset)
         self._memory_tracker.start()
         start = time.time()
-        metrics, scaling = self._measure(sets, self._embed_sets(sets, "Evaluation", prefix))
+        parts = self._embed_sets(sets, "Evaluation", prefix)
+        metrics, scaling = self._measure(sets, parts)
         if named:
             flat = flat_names(with_aggregates(metrics, self.suite), prefix)
         else:
             flat = {f"{prefix}_{key}": value for values in metrics.values() for key, value in values.items()}
         flat.update({f"{prefix}_{name}": value for name, value in (scaling or {}).items()})
-        if eval_dataset is None and self._evaluated is None and not self.is_in_train:
-            baked = getattr(self._network.config, "calibration", None) is not None
-            self._latest = {key.removeprefix(f"{prefix}_"): value for key, value in flat.items()}, baked
+        compared = None if self.is_in_train else self._compared(sets, parts, metrics, scaling)
+        if compared is not None and eval_dataset is None and self._evaluated is None:
+            self._latest = compared
         samples = sum(len(data) for data in sets.values())
         steps = math.ceil(samples / (self.args.eval_batch_size * self.args.world_size))
         flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=steps))
         self.log(flat)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         self._memory_tracker.stop_and_update_metrics(flat)
-        if self.args.reliability_diagrams and not self.is_in_train and self.is_world_process_zero() and can_draw():
-            temperature = (scaling or {}).get("temperature")
-            write_diagrams(diagrams_path(self.args.output_dir, prefix), self.bins, self.bins_ts, temperature)
+        if compared is not None and self._draws():
+            path = diagrams_path(self.args.output_dir, prefix)
+            write_diagrams(path, compared.bins, compared.bins_ts, compared.temperature)
             callbacks, step = self.callback_handler.callbacks, self.state.global_step
             send_diagrams(callbacks, self.bins, prefix=prefix, step=step)
             send_diagrams(callbacks, self.bins_ts, prefix=prefix, step=step, ending="_ts")
@@ -490,35 +492,52 @@ class SuiteTrainer(Trainer):
         """Create the repository on the Hub, before anything is trained.
 
         Raises:
-            ValueError: If the Hub refuses.
+            ValueError: If the Hub refuses, or cannot be reached.
         """
         try:
             super().init_hf_repo(token, private)
-        except HfHubHTTPError as error:
+        except (HTTPError, OSError) as error:
+            refused = getattr(getattr(error, "response", None), "status_code", None) is not None
+            cure = (
+                "Run `hf auth login` with a token that may write there, or correct `hub_model_id`."
+                if refused
+                else "Check the connection and HF_ENDPOINT, or run without `push_to_hub` and push later."
+            )
             raise ValueError(
                 f"Expected to create or open '{self.args.hub_model_id or Path(self.args.output_dir).name}' on the Hub, "
-                f"got: {_one_line(error)} Run `hf auth login` with a token that may write there, or correct "
-                "`hub_model_id`."
+                f"got: {_one_line(error)} {cure}"
             ) from error
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Publish weights (safetensors), processor, card and pictures, as ``Trainer.push_to_hub`` does.
 
-        Call it after :meth:`evaluate` and :meth:`calibrate`: the card holds the results of the latest evaluation of
-        the whole suite, and the weights hold the temperature.
+        Call it after :meth:`evaluate` and :meth:`calibrate`, in any order: the card holds the results of the latest
+        evaluation of the whole suite since the last training, and the weights hold the temperature. What is missing
+        the card says, and a warning. All of ``output_dir`` is published but checkpoints and what begins with ``_``.
 
+        Args:
+            *args: As for ``Trainer.push_to_hub``; with ``blocking=False`` a failure is in the result.
+            **kwargs: The same; ``language``, ``license``, ``tags``, ``finetuned_from`` and ``dataset`` go to
+                :meth:`create_model_card`.
         Raises:
             ValueError: If the Hub refuses the token or the name.
             RuntimeError: If the upload fails, after huggingface_hub's own attempts; all of it is in ``output_dir``.
         """
+        if getattr(self.model.config, "calibration", None) is None:
+            logger.warning("An uncalibrated model is pushed, and its card says so. Call `calibrate` before.")
         try:
             return super().push_to_hub(*args, **kwargs)
-        except (OSError, RuntimeError) as error:  # what huggingface_hub raises
+        except (HTTPError, OSError, RuntimeError) as error:  # what huggingface_hub raises
             raise RuntimeError(
                 f"Expected to push to '{self.hub_model_id}', got: {_one_line(error)} The model and its card are in "
                 f"{self.args.output_dir}; call `push_to_hub` again, or `hf upload {self.hub_model_id} "
-                f"{self.args.output_dir} --exclude 'checkpoint-*'`."
+                f"{self.args.output_dir} --exclude 'checkpoint-*' --exclude '_*'`."
             ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy != "end":  # weights that nobody has calibrated: the card must not be an older one's
+            self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
         self,
@@ -550,19 +569,26 @@ class SuiteTrainer(Trainer):
         config = self.model.config
         start = finetuned_from or getattr(config, "_name_or_path", "")
         folder = Path(self.args.output_dir)
-        diagram = diagrams_path(str(folder), "eval")
-        metrics, baked = self._latest
+        folder.mkdir(parents=True, exist_ok=True)
+        latest = self._latest if self._latest.model is self.model else Comparison()
+        diagram = diagrams_path(str(folder), "eval") if latest.bins and self._draws() else None
+        if diagram is not None:  # anew: the file of that name may be of some other evaluation
+            write_diagrams(diagram, latest.bins, latest.bins_ts, latest.temperature)
         card = model_card(
             CardFacts(
                 name=model_name or folder.name,
+                repo=self.hub_model_id,
                 task=CLASSIFICATION if self._objective == "cross_entropy" else ZERO_SHOT,
                 suite=self.suite.name,
                 sets={self.suite.test.name: "home", **dict.fromkeys(self.suite.shifts, "shifted")},
-                metrics=metrics,
-                baked=baked,
+                metrics=latest.metrics,
+                temperature=latest.temperature,
+                n_bins=self.args.n_bins,
                 calibration=getattr(config, "calibration", None),
                 templates=self.suite.templates,
-                classes=len(self.suite.class_names),
+                class_names=self.suite.class_names,
+                steps=self.state.global_step,
+                processes=self.args.world_size,
                 arguments=self.args.changed(),
                 versions=versions(),
                 seed=self.args.seed,
@@ -571,12 +597,12 @@ class SuiteTrainer(Trainer):
                 base_model=start if start and not Path(start).exists() else None,
                 license=license,
                 language=language,
-                diagram=diagram.name if metrics and diagram.is_file() else None,
+                diagram=None if diagram is None else diagram.name,
+                teacher=(folder / TEACHER_FOLDER / "config.json").is_file(),
                 datasets=_listed(dataset) or self.suite.datasets,
                 tags=_listed(tags),
             )
         )
-        folder.mkdir(parents=True, exist_ok=True)
         card.save(folder / "README.md")
 
     def export_classifier(self) -> CLIPClassifier:
@@ -717,6 +743,39 @@ class SuiteTrainer(Trainer):
                 self.bins_ts[name] = label_bins(logits, ids, **options, scaling=scaling)
             metrics[name] = self._set_metrics(logits, ids, scaling if name in self.bins_ts else None)
         return metrics, scaling
+
+    def _compared(
+        self,
+        sets: dict[str, ShiftSet],
+        parts: dict[str, tuple[Tensor, Tensor]],
+        metrics: dict[str, Metrics],
+        scaling: Scaling | None,
+    ) -> Comparison:
+        """Set the metrics without a temperature beside those with it, also where it is in the weights already."""
+        record = getattr(self._network.config, "calibration", None)
+        plain, bins, bins_ts = metrics, self.bins, self.bins_ts
+        temperature = (scaling or {}).get("temperature")
+        if record is not None:
+            temperature, head = float(record["temperature"]), self._head()
+            inverse: dict[str, Any] = {"temperature": 1.0 / temperature}
+            if "bias" in record:
+                inverse["bias"] = -float(record["bias"]) * temperature
+            options: dict[str, Any] = {"n_bins": self.args.n_bins, "link": self._link}
+            plain, bins = {}, {}
+            bins_ts = {name: table for name, table in self.bins.items() if name != "validation"}
+            for name, data in sets.items():
+                part, ids = parts[name]
+                logits = SetLogits(part, head, data)
+                before = calibration_metrics(logits, ids, **options, **inverse)
+                plain[name] = {**before, **{f"{key}_ts": metrics[name][key] for key in SCALED if name in bins_ts}}
+                bins[name] = label_bins(logits, ids, **options, scaling=inverse)
+        named = with_aggregates(plain, self.suite)
+        flat = {f"{name}_{key}": value for name, values in named.items() for key, value in values.items()}
+        return Comparison(self.model, flat, temperature, bins, bins_ts)
+
+    def _draws(self) -> bool:
+        """Whether this process draws reliability diagrams."""
+        return self.args.reliability_diagrams and self.is_world_process_zero() and can_draw()
 
     @property
     def _network(self) -> Any:

@@ -28,6 +28,7 @@ from .checkpoints import (
 )
 from .classifier import linear_probe
 from .distributed import gather_rows, local_columns, lost_process, row_counts
+from .evaluation import Comparison
 from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from .input_wait import InputWait
 from .losses import (
@@ -40,6 +41,7 @@ from .losses import (
     same_class_targets,
     similarity_logits,
 )
+from .model_card import TEACHER_FOLDER
 from .sets import ShiftSuite
 from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
 from .suite_trainer import SuiteTrainer
@@ -127,6 +129,7 @@ class CaRotTrainer(SuiteTrainer):
         if getattr(self.model.config, "calibration", None) is not None:
             logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
             del self.model.config.calibration
+        self._latest = Comparison()  # what was measured is of other weights from here on
         self._term_sums, self._term_steps = {}, 0.0
         if self.args.linear_probe and resume_from_checkpoint is None:
             self._fit_head()
@@ -463,6 +466,22 @@ class CaRotTrainer(SuiteTrainer):
             network: Any = self.teacher.model
             network.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
+
+    def push_to_hub(self, *args: Any, teacher: bool = False, **kwargs: Any) -> Any:
+        """Publish the calibrated student; see :meth:`SuiteTrainer.push_to_hub`.
+
+        Args:
+            *args: See there.
+            teacher: Publish the teacher's weights too, in the folder ``teacher`` of the repository: uncalibrated, for
+                going on with the training or for analysis. They stay in ``output_dir``.
+            **kwargs: See there.
+        Raises:
+            RuntimeError: If there is no teacher, or the upload fails.
+            ValueError: If the Hub refuses the token or the name.
+        """
+        if teacher:
+            self.save_teacher(Path(self.args.output_dir) / TEACHER_FOLDER)
+        return super().push_to_hub(*args, **kwargs)
 
     def evaluate(
         self,

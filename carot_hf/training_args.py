@@ -337,6 +337,10 @@ class CaRotTrainingArguments(TrainingArguments):
         if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the token out of pickles: transformers publishes one if a run pushes while it trains."""
+        return {**self.__dict__, "hub_token": None}
+
     def changed(self) -> dict[str, Any]:
         """The arguments of the method that differ from the defaults, for the card of a model; no folder, no token."""
         own = [item for item in fields(self) if item.name in {*vars(type(self))["__annotations__"], *_STOCK}]

@@ -28,6 +28,7 @@ import carot_hf
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
 from carot_hf.checkpoints import checkpoint_folders, is_complete
 from carot_hf.evaluation import comparison_table
+from carot_hf.model_card import command_line
 from carot_hf.training_args import PRESETS, preset_arguments
 
 START_MODELS = {
@@ -122,7 +123,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     if not args.push_to_hub:  # pushing saves
         trainer.save_model()
     report: dict[str, Any] = {
-        "command": " ".join(["examples/finetune_imagenet.py", *argv]),
+        "command": command_line(["finetune_imagenet.py", *argv]),  # the file is published with the model: no token
         "suite": script.suite,
         "names": suite.sources,
         "method": "zero-shot" if script.zero_shot else script.preset,

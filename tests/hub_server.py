@@ -17,7 +17,10 @@ LARGE = (".safetensors", ".png", ".bin")
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name, each with its files by path; ``failures`` uploads of large files fail at first."""
+    """Repositories by name, each with its files by path; ``failures`` uploads of large files fail at first.
+
+    POST to ``/recover`` ends the failures.
+    """
 
     daemon_threads = True
 
@@ -27,7 +30,9 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, bytes] = {}
         self.commits: list[str] = []
+        self.history: list[tuple[str, dict[str, bytes]]] = []  # name and files after each commit
         self.validated: list[dict[str, object]] = []  # metadata of cards
+        self.created: list[dict[str, object]] = []  # what was asked for each repository
         self.failures, self.failed = failures, 0
 
     def __enter__(self):
@@ -75,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         body, hub = self.body(), self.server
         if self.path.startswith("/verify"):
             self.answer({})
+        elif self.path == "/recover":
+            hub.failures = 0
+            self.answer({})
         elif self.refused():
             pass
         elif self.path == "/api/validate-yaml":
@@ -85,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'tester'}/{asked['name']}"
             hub.repos.setdefault(name, {})
+            hub.created.append({**asked, "id": name})
             self.answer({"url": f"{hub.endpoint}/{name}", "name": name})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
@@ -119,6 +128,7 @@ class Handler(BaseHTTPRequestHandler):
                 repo[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 repo[value["path"]] = self.server.objects[value["oid"]]
+        self.server.history.append((name, dict(repo)))
         url = f"{self.server.endpoint}/{name}/commit/{COMMIT}"
         self.answer({"success": True, "commitUrl": url, "commitOid": COMMIT, "hookOutput": ""})
 

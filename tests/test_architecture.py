@@ -49,6 +49,7 @@ ALLOWED = {
     "suite_file": {"loading", "sets", "splits"},
     "suites": {"digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"losses", "teacher"},
+    "onnx_export": {"classifier", "transforms"},
     # floor 2: when and what to show
     "teacher_file": {"teacher"},
     "callbacks": {"teacher", "teacher_file"},
@@ -64,8 +65,9 @@ ALLOWED = {
         "prompts", "reporting", "sets", "streaming", "training_args", "transforms",
     },
     "trainer": {
-        "backbones", "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses",
-        "sets", "sigmoid", "suite_trainer", "teacher", "teacher_file", "training_args",
+        "backbones", "callbacks", "checkpoints", "classifier", "distributed", "evaluation", "gradient_cache",
+        "input_wait", "losses", "model_card", "sets", "sigmoid", "suite_trainer", "teacher", "teacher_file",
+        "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -87,6 +89,7 @@ THIRD_PARTY = {
     "calibration": {"numpy", "torch"},
     "merging": {"torch"},
     "classifier": {"torch", "transformers"},
+    "onnx_export": {"PIL", "torch", "transformers"},  # and those of the extra, when it is called
     "convert": {"torch", "safetensors", "transformers"},
     "digits": {"numpy", "PIL", "matplotlib", "mlxtend", "sklearn"},
     "imagenet": set(),

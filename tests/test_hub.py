@@ -7,13 +7,21 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import CLIP, ROOT
 from hub_server import GOOD_TOKEN, Hub
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
 from safetensors.numpy import load as load_tensors
 
+from carot_hf import load_suite
+
 PUSH = """
-import sys
+import json, os, sys
+from pathlib import Path
+import numpy as np, torch
+from PIL import Image
 sys.path.insert(0, {tests!r})
 from conftest import noise_suite, tiny_clip, tiny_processor
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
@@ -22,13 +30,22 @@ processor = tiny_processor()
 args = CaRotTrainingArguments.from_preset(
     "carot", output_dir={out!r}, max_steps=2, per_device_train_batch_size=4, save_strategy="steps", save_steps=1,
     report_to="none", disable_tqdm=True, use_cpu=True, push_to_hub={early!r}, hub_model_id="tester/tiny",
+    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
 )
 trainer = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=noise_suite(), processing_class=processor)
 trainer.train()
 print("trained", flush=True)
 trainer.evaluate()
+texts = ["the number " + name for name in ("zero", "one", "two", "three")]
+pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+inputs = processor(text=texts, images=Image.fromarray(pixels), padding=True, return_tensors="pt")
+if trainer.is_world_process_zero():
+    with torch.no_grad():  # by the model before any temperature is in it
+        logits = trainer.model.eval()(**inputs).logits_per_image[0]
+        Path({out!r}, "../logits.json").write_text(json.dumps(logits.tolist()))
 trainer.calibrate()
 trainer.push_to_hub()
+trainer.accelerator.end_training()
 """
 USE = """
 import json, sys
@@ -45,11 +62,55 @@ print(json.dumps({{row["label"]: row["score"] for row in scores}}))
 """
 
 
-def run(tmp_path, code, hub, token=GOOD_TOKEN):
+AGAIN = """
+import sys, urllib.request
+sys.path.insert(0, {tests!r})
+import huggingface_hub.utils._http as http
+from conftest import noise_suite, tiny_clip, tiny_processor
+from carot_hf import CaRotTrainer, CaRotTrainingArguments
+
+http.time.sleep = lambda seconds: None  # between attempts
+processor = tiny_processor()
+
+
+def make(out, **options):
+    args = CaRotTrainingArguments.from_preset(
+        "carot", output_dir=out, max_steps=2, per_device_train_batch_size=4, report_to="none", disable_tqdm=True,
+        use_cpu=True, save_strategy="steps", save_steps=1, teacher_update_every=1, hub_token={token!r}, **options,
+    )
+    return CaRotTrainer(
+        model=tiny_clip(processor.tokenizer), args=args, suite=noise_suite(), processing_class=processor
+    )
+
+
+trainer = make({out!r}, hub_private_repo=True)
+trainer.train()
+try:
+    trainer.push_to_hub()
+except RuntimeError as error:
+    print("failed:", error)
+urllib.request.urlopen(urllib.request.Request({endpoint!r} + "/recover", data=b"", method="POST"))
+trainer.push_to_hub(license="mit")
+trainer.evaluate()
+trainer.calibrate()
+trainer.push_to_hub(teacher=True)
+early = make({out!r} + "/../early", push_to_hub=True, hub_strategy="every_save", hub_model_id="tester/early")
+early.train()
+"""
+
+
+def run(tmp_path, code, hub, token=GOOD_TOKEN, processes=1):
     (tmp_path / "script.py").write_text(code)
+    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return start(tmp_path, [*launch, str(tmp_path / "script.py")], hub, token)
+
+
+def start(tmp_path, command, hub, token=GOOD_TOKEN):
+    """Run Python with huggingface_hub turned to the loopback Hub, and with the packages of this copy."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
         "HF_ENDPOINT": hub.endpoint,
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / "home"),
@@ -57,8 +118,8 @@ def run(tmp_path, code, hub, token=GOOD_TOKEN):
         "HF_HUB_DISABLE_XET": "1",
         "no_proxy": "127.0.0.1",
     }
-    command = [sys.executable, str(tmp_path / "script.py")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    command = [sys.executable, *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
 
 
 def push(tmp_path, hub, early=True, **options):
@@ -87,9 +148,12 @@ def test_a_push_arrives_whole_and_works_without_us(tmp_path):
         scale = load_tensors(files["model.safetensors"])["logit_scale"]
         assert f"T = {temperature:.4f}" in files["README.md"].decode()
         remote = run(tmp_path, USE.format(model="tester/tiny"), hub)
-        local = run(tmp_path, USE.format(model=str(out)), hub)
-    assert remote.returncode == local.returncode == 0, remote.stderr[-3000:] + local.stderr[-2000:]
-    assert json.loads(remote.stdout) == pytest.approx(json.loads(local.stdout), abs=1e-7)
+    assert remote.returncode == 0, remote.stderr[-3000:]
+    scaled = np.array(json.loads((tmp_path / "logits.json").read_text())) / temperature
+    expected = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
+    scores = json.loads(remote.stdout)
+    assert [scores[name] for name in ("zero", "one", "two", "three")] == pytest.approx(expected.tolist(), abs=2e-6)
+    assert abs(temperature - 1) > 0.1
     assert scale.dtype == "float32"
 
 
@@ -103,11 +167,100 @@ def test_a_refused_token_is_an_error_before_the_training(tmp_path):
     assert "hf_bad" not in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("name", ["push_to_hub", "init_hf_repo"])
+def test_a_lost_connection_is_said_with_the_cure(make_trainer, monkeypatch, name):
+    trainer = make_trainer()
+    trainer.hub_model_id = "tester/tiny"
+
+    def fail(*args, **kwargs):
+        raise HTTPError("Connection refused")
+
+    monkeypatch.setattr(f"transformers.Trainer.{name}", fail)
+    kinds = {"push_to_hub": (RuntimeError, "call `push_to_hub` again"), "init_hf_repo": (ValueError, "HF_ENDPOINT")}
+    kind, cure = kinds[name]
+    with pytest.raises(kind, match=f"got: Connection refused .*{cure}"):
+        getattr(trainer, name)()
+
+
 @pytest.mark.slow
-def test_an_upload_that_fails_for_good_loses_nothing(tmp_path):
-    with Hub(failures=100) as hub:
-        result = push(tmp_path, hub, early=False)
-    assert result.returncode == 1
-    assert "RuntimeError: Expected to push to 'tester/tiny', got: " in result.stderr
-    assert (tmp_path / "out" / "README.md").is_file()
-    assert "calibration" in json.loads((tmp_path / "out" / "config.json").read_text())
+def test_a_push_that_fails_for_good_loses_nothing_and_can_be_repeated(tmp_path):
+    """Then: a name of its own, private, by a token that was passed; uncalibrated, then calibrated with the teacher."""
+    with Hub(failures=10**6) as hub:
+        out, tests = tmp_path / "out", str(ROOT / "tests")
+        code = AGAIN.format(tests=tests, out=str(out), token=GOOD_TOKEN, endpoint=hub.endpoint)
+        result = run(tmp_path, code, hub, token="hf_bad")
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "failed: Expected to push to 'tester/out', got: " in result.stdout
+        assert f"`hf upload tester/out {out}" in result.stdout
+        assert "An uncalibrated model is pushed" in result.stderr
+        asked = hub.created[0]
+        assert asked["id"] == "tester/out"
+        assert asked.get("visibility") == "private" or asked.get("private") is True  # by version of huggingface_hub
+        files, early = hub.repos["tester/out"], hub.repos["tester/early"]
+        first, second = (before for before in hub.history if before[0] == "tester/out")
+        card = first[1]["README.md"].decode()
+        assert "**These weights were not evaluated**" in card
+        assert "**No temperature is in the weights**" in card
+        assert "license: mit" in card
+        assert "teacher" not in "".join(first[1])
+        assert second[1] == files
+        for name, content in files.items():
+            assert name == ".gitattributes" or content == (out / name).read_bytes(), name
+        card = files["README.md"].decode()
+        assert 'model="tester/out"' in card
+        assert "`teacher/` holds the teacher" in card
+        student, teacher = (load_tensors(files[name + "model.safetensors"]) for name in ("", "teacher/"))
+        assert student.keys() == teacher.keys()
+        assert any((student[name] != teacher[name]).any() for name in student)
+        assert "training_args.bin" in early  # transformers' own, published while it trains
+        assert "**No temperature is in the weights**" in early["README.md"].decode()
+        for _, tree in hub.history:
+            assert GOOD_TOKEN.encode() not in b"".join(tree.values())
+    lost = run(tmp_path, PUSH.format(tests=tests, out=str(tmp_path / "new"), early=True), hub)
+    assert lost.returncode == 1
+    assert "ValueError: Expected to create or open 'tester/tiny' on the Hub" in lost.stderr
+    assert "Check the connection and HF_ENDPOINT" in lost.stderr
+    assert "trained" not in lost.stdout
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_pushes(tmp_path):
+    with Hub() as hub:
+        result = push(tmp_path, hub, processes=2)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.count("trained") == 2
+        assert (len(hub.created), len(hub.commits)) == (1, 1)
+        assert "2 processes" in hub.repos["tester/tiny"]["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_the_script_pushes_under_accelerate_and_names_its_base_model(tmp_path):
+    """The start model comes from the same Hub; the token is an option, and no file holds it."""
+    with Hub() as hub:
+        hub.repos["tester/clip"] = {path.name: path.read_bytes() for path in CLIP.iterdir()}
+        script = str(ROOT / "examples" / "finetune_imagenet.py")
+        options = ["--suite", "digits", "--output_dir", str(tmp_path / "out"), "--max_steps", "3", "--use_cpu"]
+        options += ["--model_name_or_path", "tester/clip", "--push_to_hub", "--hub_token", GOOD_TOKEN]
+        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+        result = start(tmp_path, [*launch, script, *options, "--report_to", "tensorboard"], hub, token="")
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert len(hub.commits) == 1
+        files = hub.repos["tester/out"]
+    assert any("tfevents" in name for name in files)
+    assert GOOD_TOKEN.encode() not in b"".join(files.values())
+    assert str(tmp_path).encode() not in files["README.md"] + files["metrics.json"]
+    card = ModelCard(files["README.md"].decode(), ignore_metadata_errors=False)
+    suite = load_suite("digits")
+    assert card.data.base_model == "tester/clip"
+    assert (card.data.pipeline_tag, card.data.model_name) == ("zero-shot-image-classification", "out")
+    metrics = json.loads(files["metrics.json"])["metrics"]
+    for result in card.data.eval_results:
+        key = f"eval_{result.dataset_name}_{result.metric_type}{'' if result.metric_type == 'accuracy' else '_ts'}"
+        assert result.metric_value == pytest.approx(metrics[key], abs=1e-6), key
+    assert {result.dataset_name for result in card.data.eval_results} == {suite.test.name, *suite.shifts}
+    command = "python finetune_imagenet.py --suite digits --output_dir .../out --max_steps 3 --use_cpu "
+    assert command + "--model_name_or_path tester/clip --push_to_hub --hub_token ..." in card.text
+    assert set(suite.templates) <= set(card.text.splitlines())
+    assert {json.dumps(name) for name in suite.class_names} <= set(card.text.splitlines())
+    assert "![Reliability diagrams of each set](eval_reliability.png)" in card.text
+    assert files["eval_reliability.png"].startswith(b"\x89PNG")

@@ -1,12 +1,20 @@
-"""The card: valid metadata, a result for each set and metric as the weights give it, and no secret."""
+"""The card: valid metadata, a result for each set and metric as the published weights give it, and no secret."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
+import pickle
 import re
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from huggingface_hub import ModelCard
 
+from carot_hf import bake_temperature, calibration_metrics, interpolate, suite_trainer, unbake_temperature
 from carot_hf.model_card import command_line
 
 
@@ -15,65 +23,215 @@ def card_of(trainer, **options):
     return ModelCard.load(f"{trainer.args.output_dir}/README.md")
 
 
-def test_results_are_those_of_the_weights(make_trainer):
-    """Before the temperature is in: the plain errors; after: those with it, for the same weights are published."""
+def results_of(card):
+    return {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results or []}
+
+
+def rows_of(card):
+    """Cells of the table of results by set."""
+    lines = card.text.split("## Results")[1].split("##")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    titles = rows[0]
+    assert all(len(row) == len(titles) for row in rows)
+    return {row[0] or row[1]: dict(zip(titles, row, strict=True)) for row in rows[1:]}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Diagrams are written as the text of their tables: drawing takes a second."""
+
+    def write(path, *tables):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(repr(tables))
+
+    monkeypatch.setattr(suite_trainer, "write_diagrams", write)
+
+
+def published(trainer, data):
+    """Accuracy, ECE and NLL of a set from the weights as they are, by way of `predict`."""
+    output = trainer.predict(data)
+    return calibration_metrics(torch.tensor(output.predictions), torch.tensor(output.label_ids))
+
+
+@pytest.mark.parametrize("order", ["evaluate calibrate", "calibrate evaluate", "evaluate", "evaluate calibrate unbake"])
+@pytest.mark.parametrize("preset", ["carot", "ft"])
+def test_results_are_those_of_the_weights_in_whatever_order(make_trainer, suite, preset, order):
+    """And the table has both columns: with T taken out, and with T."""
+    trainer = make_trainer(preset=preset, teacher_update_every=2 if preset == "carot" else 0)
+    trainer.train()
+    for step in order.split():
+        {
+            "evaluate": trainer.evaluate,
+            "calibrate": trainer.calibrate,
+            "unbake": lambda: unbake_temperature(trainer.model),
+        }[step]()
+    card = card_of(trainer)
+    results, rows = results_of(card), rows_of(card)
+    metrics = ("accuracy", "ece", "nll")
+    assert results.keys() == {(name, metric) for name in ("home", "far", "part") for metric in metrics}
+    baked = getattr(trainer.model.config, "calibration", None) is not None
+    columns = " with T" if baked else " without T"
+    for name, data in {"home": suite.test, **suite.shifts}.items():
+        expected = published(trainer, data)
+        for metric in metrics:
+            assert results[name, metric] == pytest.approx(expected[metric], abs=2e-6), (name, metric)
+            title = "accuracy" if metric == "accuracy" else metric.upper() + columns
+            assert float(rows[name][title]) == pytest.approx(expected[metric], abs=6e-5)
+    means = [sum(float(rows[name][title]) for name in suite.shifts) / 2 for title in ("ECE without T", "NLL with T")]
+    assert [float(rows["mean of shifted"][title]) for title in ("ECE without T", "NLL with T")] == pytest.approx(
+        means, abs=1e-4
+    )
+    if baked:
+        unbake_temperature(trainer.model)
+        for name, data in suite.shifts.items():
+            expected = published(trainer, data)
+            assert float(rows[name]["ECE without T"]) == pytest.approx(expected["ece"], abs=6e-5)
+            assert float(rows[name]["NLL without T"]) == pytest.approx(expected["nll"], abs=6e-5)
+    else:
+        assert "**it is not in these weights**" in card.text
+        assert "**No temperature is in the weights**" in card.text
+
+
+def test_what_the_metadata_and_the_text_say(make_trainer):
     trainer = make_trainer(reliability_diagrams=True)
-    metrics = trainer.evaluate()
-    for calibrated, ending in ((False, ""), (True, "_ts")):
-        if calibrated:
-            record = trainer.calibrate()
-        card = card_of(trainer, dataset="tester/noise", finetuned_from="openai/clip", tags="mine", license="mit")
-        results = {(result.dataset_name, result.metric_type): result for result in card.data.eval_results}
-        assert len(results) == 3 * len(trainer.suite.evaluation_sets) - 3  # validation is not reported
-        for (name, metric), result in results.items():
-            key = f"eval_{name}_{metric}{'' if metric == 'accuracy' else ending}"
-            assert result.metric_value == pytest.approx(metrics[key], abs=1e-6), key
-            assert result.task_type == "zero-shot-image-classification"
-        for name in trainer.suite.shifts:
-            row = f"| {name} | shifted | {metrics[f'eval_{name}_accuracy']:.4f} | {metrics[f'eval_{name}_ece']:.4f} | "
-            assert row + f"{metrics[f'eval_{name}_ece_ts']:.4f} |" in card.text
+    trainer.train()
+    trainer.evaluate()
+    record = trainer.calibrate()
+    card = card_of(trainer, dataset="tester/noise", finetuned_from="openai/clip", tags="mine", license="mit")
     assert f"T = {record['temperature']:.4f}, fitted on the split `validation` (15 images" in card.text
     data = card.data
     assert (data.pipeline_tag, data.library_name) == ("zero-shot-image-classification", "transformers")
     assert (data.base_model, data.datasets, data.license) == ("openai/clip", ["tester/noise"], "mit")
     assert {"carot_hf", "calibration", "mine"} <= set(data.tags)
+    assert {result.task_type for result in data.eval_results} == {"zero-shot-image-classification"}
+    again = ModelCard(f"---\n{data.to_yaml()}\n---\n", ignore_metadata_errors=False)
+    assert again.data.to_dict() == data.to_dict()
     assert "![Reliability diagrams of each set](eval_reliability.png)" in card.text
     for template in trainer.suite.templates:
-        assert f"`{template}`" in card.text
+        assert template in card.text.splitlines()
+    assert "`openai/clip`, fine-tuned on the suite `noise` (4 classes) with CLIP's contrastive loss" in card.text
     assert "| `learning_rate` | `0.01` |" in card.text
-    assert re.search(r"Seed 42; carot_hf \S+, torch \S+, transformers", card.text)
+    assert re.search(r"4 steps; seed 42; carot_hf \S+, torch \S+, transformers", card.text)
 
 
-def test_a_temperature_that_was_in_at_the_evaluation_is_not_counted_twice(make_trainer):
-    trainer = make_trainer()
-    trainer.calibrate()
-    metrics = trainer.evaluate()
-    card = card_of(trainer)
-    errors = {r.dataset_name: r.metric_value for r in card.data.eval_results if r.metric_type == "ece"}
-    assert errors["far"] == pytest.approx(metrics["eval_far_ece"], abs=1e-6)
-    assert "ECE, T in the weights" in card.text
-
-
-def test_without_evaluation_or_temperature_it_says_so(make_trainer):
-    trainer = make_trainer(preset="ft", teacher_update_every=0)
+def test_what_was_measured_before_a_training_is_not_of_the_trained_weights(make_trainer, drawn):
+    trainer = make_trainer(max_steps=1, reliability_diagrams=True)
+    trainer.evaluate()
+    assert results_of(card_of(trainer))
+    trainer.train()
     card = card_of(trainer)
     assert card.data.eval_results is None
-    assert card.data.pipeline_tag == "image-classification"
-    assert "was not evaluated" in card.text
-    assert "No temperature is in the weights" in card.text
-
-
-def test_other_evaluations_leave_it_alone(make_trainer):
-    trainer = make_trainer(max_steps=1)
-    metrics = trainer.evaluate()
-    trainer.train()
+    assert "**These weights were not evaluated**" in card.text
+    assert "eval_reliability.png" not in card.text
     trainer.evaluate("far")
     trainer.evaluate(teacher=True)
-    assert trainer._latest[0]["far_ece"] == metrics["eval_far_ece"]
+    assert card_of(trainer).data.eval_results is None
+
+
+def test_evaluations_of_one_set_or_of_the_teacher_change_neither_table_nor_picture(make_trainer, drawn):
+    trainer = make_trainer(max_steps=1, reliability_diagrams=True)
+    trainer.train()
+    trainer.evaluate()
+    picture = Path(trainer.args.output_dir, "eval_reliability.png")
+    before, whole = card_of(trainer), picture.read_bytes()
+    trainer.evaluate("far")
+    assert picture.read_bytes() != whole
+    trainer.evaluate(teacher=True)
+    assert card_of(trainer).content == before.content
+    assert picture.read_bytes() == whole
+
+
+def test_another_model_or_another_temperature_is_not_the_one_that_was_measured(make_trainer):
+    """A merge has no temperature, one set by hand no figures."""
+    trainer = make_trainer()
+    trainer.evaluate()
+    bake_temperature(trainer.model, 3.0)
+    card = card_of(trainer)
+    assert {metric for _, metric in results_of(card)} == {"accuracy"}
+    assert "T = 3.0000, set by hand: no split is known" in card.text
+    assert "with the temperature that is in the weights were not measured" in card.text
+    assert "NLL with T" not in card.text
+    merged = interpolate(trainer.model, trainer.model, 0.5)
+    trainer.model = merged
+    card = card_of(trainer)
+    assert card.data.eval_results is None
+    assert "**No temperature is in the weights**" in card.text
+    assert "as it was loaded: this run trained nothing" in card.text
+
+
+def test_sets_that_the_temperature_makes_worse_are_named(make_trainer, suite):
+    trainer = make_trainer()
+    metrics = trainer.evaluate()
+    worse = [name for name in ("home", *suite.shifts) if metrics[f"eval_{name}_ece_ts"] > metrics[f"eval_{name}_ece"]]
+    trainer.calibrate()
+    card = card_of(trainer)
+    trainer._latest.metrics["far_ece_ts"] = trainer._latest.metrics["far_ece"] + 0.1  # and one that surely is
+    assert ("larger than without" in card.text) is bool(worse)
+    named = re.search(r"larger than without\*\* on: (.+)\.", card_of(trainer).text)[1]
+    assert named.split(", ") == [name for name in ("home", *suite.shifts) if name in {*worse, "far"}]
+
+
+def test_the_card_of_a_classifier_says_whose_class_it_is(make_trainer):
+    card = card_of(make_trainer(preset="ft", teacher_update_every=0))
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.library_name == "carot_hf"
+    assert "transformers and carot_hf" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    assert "import carot_hf" in code
+    assert "candidate_labels" not in code
+    compile(code, "card", "exec")
+
+
+def test_odd_names_break_neither_metadata_nor_text(make_trainer, suite):
+    names = ['it\'s a "quote": #1', "tick```tick", "pipe | é 数", "back\\slash"]
+    odd = dataclasses.replace(suite, name="my: suite #2", class_names=names, templates=["a `{}`", "a ```{}``` | photo"])
+    trainer = make_trainer(suite=odd)
+    trainer.evaluate()
+    trainer.evaluate()
+    card = card_of(trainer)
+    results = card.data.eval_results
+    assert {result.dataset_type for result in results} == {"my: suite #2"}
+    metadata = yaml.safe_load(card.content.split("---\n")[1])
+    assert [len(entry["metrics"]) for entry in metadata["model-index"][0]["results"]] == [3, 3, 3]
+    code = re.search(r"^(````+)python\n(.*?)\n\1$", card.text, re.S | re.M)[2]
+    scope = {}
+    exec("\n".join(line for line in code.splitlines() if line.startswith(("labels", "template"))), scope)
+    assert scope["labels"] == names
+    assert scope["template"] == "a `{}`"
+    assert "\na ```{}``` | photo\n" in card.text
+
+
+def test_values_that_are_no_numbers_are_left_out(make_trainer):
+    trainer = make_trainer()
+    trainer.evaluate()
+    trainer._latest.metrics["far_nll"] = math.nan
+    assert ("far", "nll") not in results_of(card_of(trainer))
 
 
 def test_the_command_holds_no_token_and_no_folder_of_the_machine():
     argv = ["/home/me/finetune.py", "--suite", "digits", "--hub_token", "hf_secret", "--bf16", "--other_token=hf_s"]
     assert command_line(argv) == "python finetune.py --suite digits --hub_token ... --bf16 --other_token=..."
+    argv = ["x.py", "--hub-token", "s", "--data_root", "/home/me/data", "--output_dir=/home/me/out", "hf_" + "a" * 34]
+    assert command_line(argv) == "python x.py --hub-token ... --data_root .../data --output_dir=.../out ..."
     assert command_line(["/usr/lib/ipykernel_launcher", "-f", "x"]) is None
     assert command_line([]) is None
+
+
+def test_pickles_of_the_arguments_hold_no_token(make_trainer):
+    args = make_trainer(hub_token="hf_secret").args
+    assert b"hf_secret" not in pickle.dumps(args)
+    assert args.hub_token == "hf_secret"
+
+
+def test_an_uncalibrated_push_is_said(make_trainer, monkeypatch, caplog):
+    trainer = make_trainer()
+    monkeypatch.setattr("transformers.Trainer.push_to_hub", lambda self, *a, **kw: "pushed")
+    for name in ("transformers", "carot_hf"):
+        logging.getLogger(name).propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert trainer.push_to_hub() == "pushed"
+    assert "An uncalibrated model is pushed" in caplog.text
+    caplog.clear()
+    trainer.calibrate()
+    trainer.push_to_hub()
+    assert "uncalibrated" not in caplog.text
