@@ -152,8 +152,8 @@ def image_processors() -> dict[str, Any]:
 
 def check_agreement(files: list[bytes], transform: Any, expected: torch.Tensor) -> None:
     """Raise unless our evaluation transform gives the pixels of transformers' processor: all do the same work."""
-    from carot_hf.transforms import normalize_pixels
     from carot_hf.images import read_image
+    from carot_hf.transforms import normalize_pixels
 
     pixels = torch.stack([transform.evaluate(read_image(data)) for data in files])
     difference = float((normalize_pixels(pixels, transform.mean, transform.std) - expected).abs().max())

@@ -254,9 +254,9 @@ def _temperature(facts: CardFacts) -> str:
         )
     if "bias" in record:
         return (
-            f"T = {record['temperature']:.4f} and a bias of {record['bias']:.4f}, {fitted}. They are part of the weights "
-            "(logit_scale, logit_bias): the stock pipeline gives sigmoid(z / T + bias) of each logit z without knowing. "
-            "Accuracy does not change."
+            f"T = {record['temperature']:.4f} and a bias of {record['bias']:.4f}, {fitted}. They are part of the "
+            "weights (logit_scale, logit_bias): the stock pipeline gives sigmoid(z / T + bias) of each logit z without "
+            "knowing. Accuracy does not change."
         )
     return (
         f"T = {record['temperature']:.4f}, {fitted}. It is part of the weights ({where}): the stock pipeline divides "
