@@ -25,6 +25,17 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
 from transformers.utils import logging
 
+from .adapters import (
+    add_lora,
+    base_model,
+    cast_frozen,
+    check_adapters,
+    check_folder,
+    is_adapted,
+    merged,
+    refuse_own_adapters,
+    save_beside,
+)
 from .calibration import bake_temperature, calibration_metrics, check_not_baked, fit_temperature
 from .classifier import CLIPClassifier, export_classifier
 from .data import (
@@ -56,8 +67,9 @@ class SuiteTrainer(Trainer):
     """A ``Trainer`` whose data are a :class:`~carot_hf.ShiftSuite` and whose model is a ``CLIPModel``.
 
     Args:
-        model: A ``CLIPModel``. With the objective "cross_entropy" it is turned into a
-            :class:`~carot_hf.CLIPClassifier` with the suite's zero-shot head; a classifier is taken as it is.
+        model: A ``CLIPModel``, or a ``peft.PeftModel`` of one with LoRA. With the objective "cross_entropy" it is
+            turned into a :class:`~carot_hf.CLIPClassifier` with the suite's zero-shot head; a classifier is taken as it
+            is.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
         processing_class: The model's ``CLIPProcessor``.
@@ -72,6 +84,8 @@ class SuiteTrainer(Trainer):
         ValueError: If arguments, captions and suite do not fit each other.
     """
 
+    args: Any
+    model: Any
     control: Any
     compute_metrics: Any
     data_collator: Any
@@ -89,6 +103,7 @@ class SuiteTrainer(Trainer):
     ) -> None:
         args = CaRotTrainingArguments() if args is None else args
         _check_options(args, suite, processing_class, compute_metrics, kwargs)
+        self.args = args  # the parent sets it later
         self.suite = suite
         self._processor = processing_class
         self._objective = args.objective
@@ -117,6 +132,7 @@ class SuiteTrainer(Trainer):
         self.bins: dict[str, CalibrationBins] = {}
         self.bins_ts: dict[str, CalibrationBins] = {}
         self._bad_images: dict[str, set[int]] = {}
+        self._in_checkpoint = False  # what is saved goes into a checkpoint
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
         self._latest: tuple[dict[str, float], bool] = {}, False  # of the whole suite: metrics, temperature baked in
 
@@ -211,7 +227,13 @@ class SuiteTrainer(Trainer):
         return self._prepared(super().call_model_init(trial))
 
     def _prepared(self, model: Any) -> Any:
-        """Check a model, bring it to float32, align its markers; make the classifier that FT trains of a CLIPModel."""
+        """Check a model, bring it to float32, align its markers; add LoRA, or make the classifier that FT trains."""
+        if is_adapted(model):
+            check_adapters(model, self.args)
+            cast_frozen(model, self._training_dtype(model))
+            _align_markers(base_model(model), self._processor)
+            return model
+        refuse_own_adapters(model)
         kinds = (CLIPModel, CLIPClassifier) if self._objective == "cross_entropy" else (CLIPModel,)
         if not isinstance(model, kinds):
             raise TypeError(
@@ -223,6 +245,8 @@ class SuiteTrainer(Trainer):
         model.to(dtype)
         if isinstance(model, CLIPModel):
             _align_markers(model, self._processor)
+            if self.args.lora_rank:
+                return add_lora(model, self.args.lora_rank, self.args.lora_alpha, self.args.seed)
             if self._objective == "contrastive":
                 return model
             head = class_embeddings(model, self._captions(model))
@@ -250,7 +274,10 @@ class SuiteTrainer(Trainer):
                 "Expected bfloat16 with `float32_weights` False, got float16. Its gradients underflow: leave "
                 "`float32_weights` True and set `fp16`, or load the checkpoint with `dtype=torch.bfloat16`."
             )
-        logger.info("The model is trained and saved in bfloat16, the teacher kept in float32.")
+        if is_adapted(model) or self.args.lora_rank:
+            logger.info("The network stays in bfloat16; adapters, teacher and the merged model are float32.")
+        else:
+            logger.info("The model is trained and saved in bfloat16, the teacher kept in float32.")
         return torch.bfloat16
 
     def _captions(self, model: Any) -> CaptionTable:
@@ -453,13 +480,25 @@ class SuiteTrainer(Trainer):
             **{f"{name}_before": before[name] for name in ("nll", "ece")},
             **{f"{name}_after": after[name] for name in ("nll", "ece")},
         }
-        bake_temperature(self.model, temperature, record=record)
+        bake_temperature(base_model(self.model), temperature, record=record)
         return dict(self.model.config.calibration)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        adapted = is_adapted(self.model) and self.args.should_save
+        if adapted and not self._in_checkpoint:
+            check_folder(folder)
+            student, self.model = self.model, merged(self.model)
+            try:
+                super()._save(output_dir)
+            finally:
+                self.model = student
+        else:
+            super()._save(output_dir, state_dict)
+            if adapted:
+                save_beside(self.model, folder)
         # a pickle that nothing reads, in which a `hub_token` would be published
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository on the Hub, before anything is trained.
@@ -560,7 +599,7 @@ class SuiteTrainer(Trainer):
         It gives the probabilities that :meth:`predict` gives, needs no text tower, and works in the stock pipeline
         "image-classification".
         """
-        network = self.accelerator.unwrap_model(self.model)
+        network = merged(self.accelerator.unwrap_model(self.model))
         if isinstance(network, CLIPClassifier):
             return copy.deepcopy(network)
         with torch.no_grad():

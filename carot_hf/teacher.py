@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import accumulate
 
@@ -97,16 +97,25 @@ class Teacher:
     bf16 teacher would never move at these rates), never requires a gradient and is always in evaluation mode. Buffers
     are copied, never averaged. Parameters that share storage in the student share it in the teacher and move once.
 
+    With ``share_frozen`` the student's frozen parameters are the teacher's too, the very objects, whatever their dtype:
+    there is no second copy of them, and what moves or casts the student (``student.to``) does so for both. Frozen
+    scalars are copied all the same, since a temperature may be baked into the student's ``logit_scale``.
+
     Args:
         model: The student, unwrapped (no DDP around it). It is copied, not kept.
+        share_frozen: Hold only what is trained, such as adapters, and share the rest with the student.
     Attributes:
         model: The teacher network, same class as the student.
+        shared: Names of the parameters that are the student's; empty without ``share_frozen``.
     Source:
         CaRot, section 2.3; the rule of timm's ``ModelEmaV3``, by name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = _frozen_copy(model)
+    def __init__(self, model: nn.Module, *, share_frozen: bool = False) -> None:
+        named = model.named_parameters(remove_duplicate=False)
+        shared = {name: value for name, value in named if share_frozen and not value.requires_grad and value.dim() > 0}
+        self.shared = frozenset(shared)
+        self.model = _frozen_copy(model, shared.values())
 
     @torch.no_grad()
     def update(self, model: nn.Module, momentum: float) -> None:
@@ -116,13 +125,17 @@ class Teacher:
             model: The student, unwrapped; same parameter names and shapes as at construction.
             momentum: Weight of the old teacher, in ``[0, 1]``.
         Raises:
-            ValueError: If the momentum is out of range or the names or shapes differ (the first one is named).
+            ValueError: If the momentum is out of range, the names or shapes differ (the first one is named), or a
+                shared parameter is not frozen any more.
         """
         check_momentum("momentum", momentum)
+        self._share(model)
         own = dict(self.model.named_parameters())
         theirs = dict(model.named_parameters())
         _check_names(own, theirs, "parameter")
         for name, parameter in own.items():
+            if name in self.shared:
+                continue
             student = theirs[name].detach().to(parameter.device, torch.float32)
             if momentum == 0.0:
                 parameter.copy_(student)
@@ -135,8 +148,8 @@ class Teacher:
         self.update(model, 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the teacher's weights and persistent buffers by name."""
-        return dict(self.model.state_dict())
+        """Return the teacher's weights and persistent buffers by name, without those that are the student's."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.shared}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned, bit for bit.
@@ -146,21 +159,37 @@ class Teacher:
         Raises:
             ValueError: If a name is missing, unknown or has another shape.
         """
-        own = self.model.state_dict()
-        shared = _aliases(own)
+        own = self.state_dict()
+        twins = _aliases(own)
         given = dict(state_dict)
         for name in own:
             if name not in given:
-                twin = next((other for other in shared[name] if other in given), None)
+                twin = next((other for other in twins[name] if other in given), None)
                 if twin is not None:
                     given[name] = given[twin]
         _check_names(own, given, "tensor")
-        self.model.load_state_dict(given)
+        self.model.load_state_dict(given, strict=not self.shared)
 
     def to(self, device: torch.device) -> Teacher:
-        """Move the network to a device. The dtype stays float32."""
+        """Move the network to a device, shared parameters included. The dtype stays as it is."""
         self.model.to(device)
         return self
+
+    def _share(self, model: nn.Module) -> None:
+        """Take over the frozen parameters of a student that is another model, or was moved by making new ones."""
+        if not self.shared:
+            return
+        own, theirs = (dict(network.named_parameters(remove_duplicate=False)) for network in (self.model, model))
+        _check_names(own, theirs, "parameter")
+        for name in self.shared:
+            if theirs[name].requires_grad:
+                raise ValueError(
+                    f"Expected parameter `{name}` frozen, as when the teacher was made, got one that is trained. "
+                    "Make a new Teacher after changing `requires_grad`."
+                )
+            if own[name] is not theirs[name]:
+                module, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(module), leaf, theirs[name])
 
     def _copy_buffers(self, model: nn.Module) -> None:
         own = dict(self.model.named_buffers())
@@ -186,11 +215,17 @@ def check_momentum(name: str, value: float) -> None:
         raise ValueError(f"Expected `{name}` in [0, 1], got {value}. It is the weight of the old teacher.")
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    teacher = copy.deepcopy(model).float()  # parameters that are shared stay shared
-    for parameter in teacher.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
+def _frozen_copy(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
+    """A copy in float32; parameters that are one tensor stay one, and those in ``shared`` are not copied."""
+    kept = {id(parameter): parameter for parameter in shared}
+    teacher = copy.deepcopy(model, dict(kept))
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        if id(tensor) in kept:
+            continue
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+        tensor.requires_grad_(False)
+        tensor.grad = None
     return teacher.eval()
 
 

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 from transformers import CLIPModel
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from .adapters import base_model, is_adapted, load_beside, merged
 from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, TerminationCallback
 from .checkpoints import (
     check_checkpoint,
@@ -53,8 +54,12 @@ TEACHER_NAME = "teacher.safetensors"
 class CaRotTrainer(SuiteTrainer):
     """Fine-tune a ``CLIPModel`` with contrastive loss, smoothing, distillation and penalties; judge it under shift.
 
+    With LoRA only the adapters are trained and averaged, and checkpoints hold nothing else; :meth:`save_model`,
+    :meth:`save_teacher`, :meth:`push_to_hub` and :meth:`export_classifier` give merged models, which need no peft, and
+    leave the one in training as it is.
+
     Args:
-        model: A ``CLIPModel``.
+        model: A ``CLIPModel``, to which ``args.lora_rank`` may add LoRA, or a ``peft.PeftModel`` of one.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
         processing_class: The model's ``CLIPProcessor``.
@@ -63,7 +68,7 @@ class CaRotTrainer(SuiteTrainer):
         teacher: The :class:`~carot_hf.Teacher`, ``None`` when no term of the loss needs one.
         bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature.
     Raises:
-        TypeError: If the model is not a ``CLIPModel``.
+        TypeError: If the model is not a ``CLIPModel``, or one with LoRA.
         ValueError: If arguments, captions and suite do not fit each other.
     """
 
@@ -99,7 +104,7 @@ class CaRotTrainer(SuiteTrainer):
         self._teacher_callback: TeacherCallback | None = None
         _freeze(self.model, options.freeze)
         if options.needs_teacher:
-            self.teacher = Teacher(self.model)
+            self.teacher = Teacher(self.model, share_frozen=is_adapted(self.model))
             if options.torch_compile:  # the student is compiled by accelerate, in the same way
                 self.teacher.model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
             update_every = 0 if options.teacher == "frozen" else options.teacher_update_every
@@ -158,7 +163,8 @@ class CaRotTrainer(SuiteTrainer):
         accelerate marks it as prepared; training would then leave out DDP, and each process keep its own gradients.
         """
         network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        network.__dict__.pop("_is_accelerate_prepared", None)
+        for part in (network, base_model(network)):
+            part.__dict__.pop("_is_accelerate_prepared", None)
         self.accelerator._models = [model for model in self.accelerator._models if model is not network]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -379,7 +385,7 @@ class CaRotTrainer(SuiteTrainer):
                 if momentum < 1:
                     logs["teacher_half_life"] = half_life(momentum, self._teacher_callback.update_every)
             logs["input_wait"] = round(self._input_wait.read(), 4)
-            if isinstance(self.model, CLIPModel):
+            if hasattr(self.model, "logit_scale"):
                 logs["logit_multiplier"] = self.model.logit_scale.detach().float().exp().item()
         super().log(logs, start_time)
 
@@ -397,12 +403,17 @@ class CaRotTrainer(SuiteTrainer):
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.teacher is not None and self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_model(self.teacher.model, str(folder / TEACHER_NAME))
+            if self.teacher.shared:
+                save_file(self.teacher.state_dict(), str(folder / TEACHER_NAME))
+            else:
+                save_model(self.teacher.model, str(folder / TEACHER_NAME))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._in_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+            self._in_checkpoint = False
         if self.args.world_size > 1:
             dist.barrier()  # each process saves the state of its own generators
         if self.args.should_save:
@@ -416,12 +427,18 @@ class CaRotTrainer(SuiteTrainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_teacher(resume_from_checkpoint)
+        self._load_own(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_teacher(self.state.best_model_checkpoint)
+        self._load_own(self.state.best_model_checkpoint)
+
+    def _load_own(self, checkpoint: str) -> None:
+        """Restore what is ours in a checkpoint: the teacher, and what is trained beside adapters."""
+        if is_adapted(self.model):
+            load_beside(self.model, checkpoint)
+        self._load_teacher(checkpoint)
 
     def _load_teacher(self, checkpoint: str) -> None:
         if self.teacher is None:
@@ -443,7 +460,7 @@ class CaRotTrainer(SuiteTrainer):
         if self.teacher is None:
             raise RuntimeError("Expected a teacher to save, got none. Train with `distillation_weight` > 0.")
         if self.args.should_save:
-            network: Any = self.teacher.model
+            network: Any = merged(self.teacher.model)
             network.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
 

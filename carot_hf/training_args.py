@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
+from .adapters import check_lora_options, check_penalties
 from .losses import SAME_CLASS
 from .teacher import check_momentum
 
@@ -130,6 +131,9 @@ class CaRotTrainingArguments(TrainingArguments):
         same_class: What other samples of the same class are in the contrastive loss: "negative" (as published),
             "positive" or "ignore"; see :func:`~carot_hf.losses.same_class_targets`.
         freeze: Tower that is not trained, with its projection: "vision" or "text".
+        lora_rank: Rank of LoRA adapters (peft) on the linear layers of both towers; only they are trained, and averaged
+            by the teacher, and the saved model has them merged. 0: no adapters, all weights are trained.
+        lora_alpha: Their scale is ``lora_alpha / lora_rank``; ``None``: twice the rank.
         distillation_weight: lambda, the weight of the distillation from the teacher; 0: no teacher.
         feature_distillation_weight: Weight of the squared distance to the teacher's embeddings (TRACER).
         orthogonality_weight: Weight of ``|| W_v^T W_v - I ||_F`` on the visual projection.
@@ -229,6 +233,16 @@ class CaRotTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Tower that is not trained, with its projection.", "choices": ["vision", "text"]},
     )
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of LoRA adapters on the attention and MLP layers of both towers; the rest is frozen. Needs "
+            "peft. 0: no adapters."
+        },
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "LoRA's scale is lora_alpha / lora_rank. Default: twice the rank."}
+    )
     distillation_weight: float = field(
         default=0.75, metadata={"help": "Weight (lambda) of the distillation from the EMA teacher. 0: no teacher."}
     )
@@ -327,6 +341,9 @@ class CaRotTrainingArguments(TrainingArguments):
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self._join_processes()
         super().__post_init__()
+        if self.lora_rank:
+            check_lora_options(self)
+            check_penalties(None, self)
         self._set_accumulation()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
@@ -398,6 +415,13 @@ class CaRotTrainingArguments(TrainingArguments):
             )
         if not 0 < self.teacher_beta < float("inf"):
             raise ValueError(f"Expected `teacher_beta` > 0, got {self.teacher_beta}. TRACER uses 0.5.")
+        if self.lora_rank < 0:
+            raise ValueError(f"Expected `lora_rank` >= 0, got {self.lora_rank}. 0 trains all weights, without LoRA.")
+        if self.lora_alpha is not None and (self.lora_alpha < 1 or not self.lora_rank):
+            raise ValueError(
+                f"Expected `lora_alpha` None, or >= 1 with `lora_rank` >= 1, got {self.lora_alpha} with rank "
+                f"{self.lora_rank}. None means twice the rank."
+            )
         if self.n_bins < 1:
             raise ValueError(f"Expected `n_bins` >= 1, got {self.n_bins}. The papers use 10.")
         if self.calibration_criterion not in ("nll", "ece"):

@@ -33,6 +33,7 @@ ALLOWED = {
     "calibration": {"ece.binning"},
     "merging": set(),
     # floor 1: data, options, and models beside CLIPModel
+    "adapters": set(),  # LoRA; the only one that knows peft
     "classifier": set(),
     "convert": set(),
     "prompts": set(),
@@ -45,7 +46,7 @@ ALLOWED = {
     "imagenet_suite": {"class_names", "corruptions", "imagenet", "loading", "sets", "splits", "streaming"},
     "suite_file": {"loading", "sets", "splits"},
     "suites": {"digits", "imagenet_suite", "sets", "suite_file"},
-    "training_args": {"losses", "teacher"},
+    "training_args": {"adapters", "losses", "teacher"},
     # floor 2: when and what to show
     "callbacks": {"teacher"},
     "evaluation": {"calibration", "ece.binning", "sets"},
@@ -56,12 +57,12 @@ ALLOWED = {
     "ece.app": {"metric", "plots"},
     # floor 3: the trainer
     "suite_trainer": {
-        "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation", "model_card", "prompts",
-        "reporting", "sets", "streaming", "training_args",
+        "adapters", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation", "model_card",
+        "prompts", "reporting", "sets", "streaming", "training_args",
     },
     "trainer": {
-        "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses", "sets",
-        "suite_trainer", "teacher", "training_args",
+        "adapters", "callbacks", "checkpoints", "classifier", "distributed", "gradient_cache", "input_wait", "losses",
+        "sets", "suite_trainer", "teacher", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -78,6 +79,7 @@ THIRD_PARTY = {
     "checkpoints": set(),
     "calibration": {"numpy", "torch"},
     "merging": {"torch"},
+    "adapters": {"peft", "safetensors", "torch", "transformers"},
     "classifier": {"torch", "transformers"},
     "convert": {"torch", "safetensors", "transformers"},
     "digits": {"numpy", "PIL", "matplotlib", "mlxtend", "sklearn"},
@@ -149,6 +151,14 @@ def test_low_rooms_know_few_libraries(name):
 
 def test_only_the_metric_and_its_loader_know_evaluate():
     assert [name for name, found in MODULES.items() if "evaluate" in found] == ["ece.ece", "metric"]
+
+
+def test_peft_is_imported_in_functions_of_one_module_only():
+    assert [name for name, found in MODULES.items() if any(i.split(".")[0] == "peft" for i in found)] == ["adapters"]
+    tree = dict(modules())["adapters"]
+    at_once = {i.split(".")[0] for node in tree.body for i in imports("adapters", ast.Module([node], []))
+               if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
+    assert "peft" not in at_once
 
 
 def test_binning_stands_in_one_place():
