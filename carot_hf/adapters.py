@@ -107,8 +107,8 @@ def check_lora_options(args: Any) -> None:
         )
     if args.push_to_hub and args.hub_strategy != "end":
         raise ValueError(
-            f"Expected `hub_strategy` 'end' with LoRA, got '{args.hub_strategy.value}'. It would publish adapters beside "
-            f"the merged model, and a pipeline would apply them twice; {_SEE}"
+            f"Expected `hub_strategy` 'end' with LoRA, got '{args.hub_strategy.value}'. It would publish adapters, "
+            f"which a pipeline would apply on top of the merged model; {_SEE}"
         )
     check_folder(args.output_dir)
 

@@ -99,7 +99,7 @@ class Teacher:
 
     With ``share_frozen`` the student's frozen parameters are the teacher's too, the very objects, whatever their dtype:
     there is no second copy of them, and what moves or casts the student (``student.to``) does so for both. Frozen
-    scalars are copied all the same, since a temperature may be baked into the student's ``logit_scale``.
+    scalars are copied at each update, since a temperature may be baked into the student's ``logit_scale`` later.
 
     Args:
         model: The student, unwrapped (no DDP around it). It is copied, not kept.
@@ -113,8 +113,9 @@ class Teacher:
 
     def __init__(self, model: nn.Module, *, share_frozen: bool = False) -> None:
         named = model.named_parameters(remove_duplicate=False)
-        shared = {name: value for name, value in named if share_frozen and not value.requires_grad and value.dim() > 0}
-        self.shared = frozenset(shared)
+        fixed = {name: value for name, value in named if share_frozen and not value.requires_grad}
+        shared = {name: value for name, value in fixed.items() if value.dim() > 0}
+        self.shared, self._fixed = frozenset(shared), frozenset(fixed)
         self.model = _frozen_copy(model, shared.values())
 
     @torch.no_grad()
@@ -137,7 +138,7 @@ class Teacher:
             if name in self.shared:
                 continue
             student = theirs[name].detach().to(parameter.device, torch.float32)
-            if momentum == 0.0:
+            if momentum == 0.0 or name in self._fixed:
                 parameter.copy_(student)
             else:
                 parameter.mul_(momentum).add_(student, alpha=1.0 - momentum)
@@ -177,17 +178,17 @@ class Teacher:
 
     def _share(self, model: nn.Module) -> None:
         """Take over the frozen parameters of a student that is another model, or was moved by making new ones."""
-        if not self.shared:
+        if not self._fixed:
             return
         own, theirs = (dict(network.named_parameters(remove_duplicate=False)) for network in (self.model, model))
         _check_names(own, theirs, "parameter")
-        for name in self.shared:
+        for name in sorted(self._fixed):
             if theirs[name].requires_grad:
                 raise ValueError(
                     f"Expected parameter `{name}` frozen, as when the teacher was made, got one that is trained. "
                     "Make a new Teacher after changing `requires_grad`."
                 )
-            if own[name] is not theirs[name]:
+            if name in self.shared and own[name] is not theirs[name]:
                 module, _, leaf = name.rpartition(".")
                 setattr(self.model.get_submodule(module), leaf, theirs[name])
 

@@ -153,7 +153,8 @@ class CaRotTrainingArguments(TrainingArguments):
             ``per_device_train_batch_size`` at a time (gradient cache); 0: as many as the devices hold at once.
         float32_weights: Train a half-precision checkpoint in float32. ``False``: in bfloat16, as it comes, with the
             optimizer's moments; half the memory, but a step that changes a weight by less than 1/256 is mostly lost,
-            and at the published learning rate that is nearly every step. The teacher stays float32.
+            and at the published learning rate that is nearly every step. The teacher stays float32. With LoRA only the
+            frozen network stays bfloat16, so that no step is lost, and the merged model is saved in float32.
         on_bad_image: An image that cannot be decoded is an error ("raise"), or replaced by the next one of its set and
             listed in the end ("skip").
         dataloader_persistent_workers: Keep the workers of the training loader from epoch to epoch; ``None``: if there

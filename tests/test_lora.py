@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_hub
 import torch
 from conftest import ROOT, tiny_clip
+from hub_server import Hub
 from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from test_distributed import launch
@@ -22,7 +24,7 @@ from test_teacher import Net
 from torch import nn
 from transformers import CLIPModel, TrainerCallback, pipeline
 
-from carot_hf import CaRotTrainingArguments, Teacher, interpolate, uniform_soup
+from carot_hf import CaRotTrainer, CaRotTrainingArguments, Teacher, interpolate, uniform_soup
 from carot_hf.adapters import LINEAR_LAYERS, merged
 
 # peft asks transformers for an attribute by its old name
@@ -152,7 +154,8 @@ def test_teacher_averages_what_is_trained_and_the_saved_model_is_merged(make_tra
     for name, value in frozen(model).items():
         assert torch.equal(value, start[name]), name
         assert value.data_ptr() == storage[name]
-        assert value.dim() == 0 or teacher[name] is value, name
+        assert torch.equal(teacher[name], value), name
+        assert (teacher[name] is value) == (value.dim() > 0), name
     # merged
     trainer.save_model(str(tmp_path / "student"))
     trainer.save_teacher(tmp_path / "teacher")
@@ -337,6 +340,10 @@ def test_resumed_equals_unbroken(make_trainer, processor, tmp_path, kind, step):
     assert not (checkpoint / "model.safetensors").exists()
     saved = [load_file(checkpoint / f"{name}.safetensors") for name in ("adapter_model", "beside_adapters", "teacher")]
     assert set(saved[1]) >= {"base_model.model.logit_scale"}
+    if kind == "lora_rank":  # ordinary adapters to peft
+        loaded = PeftModel.from_pretrained(tiny_clip(processor.tokenizer), tmp_path / "whole" / "checkpoint-8")
+        batch = first_batch(whole)
+        assert torch.equal(embeds(loaded, batch), embeds(whole.model, batch))
     assert len(saved[2]) == len(trained(whole.model)) + (kind == "lora_rank")
 
 
@@ -378,6 +385,19 @@ def test_two_processes_equal_one(tmp_path):
             torch.testing.assert_close(two[kind][name], value, atol=1e-5, rtol=1e-5, msg=f"{kind} {name}")
     for key in ("eval_id_nll", "eval_ood_nll"):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], abs=1e-4)
+
+
+def test_models_of_model_init_get_lora_and_share_with_the_teacher(make_trainer, processor, suite):
+    args = make_trainer(**RANK).args
+    trainer = CaRotTrainer(
+        args=args, suite=suite, processing_class=processor, model_init=lambda: tiny_clip(processor.tokenizer)
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first  # Trainer makes a new one for each run
+    teacher = dict(trainer.teacher.model.named_parameters())
+    assert all(teacher[name] is value for name, value in frozen(trainer.model).items() if value.dim())
+    assert any("lora_B" in name and value.abs().max() > 0 for name, value in trainer.teacher.state_dict().items())
 
 
 def test_an_evaluation_of_the_plain_network_does_not_keep_accelerate_from_wrapping(make_trainer, processor):
@@ -560,6 +580,21 @@ def test_without_peft_all_but_lora_works(make_trainer, tmp_path):
     assert result.returncode == 0, result.stderr
     last = result.stdout.strip().splitlines()[-1]
     assert last == "Expected peft for LoRA, got none. `pip install 'carot_hf[lora]'`; see docs/backbones.md."
+
+
+@pytest.mark.slow
+def test_what_is_pushed_is_merged(tmp_path):
+    code = test_hub.PUSH.replace("push_to_hub=", "lora_rank=4, push_to_hub=")
+    code = code.format(tests=str(ROOT / "tests"), out=str(tmp_path / "out"), early=True)
+    with Hub() as hub:
+        result = test_hub.run(tmp_path, code, hub)
+        assert result.returncode == 0, result.stderr[-3000:]
+        files = hub.repos["tester/tiny"]
+        assert not [name for name in files if "adapter" in name]
+        assert b"lora" not in files["model.safetensors"] + files["config.json"]
+        assert b"lora_rank" in files["README.md"]
+        answer = test_hub.run(tmp_path, test_hub.USE.format(model="tester/tiny"), hub)
+    assert sum(json.loads(answer.stdout).values()) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.slow
