@@ -93,6 +93,11 @@ def check_method(model: Any, arguments: Any) -> None:
             f"Expected a CLIPModel for the objective 'cross_entropy', got {type(model).__name__}. Its linear head is "
             f"CLIP's only: use a preset with the contrastive objective; see {TABLE}."
         )
+    if arguments.lora_rank and family.model_class != "CLIPModel":
+        raise ValueError(
+            f"Expected a CLIPModel for `lora_rank` {arguments.lora_rank}, got {type(model).__name__}. Train it whole, "
+            f"with `lora_rank` 0; see {TABLE}."
+        )
     for name in ("orthogonality_weight", "cross_norm_weight"):
         if getattr(arguments, name) and not family.projections:
             raise ValueError(

@@ -148,6 +148,15 @@ def greedy_soup(models: Sequence[Model], score: Callable[[Model], float]) -> tup
     return soup, used
 
 
+def _check_merged(model: nn.Module) -> None:
+    """Refuse adapters of peft, which is not imported for it: a mean of factors is not the factor of a mean."""
+    if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
+        raise TypeError(
+            f"Expected models without adapters, got a {type(model).__name__} with some. Merge them first, with "
+            "`PeftModel.merge_and_unload`, or load what `CaRotTrainer.save_model` wrote."
+        )
+
+
 def _check_alpha(alpha: float) -> None:
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"Expected `alpha` in [0, 1], got {alpha}. It is the weight of the fine-tuned end.")
@@ -173,6 +182,7 @@ def _sums(sums: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The sums with one more model added, float64 on the CPU; nothing given is changed."""
     tensors = {name: tensor.detach().cpu() for name, tensor in _floating(model).items()}
     if not sums:
+        _check_merged(model)
         return {name: tensor.to(torch.float64, copy=True) for name, tensor in tensors.items()}
     return {name: total + tensors[name].double() for name, total in sums.items()}
 
@@ -202,6 +212,8 @@ def _floating(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_twins(one: nn.Module, other: nn.Module, titles: tuple[str, str]) -> None:
     """Refuse two models whose tensors or settings differ, naming the first difference."""
+    for model in (one, other):
+        _check_merged(model)
     if type(one) is not type(other):
         raise TypeError(
             f"Expected models of one class, got {type(one).__name__} as {titles[0]} and {type(other).__name__} as "

@@ -25,6 +25,17 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
 from transformers.utils import logging
 
+from .adapters import (
+    add_lora,
+    base_model,
+    cast_frozen,
+    check_adapters,
+    check_folder,
+    is_adapted,
+    merged,
+    refuse_own_adapters,
+    save_beside,
+)
 from .backbones import (
     TABLE,
     backbone_of,
@@ -77,9 +88,9 @@ class SuiteTrainer(Trainer):
     """A ``Trainer`` whose data are a :class:`~carot_hf.ShiftSuite` and whose model is CLIP or one of its relatives.
 
     Args:
-        model: A ``CLIPModel``, or of another family of :data:`~carot_hf.backbones.BACKBONES`. With the objective
-            "cross_entropy" a ``CLIPModel`` is turned into a :class:`~carot_hf.CLIPClassifier` with the suite's
-            zero-shot head; a classifier is taken as it is.
+        model: A ``CLIPModel``, a ``peft.PeftModel`` of one with LoRA, or of another family of
+            :data:`~carot_hf.backbones.BACKBONES`. With the objective "cross_entropy" a ``CLIPModel`` is turned into a
+            :class:`~carot_hf.CLIPClassifier` with the suite's zero-shot head; a classifier is taken as it is.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
         processing_class: The model's processor, e.g. a ``CLIPProcessor``.
@@ -94,6 +105,8 @@ class SuiteTrainer(Trainer):
         ValueError: If arguments, captions and suite do not fit each other.
     """
 
+    args: Any
+    model: Any
     control: Any
     compute_metrics: Any
     data_collator: Any
@@ -111,11 +124,11 @@ class SuiteTrainer(Trainer):
     ) -> None:
         args = CaRotTrainingArguments() if args is None else args
         _check_options(args, suite, processing_class, compute_metrics, kwargs)
+        self.args = args  # the parent sets it later
         self.suite = suite
         self._processor = processing_class
         self._objective = args.objective
         self._float32_weights = args.float32_weights
-        self._arguments = args
         self._link = "softmax"
         if model is not None:
             model = self._prepared(model)
@@ -141,6 +154,7 @@ class SuiteTrainer(Trainer):
         self.bins: dict[str, CalibrationBins] = {}
         self.bins_ts: dict[str, CalibrationBins] = {}
         self._bad_images: dict[str, set[int]] = {}
+        self._in_checkpoint = False  # what is saved goes into a checkpoint
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
         self._latest = Comparison()  # by the latest evaluation of the whole suite
 
@@ -235,14 +249,22 @@ class SuiteTrainer(Trainer):
         return self._prepared(super().call_model_init(trial))
 
     def _prepared(self, model: Any) -> Any:
-        """Check a model, bring it to float32, align its markers; make the classifier that FT trains of a CLIPModel."""
+        """Check a model, bring it to float32, align its markers; add LoRA, or make the classifier that FT trains."""
+        if is_adapted(model):
+            check_adapters(model, self.args)
+            cast_frozen(model, self._training_dtype(model))
+            _align_markers(base_model(model), self._processor)
+            return model
+        refuse_own_adapters(model)
         if not isinstance(model, CLIPClassifier) or self._objective == "contrastive":
             self._link = backbone_of(model).link
-            check_method(model, self._arguments)
+            check_method(model, self.args)
         dtype = self._training_dtype(model)
         model.to(dtype)
         if is_backbone(model):
             _align_markers(model, self._processor)
+            if self.args.lora_rank:
+                return add_lora(model, self.args.lora_rank, self.args.lora_alpha, self.args.seed)
             if self._objective == "contrastive":
                 return model
             head = class_embeddings(model, self._captions(model))
@@ -270,7 +292,10 @@ class SuiteTrainer(Trainer):
                 "Expected bfloat16 with `float32_weights` False, got float16. Its gradients underflow: leave "
                 "`float32_weights` True and set `fp16`, or load the checkpoint with `dtype=torch.bfloat16`."
             )
-        logger.info("The model is trained and saved in bfloat16, the teacher kept in float32.")
+        if is_adapted(model) or self.args.lora_rank:
+            logger.info("The network stays in bfloat16; adapters, teacher and the merged model are float32.")
+        else:
+            logger.info("The model is trained and saved in bfloat16, the teacher kept in float32.")
         return torch.bfloat16
 
     def _captions(self, model: Any) -> CaptionTable:
@@ -480,13 +505,25 @@ class SuiteTrainer(Trainer):
             **{f"{name}_before": before[name] for name in ("nll", "ece")},
             **{f"{name}_after": after[name] for name in ("nll", "ece")},
         }
-        bake_temperature(self.model, **scaling, record=record)
+        bake_temperature(base_model(self.model), **scaling, record=record)
         return dict(self.model.config.calibration)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        adapted = is_adapted(self.model) and self.args.should_save
+        if adapted and not self._in_checkpoint:
+            check_folder(folder)
+            student, self.model = self.model, merged(self.model)
+            try:
+                super()._save(output_dir)
+            finally:
+                self.model = student
+        else:
+            super()._save(output_dir, state_dict)
+            if adapted:
+                save_beside(self.model, folder)
         # a pickle that nothing reads, in which a `hub_token` would be published
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository on the Hub, before anything is trained.
@@ -611,7 +648,7 @@ class SuiteTrainer(Trainer):
         It gives the probabilities that :meth:`predict` gives, needs no text tower, and works in the stock pipeline
         "image-classification".
         """
-        network = self.accelerator.unwrap_model(self.model)
+        network = merged(self.accelerator.unwrap_model(self.model))
         if isinstance(network, CLIPClassifier):
             return copy.deepcopy(network)
         if not backbone_of(network).classifier:

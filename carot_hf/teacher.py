@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
@@ -98,17 +98,28 @@ class Teacher:
     bf16 teacher would never move at these rates), never requires a gradient and is always in evaluation mode. Buffers
     are copied, never averaged. Parameters that share storage in the student share it in the teacher and move once.
 
+    With ``share_frozen`` the student's frozen parameters are the teacher's too, the very objects, whatever their dtype:
+    there is no second copy of them, and what moves or casts the student (``student.to``) does so for both. Frozen
+    scalars are copied at each update, since a temperature may be baked into the student's ``logit_scale`` later.
+
     Args:
         model: The student. It is copied, not kept; what DDP or ``torch.compile`` put around it is left out, here and
             in every method.
+        share_frozen: Hold only what is trained, such as adapters, and share the rest with the student.
     Attributes:
         model: The teacher network, same class as the student.
+        shared: Names of the parameters that are the student's; empty without ``share_frozen``.
     Source:
         CaRot, section 2.3; the rule of timm's ``ModelEmaV3``, by name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = _frozen_copy(unwrapped(model))
+    def __init__(self, model: nn.Module, *, share_frozen: bool = False) -> None:
+        model = unwrapped(model)
+        named = model.named_parameters(remove_duplicate=False)
+        fixed = {name: value for name, value in named if share_frozen and not value.requires_grad}
+        shared = {name: value for name, value in fixed.items() if value.dim() > 0}
+        self.shared, self._fixed = frozenset(shared), frozenset(fixed)
+        self.model = _frozen_copy(model, shared.values())
 
     @torch.no_grad()
     def update(self, model: nn.Module, momentum: float) -> None:
@@ -118,16 +129,20 @@ class Teacher:
             model: The student; same parameter names and shapes as at construction.
             momentum: Weight of the old teacher, in ``[0, 1]``.
         Raises:
-            ValueError: If the momentum is out of range or the names or shapes differ (the first one is named).
+            ValueError: If the momentum is out of range, the names or shapes differ (the first one is named), or a
+                shared parameter is not frozen any more.
         """
         check_momentum("momentum", momentum)
         model = unwrapped(model)
+        self._share(model)
         own = dict(self.model.named_parameters())
         theirs = dict(model.named_parameters())
         _check_names(own, theirs, "parameter")
         for name, parameter in own.items():
+            if name in self.shared:
+                continue
             student = theirs[name].detach().to(parameter.device, torch.float32)
-            if momentum == 0.0:
+            if momentum == 0.0 or name in self._fixed:
                 parameter.copy_(student)
             else:
                 parameter.mul_(momentum).add_(student, alpha=1.0 - momentum)
@@ -138,8 +153,8 @@ class Teacher:
         self.update(model, 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the teacher's weights and persistent buffers by name."""
-        return dict(self.model.state_dict())
+        """Return the teacher's weights and persistent buffers by name, without those that are the student's."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.shared}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned, bit for bit.
@@ -149,16 +164,16 @@ class Teacher:
         Raises:
             ValueError: If a name is missing, unknown or has another shape.
         """
-        own = self.model.state_dict()
-        shared = _aliases(own)
+        own = self.state_dict()
+        twins = _aliases(own)
         given = dict(state_dict)
         for name in own:
             if name not in given:
-                twin = next((other for other in shared[name] if other in given), None)
+                twin = next((other for other in twins[name] if other in given), None)
                 if twin is not None:
                     given[name] = given[twin]
         _check_names(own, given, "tensor")
-        self.model.load_state_dict(given)
+        self.model.load_state_dict(given, strict=not self.shared)
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -187,9 +202,25 @@ class Teacher:
             _put(kept, network, dtypes=True)
 
     def to(self, device: torch.device) -> Teacher:
-        """Move the network to a device. The dtype stays float32."""
+        """Move the network to a device, shared parameters included. The dtype stays as it is."""
         self.model.to(device)
         return self
+
+    def _share(self, model: nn.Module) -> None:
+        """Take over the frozen parameters of a student that is another model, or was moved by making new ones."""
+        if not self._fixed:
+            return
+        own, theirs = (dict(network.named_parameters(remove_duplicate=False)) for network in (self.model, model))
+        _check_names(own, theirs, "parameter")
+        for name in sorted(self._fixed):
+            if theirs[name].requires_grad:
+                raise ValueError(
+                    f"Expected parameter `{name}` frozen, as when the teacher was made, got one that is trained. "
+                    "Make a new Teacher after changing `requires_grad`."
+                )
+            if name in self.shared and own[name] is not theirs[name]:
+                module, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(module), leaf, theirs[name])
 
     def _copy_buffers(self, model: nn.Module) -> None:
         own = dict(self.model.named_buffers())
@@ -242,11 +273,17 @@ def _put(values: Mapping[str, Tensor], network: nn.Module, *, dtypes: bool = Fal
             tensor.copy_(values[name])
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    teacher = copy.deepcopy(model).float()  # parameters that are shared stay shared
-    for parameter in teacher.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
+def _frozen_copy(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
+    """A copy in float32; parameters that are one tensor stay one, and those in ``shared`` are not copied."""
+    kept = {id(parameter): parameter for parameter in shared}
+    teacher = copy.deepcopy(model, dict(kept))
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        if id(tensor) in kept:
+            continue
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+        tensor.requires_grad_(False)
+        tensor.grad = None
     return teacher.eval()
 
 

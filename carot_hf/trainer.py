@@ -17,6 +17,7 @@ from transformers import CLIPModel
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from .adapters import base_model, is_adapted, load_beside, merged
 from .backbones import load_renamed, logit_head, pair_inputs
 from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, TerminationCallback
 from .checkpoints import (
@@ -57,8 +58,13 @@ class CaRotTrainer(SuiteTrainer):
 
     SigLIP and SigLIP 2 are fine-tuned with the sigmoid loss that they were pre-trained with, and its distillation.
 
+    With LoRA only the adapters are trained and averaged, and checkpoints hold nothing else; :meth:`save_model`,
+    :meth:`save_teacher`, :meth:`push_to_hub` and :meth:`export_classifier` give merged models, which need no peft, and
+    leave the one in training as it is.
+
     Args:
-        model: A ``CLIPModel``, or of another family of :data:`~carot_hf.backbones.BACKBONES`.
+        model: A ``CLIPModel``, to which ``args.lora_rank`` may add LoRA, a ``peft.PeftModel`` of one, or a model of
+            another family of :data:`~carot_hf.backbones.BACKBONES`.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
         processing_class: The model's processor, e.g. a ``CLIPProcessor``.
@@ -67,7 +73,7 @@ class CaRotTrainer(SuiteTrainer):
         teacher: The :class:`~carot_hf.Teacher`, ``None`` when no term of the loss needs one.
         bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature.
     Raises:
-        TypeError: If the model is of no family that is known.
+        TypeError: If the model is of no family that is known, or has adapters other than LoRA.
         ValueError: If arguments, captions and suite do not fit each other.
     """
 
@@ -103,7 +109,7 @@ class CaRotTrainer(SuiteTrainer):
         self._teacher_callback: TeacherCallback | None = None
         _freeze(self.model, options.freeze)
         if options.needs_teacher:
-            self.teacher = Teacher(self.model)
+            self.teacher = Teacher(self.model, share_frozen=is_adapted(self.model))
             if options.torch_compile:  # the student is compiled by accelerate, in the same way
                 self.teacher.model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
             update_every = 0 if options.teacher == "frozen" else options.teacher_update_every
@@ -163,7 +169,8 @@ class CaRotTrainer(SuiteTrainer):
         accelerate marks it as prepared; training would then leave out DDP, and each process keep its own gradients.
         """
         network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        network.__dict__.pop("_is_accelerate_prepared", None)
+        for part in (network, base_model(network)):
+            part.__dict__.pop("_is_accelerate_prepared", None)
         self.accelerator._models = [model for model in self.accelerator._models if model is not network]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -417,10 +424,12 @@ class CaRotTrainer(SuiteTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_teacher_file(self.teacher, folder / TEACHER_NAME)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._in_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+            self._in_checkpoint = False
         if self.args.world_size > 1:
             dist.barrier()  # each process saves the state of its own generators
         if self.args.should_save:
@@ -434,14 +443,20 @@ class CaRotTrainer(SuiteTrainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_teacher(resume_from_checkpoint)
+        self._load_own(resume_from_checkpoint)
         if not load_renamed(self.accelerator.unwrap_model(self.model), resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if not load_renamed(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint):
             super()._load_best_model()
-        self._load_teacher(self.state.best_model_checkpoint)
+        self._load_own(self.state.best_model_checkpoint)
+
+    def _load_own(self, checkpoint: str) -> None:
+        """Restore what is ours in a checkpoint: the teacher, and what is trained beside adapters."""
+        if is_adapted(self.model):
+            load_beside(self.model, checkpoint)
+        self._load_teacher(checkpoint)
 
     def _load_teacher(self, checkpoint: str) -> None:
         if self.teacher is None:
@@ -463,7 +478,7 @@ class CaRotTrainer(SuiteTrainer):
         if self.teacher is None:
             raise RuntimeError("Expected a teacher to save, got none. Train with `distillation_weight` > 0.")
         if self.args.should_save:
-            network: Any = self.teacher.model
+            network: Any = merged(self.teacher.model)
             network.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
 

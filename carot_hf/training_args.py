@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
+from .adapters import check_lora_options, check_penalties
 from .losses import SAME_CLASS
 from .teacher import check_momentum
 
@@ -130,6 +131,9 @@ class CaRotTrainingArguments(TrainingArguments):
         same_class: What other samples of the same class are in the contrastive loss: "negative" (as published),
             "positive" or "ignore"; see :func:`~carot_hf.losses.same_class_targets`.
         freeze: Tower that is not trained, with its projection: "vision" or "text".
+        lora_rank: Rank of LoRA adapters (peft) on the linear layers of both towers; only they are trained, and averaged
+            by the teacher, and the saved model has them merged. 0: no adapters, all weights are trained.
+        lora_alpha: Their scale is ``lora_alpha / lora_rank``; ``None``: twice the rank.
         distillation_weight: lambda, the weight of the distillation from the teacher; 0: no teacher.
         feature_distillation_weight: Weight of the squared distance to the teacher's embeddings (TRACER).
         orthogonality_weight: Weight of ``|| W_v^T W_v - I ||_F`` on the visual projection.
@@ -149,7 +153,8 @@ class CaRotTrainingArguments(TrainingArguments):
             ``per_device_train_batch_size`` at a time (gradient cache); 0: as many as the devices hold at once.
         float32_weights: Train a half-precision checkpoint in float32. ``False``: in bfloat16, as it comes, with the
             optimizer's moments; half the memory, but a step that changes a weight by less than 1/256 is mostly lost,
-            and at the published learning rate that is nearly every step. The teacher stays float32.
+            and at the published learning rate that is nearly every step. The teacher stays float32. With LoRA only the
+            frozen network stays bfloat16, so that no step is lost, and the merged model is saved in float32.
         on_bad_image: An image that cannot be decoded is an error ("raise"), or replaced by the next one of its set and
             listed in the end ("skip").
         dataloader_persistent_workers: Keep the workers of the training loader from epoch to epoch; ``None``: if there
@@ -228,6 +233,16 @@ class CaRotTrainingArguments(TrainingArguments):
     freeze: str | None = field(
         default=None,
         metadata={"help": "Tower that is not trained, with its projection.", "choices": ["vision", "text"]},
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Rank of LoRA adapters on the attention and MLP layers of both towers; the rest is frozen. Needs "
+            "peft. 0: no adapters."
+        },
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "LoRA's scale is lora_alpha / lora_rank. Default: twice the rank."}
     )
     distillation_weight: float = field(
         default=0.75, metadata={"help": "Weight (lambda) of the distillation from the EMA teacher. 0: no teacher."}
@@ -327,6 +342,9 @@ class CaRotTrainingArguments(TrainingArguments):
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self._join_processes()
         super().__post_init__()
+        if self.lora_rank:
+            check_lora_options(self)
+            check_penalties(None, self)
         self._set_accumulation()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
@@ -402,6 +420,13 @@ class CaRotTrainingArguments(TrainingArguments):
             )
         if not 0 < self.teacher_beta < float("inf"):
             raise ValueError(f"Expected `teacher_beta` > 0, got {self.teacher_beta}. TRACER uses 0.5.")
+        if self.lora_rank < 0:
+            raise ValueError(f"Expected `lora_rank` >= 0, got {self.lora_rank}. 0 trains all weights, without LoRA.")
+        if self.lora_alpha is not None and (self.lora_alpha < 1 or not self.lora_rank):
+            raise ValueError(
+                f"Expected `lora_alpha` None, or >= 1 with `lora_rank` >= 1, got {self.lora_alpha} with rank "
+                f"{self.lora_rank}. None means twice the rank."
+            )
         if self.n_bins < 1:
             raise ValueError(f"Expected `n_bins` >= 1, got {self.n_bins}. The papers use 10.")
         if self.calibration_criterion not in ("nll", "ece"):

@@ -35,6 +35,7 @@ ALLOWED = {
     "calibration": {"ece.binning"},
     "merging": set(),
     # floor 1: data, options, and models beside CLIPModel
+    "adapters": set(),  # LoRA; the only one that knows peft
     "classifier": set(),
     "convert": set(),
     "prompts": set(),
@@ -48,7 +49,7 @@ ALLOWED = {
     "imagenet_suite": {"class_names", "corruptions", "imagenet", "loading", "sets", "splits", "streaming"},
     "suite_file": {"loading", "sets", "splits"},
     "suites": {"digits", "imagenet_suite", "sets", "suite_file"},
-    "training_args": {"losses", "teacher"},
+    "training_args": {"adapters", "losses", "teacher"},
     "onnx_export": {"classifier", "transforms"},
     # floor 2: when and what to show
     "teacher_file": {"teacher"},
@@ -61,13 +62,13 @@ ALLOWED = {
     "ece.app": {"metric", "plots"},
     # floor 3: the trainer
     "suite_trainer": {
-        "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation", "model_card",
-        "prompts", "reporting", "sets", "streaming", "training_args", "transforms",
+        "adapters", "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation",
+        "model_card", "prompts", "reporting", "sets", "streaming", "training_args", "transforms",
     },
     "trainer": {
-        "backbones", "callbacks", "checkpoints", "classifier", "distributed", "evaluation", "gradient_cache",
-        "input_wait", "losses", "model_card", "sets", "sigmoid", "suite_trainer", "teacher", "teacher_file",
-        "training_args",
+        "adapters", "backbones", "callbacks", "checkpoints", "classifier", "distributed", "evaluation",
+        "gradient_cache", "input_wait", "losses", "model_card", "sets", "sigmoid", "suite_trainer", "teacher",
+        "teacher_file", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -88,6 +89,7 @@ THIRD_PARTY = {
     "checkpoints": set(),
     "calibration": {"numpy", "torch"},
     "merging": {"torch"},
+    "adapters": {"peft", "safetensors", "torch", "transformers"},
     "classifier": {"torch", "transformers"},
     "onnx_export": {"PIL", "torch", "transformers"},  # and those of the extra, when it is called
     "convert": {"torch", "safetensors", "transformers"},
@@ -160,6 +162,14 @@ def test_low_rooms_know_few_libraries(name):
 
 def test_only_the_metric_and_its_loader_know_evaluate():
     assert [name for name, found in MODULES.items() if "evaluate" in found] == ["ece.ece", "metric"]
+
+
+def test_peft_is_imported_in_functions_of_one_module_only():
+    assert [name for name, found in MODULES.items() if any(i.split(".")[0] == "peft" for i in found)] == ["adapters"]
+    tree = dict(modules())["adapters"]
+    at_once = {i.split(".")[0] for node in tree.body for i in imports("adapters", ast.Module([node], []))
+               if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
+    assert "peft" not in at_once
 
 
 def test_binning_stands_in_one_place():

@@ -207,6 +207,11 @@ def test_what_is_not_supported_is_refused_with_the_table(trainer_of, family, pre
         trainer_of(family, preset=preset)
 
 
+def test_lora_is_clips_only(trainer_of, family):
+    with pytest.raises(ValueError, match=r"Expected a CLIPModel for `lora_rank` 2.*see docs/backbones.md"):
+        trainer_of(family, lora_rank=2)
+
+
 def test_a_classifier_is_clips_only(trainer_of, family):
     with pytest.raises(TypeError, match=r"Expected a CLIPModel to export.*see docs/backbones.md"):
         trainer_of(family).export_classifier()
