@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import io
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -103,7 +104,7 @@ def check_command(words):
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets), words
     elif words[0] == "hf":
-        check_hf(words[1:])
+        check_help(["-c", "from huggingface_hub.cli.hf import main; main()", words[1]], words[2:])
     elif words[:2] == ["pip", "install"]:
         check_pip(words[2:])
     else:
@@ -120,22 +121,17 @@ def check_script(script, arguments):
         parser.parse_args(arguments)
     elif hasattr(module, "parse"):
         module.parse(arguments)
-    elif flags := [word for word in arguments if word.startswith("--")]:
-        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
-        assert not [flag for flag in flags if f"{flag} " not in shown.stdout], (flags, shown.stdout)
+    else:
+        check_help([script], arguments, ROOT)
 
 
-def check_hf(words):
-    from huggingface_hub.cli.hf import app
-    from typer.main import get_command
-
-    command, name = get_command(app), "hf"
-    while hasattr(command, "get_command"):
-        context = command.make_context(name, list(words), resilient_parsing=True)
-        name, *words = words
-        command = command.get_command(context, name)
-        assert command is not None, f"hf has no command {name}"
-    command.make_context(name, list(words))
+def check_help(program, arguments, folder=None):
+    """Look the options up in what ``--help`` says."""
+    if flags := {word for word in arguments if word.startswith("--")}:
+        environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+        command = [sys.executable, *program, "--help"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=environment)
+        assert flags <= set(re.findall(r"--[a-z0-9_-]+", shown.stdout)), (flags, shown.stdout)
 
 
 def check_pip(words):

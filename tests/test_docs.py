@@ -1,38 +1,43 @@
-"""The documentation: every block of code of every page runs, or its options are those of the program; the site builds."""
+"""The documentation: every block of code runs, or its options are those of its program; the site builds."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 
-import carot_hf
 import pages as docs
 import pytest
 from conftest import ROOT
 
+import carot_hf
 from carot_hf import losses
 
 # Blocks that neither run nor are checked: page, first line, why.
-EXEMPT: dict[tuple[str, str], str] = {}
-LANGUAGES = {"python", "bash", "yaml", "text", "bibtex"}  # bibtex is no code; the others are checked
-QUICK = {  # pages that run in a few seconds
-    "docs/explanations/batch_mean_ece.md",
-    "docs/explanations/ema_teacher.md",
-    "docs/explanations/same_class_pairs.md",
+EXEMPT = {
+    ("README.md", "carot_hf/"): "the tree of the files; test_the_tree_in_the_readme_names_every_file looks at it",
+    ("docs/imagenet.md", "from carot_hf import load_suite"): "loads ImageNet; test_imagenet_suite.py has this option",
+    ("carot_hf/ece/README.md", "pip install -r carot_hf/ece/requirements.txt"): "the Space; tests/space runs it",
 }
+LANGUAGES = {"python", "bash", "yaml", "text", "bibtex"}  # bibtex is no code; the others are checked
+QUICK = {"docs/explanations/batch_mean_ece.md", "docs/explanations/ema_teacher.md"}  # the others take longer
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in docs.pages()}
 BLOCKS = {page: docs.blocks(path) for page, path in PAGES.items()}
 
 
-def runs(page):
-    return any(block.language in ("python", "bash") for block in BLOCKS[page])
-
-
 def is_exempt(page, block):
     return (page, block.code.split("\n")[0]) in EXEMPT
+
+
+def runs(page):
+    """Whether there is anything to run: Python, or a command that is small."""
+    found = [block for block in BLOCKS[page] if not is_exempt(page, block)]
+    if any(block.language == "python" for block in found):
+        return True
+    lines = [words for block in found if block.language == "bash" for words in docs.commands(block.code)]
+    return any(docs.small(words) for words in lines)
 
 
 def test_every_block_has_a_language_that_is_checked():
@@ -76,3 +81,59 @@ def test_page_runs(page, tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "pages.py"), str(PAGES[page]), *exempt]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+
+
+def test_the_tree_in_the_readme_names_every_file():
+    tree = next(block.code for block in BLOCKS["README.md"] if block.code.startswith("carot_hf/"))
+    named = set(re.findall(r"\w+\.py", tree))
+    files = {path.name for path in (ROOT / "carot_hf").glob("*.py")} - {"__init__.py"}
+    assert files <= named
+    assert named <= files | {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: carot_hf\.([\w.]+)$", text, re.MULTILINE))
+    public = set(carot_hf.__all__) - {"__version__"}
+    functions = {
+        f"losses.{name}"
+        for name, value in vars(losses).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == losses.__name__
+    }
+    assert public <= shown
+    assert {name for name in shown if name.startswith("losses.")} == functions
+    for name in shown:
+        home, _, last = name.rpartition(".")
+        module = importlib.import_module(f"carot_hf.{home}") if home else carot_hf
+        assert getattr(module, last).__doc__
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_the_site_builds_without_warnings_and_asks_no_other_host(site):
+    """Links may lead elsewhere; nothing that a browser loads by itself does."""
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\bsrc=\"?([^\"\s>]+)", text)
+        loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|icon|preload|preconnect)[^>]*", text)
+        assert not [item for item in loaded if "http:" in item or "https:" in item or "//" in item], page
+    for style in site.rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import )[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
+    reference = {page.stem: page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html")}
+    for name, text in reference.items():
+        assert not re.findall(r":(?:class|func|meth|mod|math):|\.\. math|arithmatex|autoref ", text), name
+        assert not re.search(r"<p>(?:Returns|Raises|Args|Attributes|Source):", text), name
+    assert 'id="carot_hf.losses.contrastive_loss"' in reference["losses"]
+    assert reference["losses"].count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 3
+    assert 'href="models.html#carot_hf.CLIPClassifier"' in reference["trainer"]
