@@ -44,7 +44,7 @@ test-all: $(READY) docs test-space
 	test -s build/report/README.md -a -s build/report/results.csv -a -s build/report/figure5.png
 
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-space: $(SPACE)/.ready
 	test -x /usr/bin/chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)

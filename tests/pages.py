@@ -4,8 +4,8 @@
 
 Python blocks run in one namespace. A block with `title="x"` is written to that file. A ``text`` block after a Python
 block is what that one prints, with numbers up to one unit of their last digit or 5 %. A command of finetune_imagenet.py
-or interpolate.py whose suite is here (digits, or a file that the page wrote) runs; on digits it is cut to a few steps.
-Of every other command the options are read by the parser of its own program.
+or interpolate.py whose suite is here (digits, or a file that the page wrote) runs. Training on digits is cut to a few
+steps. Of every other command the options are read by the parser of its own program.
 """
 
 from __future__ import annotations
@@ -77,26 +77,26 @@ def commands(code):
 
 
 def script_of(words):
-    """The script that a command starts, its arguments, and whether by a launcher of several processes."""
+    """The script that a command starts, and its arguments."""
     if words[0] == "python":
-        return words[1], words[2:], False
+        return words[1], words[2:]
     if words[:2] == ["accelerate", "launch"]:
         from accelerate.commands.launch import launch_command_parser
 
         args = launch_command_parser().parse_args(words[2:])
         assert args.config_file is None or (ROOT / args.config_file).is_file(), args.config_file
-        return args.training_script, args.training_script_args, len(words[2:]) > len(args.training_script_args) + 1
+        return args.training_script, args.training_script_args
     if words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
 
         args = get_args_parser().parse_args(words[1:])
-        return args.training_script, args.training_script_args, True
-    return None, [], False
+        return args.training_script, args.training_script_args
+    return None, []
 
 
 def check_command(words):
     """Raise unless the program exists and knows every option."""
-    script, arguments, _ = script_of(words)
+    script, arguments = script_of(words)
     if script is not None:
         assert (ROOT / script).is_file(), f"no script {script}"
         check_script(script, arguments)
@@ -160,15 +160,15 @@ def check_suite(text):
 
 def small(words):
     """Whether a command runs here: one process, on a suite that is here."""
-    script, arguments, several = script_of(words)
-    if script is None or several or Path(script).stem not in CUT or "--suite" not in arguments:
+    words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:] if words[0] == "python" else []
+    if not words or Path(words[0]).stem not in CUT or "--suite" not in words:
         return False
-    suite = arguments[arguments.index("--suite") + 1]
+    suite = words[words.index("--suite") + 1]
     return suite == "digits" or Path(suite).is_file()
 
 
 def run_command(words):
-    script, arguments, _ = script_of(words)
+    script, arguments = script_of(words)
     cut = CUT[Path(script).stem]
     if arguments[arguments.index("--suite") + 1] != "digits":
         cut = ["--use_cpu"]  # a page's own suite says how long it is trained
@@ -197,8 +197,23 @@ def near(shown, got):
     return math.isclose(float(shown), float(got), rel_tol=0.05, abs_tol=unit)
 
 
+def cut_digits():
+    """Let the suite of digits recommend a few steps to Python, as the commands on it are cut."""
+    from carot_hf import suites
+
+    whole = suites._digits_suite
+
+    def cut():
+        suite = whole()
+        suite.recommended.update(max_steps=4, save_steps=2)
+        return suite
+
+    suites._digits_suite = cut
+
+
 def run(path, exempt=()):
     """Run the blocks of a page, in order, in the working directory."""
+    cut_digits()
     namespace = {"__name__": "__main__"}
     printed = None
     for block in blocks(path):
