@@ -42,8 +42,11 @@ def markdown(text: str, obj: griffe.Object) -> str:
         if kind == "meth" and "." not in name:
             target = f"{obj.path if obj.is_class else obj.parent.path if obj.parent else ''}.{name}"
         else:
-            target = name if name.startswith("carot_hf.") else f"{obj.module.path}.{name}"
-        return f'<autoref optional identifier="{target}"><code>{name.rpartition(".")[2]}</code></autoref>'
+            first, dot, rest = name.partition(".")
+            here = obj.module.imports.get(first, f"{obj.module.path}.{first}")
+            target = name if first == "carot_hf" else here + dot + rest
+        label = name.rpartition(".")[2] if target == name else name
+        return f'<autoref optional identifier="{target}"><code>{label}</code></autoref>'
 
     text = _SECTION.sub("\n", text)  # griffe wants a blank line before each section
     text = _SOURCE.sub(lambda found: f"**Source:** {' '.join(found[1].split())}\n", text)

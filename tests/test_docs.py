@@ -91,6 +91,13 @@ def test_the_tree_in_the_readme_names_every_file():
     assert named <= files | {path.name for path in (ROOT / "examples").glob("*.py")}
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "carot_hf/ece/README.md"])
+def test_links_lead_to_files(page):
+    """Those inside docs/ are checked when the site is built."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
 def test_the_reference_has_every_public_name():
     text = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
     shown = set(re.findall(r"^::: carot_hf\.([\w.]+)$", text, re.MULTILINE))
@@ -137,3 +144,4 @@ def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
     assert 'id="carot_hf.losses.contrastive_loss"' in reference["losses"]
     assert reference["losses"].count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 3
     assert 'href="models.html#carot_hf.CLIPClassifier"' in reference["trainer"]
+    assert 'href="#carot_hf.suite_trainer.SuiteTrainer.evaluate"><code>SuiteTrainer.evaluate' in reference["trainer"]
