@@ -2,7 +2,8 @@
 # make demo    zero-shot, FLYP and CaRot on real images, offline, side by side
 # make test    ruff, mypy and the tests
 # make lint    ruff and mypy
-# make test-all  the slow checks: the demo, the slow tests, the Space of the metric, the quick report of the tables
+# make docs    the site in build/docs
+# make test-all  the slow checks: the site, the demo, the slow tests, the Space of the metric, the quick report of the tables
 # make test-space  the Space of the metric in its own environment, driven in headless Chromium; trackio there, too
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all test-space lint clean
+.PHONY: setup demo test test-all test-space docs lint clean
 
 setup: $(READY)
 
@@ -35,12 +36,15 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 # Slow suites, run by .ci/run after `make test`.
-test-all: $(READY) test-space
+test-all: $(READY) docs test-space
 	$(BIN)/python examples/demo.py --output_dir build/demo
 	test -s build/demo/reliability.png -a -s build/demo/carot/metrics.json
 	$(BIN)/python -m pytest -q -m slow
 	$(BIN)/python examples/reproduce_tables.py --suite digits --seeds 1 --quick --output_dir build/report
 	test -s build/report/README.md -a -s build/report/results.csv -a -s build/report/figure5.png
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-space: $(SPACE)/.ready
 	test -x /usr/bin/chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)

@@ -77,7 +77,7 @@ def calibration_metrics(
         link: From logits to probabilities: ``"softmax"``, or ``"sigmoid"`` of each logit (SigLIP).
 
     Returns:
-        Python floats; fractions, never percent:
+        Python floats: fractions, never percent.
 
         - ``accuracy``; ``top5_accuracy`` (of the first min(5, K) classes). Equal logits rank by class index.
         - ``ece``, ``mce``: expected and maximum calibration error of the confidence, uniform bins.

@@ -1,0 +1,243 @@
+"""The code blocks of a page of the documentation, and what is done with each kind of them.
+
+    python tests/pages.py docs/tutorial.md     # in an empty folder: run the page from top to bottom
+
+Python blocks run in one namespace. A block with `title="x"` is written to that file. A ``text`` block after a Python
+block is what that one prints, with numbers up to one unit of their last digit or 5 %. A command of finetune_imagenet.py
+or interpolate.py whose suite is here (digits, or a file that the page wrote) runs. Training on digits is cut to a few
+steps. Of every other command the options are read by the parser of its own program.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import importlib
+import io
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKED = ("carot_hf", "examples", "benchmarks", "docs", "setup.cfg", "Makefile")
+CUT = {
+    "finetune_imagenet": ["--max_steps", "4", "--save_steps", "2", "--use_cpu"],
+    "interpolate": ["--alphas", "0", "1", "--use_cpu"],
+}
+NUMBER = re.compile(r"-?\d*\.?\d+(?:e-?\d+)?")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code: its language, the file it is to be saved as, its text and the line of its fence."""
+
+    language: str
+    title: str | None
+    code: str
+    line: int
+
+
+def pages():
+    """All pages whose blocks are code that a reader may copy."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "carot_hf" / "ece" / "README.md"]
+
+
+def blocks(path):
+    """Fenced blocks, and commands that are set off by four spaces."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found, start, fence = [], 0, None
+    for number, line in enumerate(lines):
+        opening = re.match(r"( *)(```+)(.*)", line)
+        if fence is None and opening:
+            fence, start = opening, number
+        elif fence is not None and line.strip() == fence[2]:
+            language, _, rest = fence[3].strip().partition(" ")
+            title = re.search(r'title="([^"]+)"', rest)
+            indent = len(fence[1])
+            code = "".join(text[indent:] + "\n" for text in lines[start + 1 : number])
+            found.append(Block(language, title and title[1], code, start + 1))
+            fence = None
+        elif fence is None and re.match(r"    (python|accelerate|torchrun|make|hf|pip) ", line):
+            found.append(Block("bash", None, line.strip() + "\n", number))
+    assert fence is None, f"{path}: a block is not closed"
+    return found
+
+
+def commands(code):
+    """The commands of a ``bash`` block, as words."""
+    joined = re.sub(r"\\\s*\n", " ", code)
+    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def script_of(words):
+    """The script that a command starts, and its arguments."""
+    if words[0] == "python":
+        return words[1], words[2:]
+    if words[:2] == ["accelerate", "launch"]:
+        from accelerate.commands.launch import launch_command_parser
+
+        args = launch_command_parser().parse_args(words[2:])
+        assert args.config_file is None or (ROOT / args.config_file).is_file(), args.config_file
+        return args.training_script, args.training_script_args
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        args = get_args_parser().parse_args(words[1:])
+        return args.training_script, args.training_script_args
+    return None, []
+
+
+def check_command(words):
+    """Raise unless the program exists and knows every option."""
+    script, arguments = script_of(words)
+    if script is not None:
+        assert (ROOT / script).is_file(), f"no script {script}"
+        check_script(script, arguments)
+    elif words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets), words
+    elif words[0] == "hf":
+        check_help(["-c", "from huggingface_hub.cli.hf import main; main()", words[1]], words[2:])
+    elif words[:2] == ["pip", "install"]:
+        check_pip(words[2:])
+    else:
+        raise AssertionError(f"no rule for the command {words}")
+
+
+def check_script(script, arguments):
+    """Let the parser of the script read its arguments; of one without, look them up in its help."""
+    module = importlib.import_module(Path(script).stem) if script.startswith("examples/") else None
+    if script == "examples/finetune_imagenet.py":
+        from transformers import HfArgumentParser
+
+        parser = HfArgumentParser((module.ScriptArguments, module.CaRotTrainingArguments), allow_abbrev=False)
+        parser.parse_args(arguments)
+    elif hasattr(module, "parse"):
+        module.parse(arguments)
+    else:
+        check_help([script], arguments, ROOT)
+
+
+def check_help(program, arguments, folder=None):
+    """Look the options up in what ``--help`` says."""
+    if flags := {word for word in arguments if word.startswith("--")}:
+        environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
+        command = [sys.executable, *program, "--help"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=environment)
+        assert flags <= set(re.findall(r"--[a-z0-9_-]+", shown.stdout)), (flags, shown.stdout)
+
+
+def check_pip(words):
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = set(config["options.extras_require"])
+    for word in words:
+        if wanted := re.search(r"\[(.+)\]", word):
+            assert set(wanted[1].split(",")) <= extras, word
+        elif not word.startswith("-"):
+            assert word == "carot_hf" or (ROOT / word).exists(), word
+
+
+def check_suite(text):
+    """Read a suite, or a part of one, by the rules of load_suite; its data need not be there."""
+    from carot_hf import suite_file as rules
+
+    content = rules._checked(yaml.safe_load(text), "page", "", rules._SUITE_KEYS, ())
+    sets = {"train": rules._TRAIN_KEYS, "validation": rules._SET_KEYS, "test": rules._TEST_KEYS}
+    for key in sets.keys() & content.keys():
+        if isinstance(content[key], dict):
+            rules._checked(content[key], "page", key, sets[key], ("path",))
+    for name, value in content.get("shifts", {}).items():
+        rules._checked(value, "page", f"shifts.{name}", rules._SHIFT_KEYS, ("path",))
+
+
+def small(words):
+    """Whether a command runs here: one process, on a suite that is here."""
+    words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:] if words[0] == "python" else []
+    if not words or Path(words[0]).stem not in CUT or "--suite" not in words:
+        return False
+    suite = words[words.index("--suite") + 1]
+    return suite == "digits" or Path(suite).is_file()
+
+
+def run_command(words):
+    script, arguments = script_of(words)
+    cut = CUT[Path(script).stem]
+    if arguments[arguments.index("--suite") + 1] != "digits":
+        cut = ["--use_cpu"]  # a page's own suite says how long it is trained
+    launcher = ["-m", "accelerate.commands.launch"] if words[0] == "accelerate" else []
+    result = subprocess.run(
+        [sys.executable, *launcher, script, *arguments, *cut], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+def check_output(expected, printed):
+    """Compare word by word; numbers up to one unit of the last digit that is shown, or 5 %."""
+    words, found = expected.split(), printed.split()
+    assert len(words) == len(found), f"expected\n{expected}\ngot\n{printed}"
+    for word, other in zip(words, found, strict=True):
+        same = NUMBER.sub("#", word) == NUMBER.sub("#", other)
+        numbers = list(zip(NUMBER.findall(word), NUMBER.findall(other), strict=False))
+        if not same or not all(near(*pair) for pair in numbers):
+            raise AssertionError(f"expected {word}, got {other}, in\n{expected}\ngot\n{printed}")
+
+
+def near(shown, got):
+    unit = 10.0 ** -len(shown.partition(".")[2]) if "e" not in shown else 0.0
+    unit = unit if "." in shown else 0.0
+    return math.isclose(float(shown), float(got), rel_tol=0.05, abs_tol=unit)
+
+
+def cut_digits():
+    """Let the suite of digits recommend a few steps to Python, as the commands on it are cut."""
+    from carot_hf import suites
+
+    whole = suites._digits_suite
+
+    def cut():
+        suite = whole()
+        suite.recommended.update(max_steps=4, save_steps=2)
+        return suite
+
+    suites._digits_suite = cut
+
+
+def run(path, exempt=()):
+    """Run the blocks of a page, in order, in the working directory."""
+    cut_digits()
+    namespace = {"__name__": "__main__"}
+    printed = None
+    for block in blocks(path):
+        if block.line in exempt:
+            continue
+        output = None
+        if block.title is not None:
+            Path(block.title).write_text(block.code, encoding="utf-8")
+        if block.language == "python":
+            stream = io.StringIO()
+            code = compile("\n" * block.line + block.code, str(path), "exec")
+            with contextlib.redirect_stdout(stream):
+                exec(code, namespace)
+            output = stream.getvalue()
+        elif block.language == "bash":
+            for words in commands(block.code):
+                if small(words):
+                    run_command(words)
+        elif block.language == "text":
+            assert printed is not None, f"{path}:{block.line}: text that no Python block prints"
+            check_output(block.code, printed)
+        printed = output
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT / "examples")]
+    run(Path(sys.argv[1]), {int(line) for line in sys.argv[2:]})

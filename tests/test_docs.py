@@ -1,0 +1,147 @@
+"""The documentation: every block of code runs, or its options are those of its program; the site builds."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+
+import pages as docs
+import pytest
+from conftest import ROOT
+
+import carot_hf
+from carot_hf import losses
+
+# Blocks that neither run nor are checked: page, first line, why.
+EXEMPT = {
+    ("README.md", "carot_hf/"): "the tree of the files; test_the_tree_in_the_readme_names_every_file looks at it",
+    ("docs/imagenet.md", "from carot_hf import load_suite"): "loads ImageNet; test_imagenet_suite.py has this option",
+    ("carot_hf/ece/README.md", "pip install -r carot_hf/ece/requirements.txt"): "the Space; tests/space runs it",
+}
+LANGUAGES = {"python", "bash", "yaml", "text", "bibtex"}  # bibtex is no code; the others are checked
+QUICK = {"docs/explanations/batch_mean_ece.md", "docs/explanations/ema_teacher.md"}  # the others take longer
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in docs.pages()}
+BLOCKS = {page: docs.blocks(path) for page, path in PAGES.items()}
+
+
+def is_exempt(page, block):
+    return (page, block.code.split("\n")[0]) in EXEMPT
+
+
+def runs(page):
+    """Whether there is anything to run: Python, or a command that is small."""
+    found = [block for block in BLOCKS[page] if not is_exempt(page, block)]
+    if any(block.language == "python" for block in found):
+        return True
+    lines = [words for block in found if block.language == "bash" for words in docs.commands(block.code)]
+    return any(docs.small(words) for words in lines)
+
+
+def test_every_block_has_a_language_that_is_checked():
+    unknown = [(page, block) for page, found in BLOCKS.items() for block in found if block.language not in LANGUAGES]
+    assert [(page, block.line) for page, block in unknown if not is_exempt(page, block)] == []
+    known = {(page, block.code.split("\n")[0]) for page, found in BLOCKS.items() for block in found}
+    assert EXEMPT.keys() <= known, "an exemption is of no block"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "bash" for b in BLOCKS[page])])
+def test_programs_know_the_options_of_every_command(page):
+    for block in BLOCKS[page]:
+        if block.language == "bash" and not is_exempt(page, block):
+            for words in docs.commands(block.code):
+                docs.check_command(words)
+
+
+def test_suites_have_keys_that_exist():
+    for page, found in BLOCKS.items():
+        for block in found:
+            if block.language == "yaml" and not is_exempt(page, block):
+                docs.check_suite(block.code)
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[] if page in QUICK else [pytest.mark.slow]) for page in PAGES if runs(page)]
+)
+def test_page_runs(page, tmp_path):
+    for name in docs.LINKED:
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "agg",
+    }
+    exempt = [str(block.line) for block in BLOCKS[page] if is_exempt(page, block)]
+    command = [sys.executable, str(ROOT / "tests" / "pages.py"), str(PAGES[page]), *exempt]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+
+
+def test_the_tree_in_the_readme_names_every_file():
+    tree = next(block.code for block in BLOCKS["README.md"] if block.code.startswith("carot_hf/"))
+    named = set(re.findall(r"\w+\.py", tree))
+    files = {path.name for path in (ROOT / "carot_hf").glob("*.py")} - {"__init__.py"}
+    assert files <= named
+    assert named <= files | {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "carot_hf/ece/README.md"])
+def test_links_lead_to_files(page):
+    """Those inside docs/ are checked when the site is built."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: carot_hf\.([\w.]+)$", text, re.MULTILINE))
+    public = set(carot_hf.__all__) - {"__version__"}
+    functions = {
+        f"losses.{name}"
+        for name, value in vars(losses).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == losses.__name__
+    }
+    assert public <= shown
+    assert {name for name in shown if name.startswith("losses.")} == functions
+    for name in shown:
+        home, _, last = name.rpartition(".")
+        module = importlib.import_module(f"carot_hf.{home}") if home else carot_hf
+        assert getattr(module, last).__doc__
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_the_site_builds_without_warnings_and_asks_no_other_host(site):
+    """Links may lead elsewhere; nothing that a browser loads by itself does."""
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\bsrc=\"?([^\"\s>]+)", text)
+        loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|icon|preload|preconnect)[^>]*", text)
+        assert not [item for item in loaded if "http:" in item or "https:" in item or "//" in item], page
+    for style in site.rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import )[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
+    reference = {page.stem: page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html")}
+    for name, text in reference.items():
+        assert not re.findall(r":(?:class|func|meth|mod|math):|\.\. math|arithmatex|autoref ", text), name
+        assert not re.search(r"<p>(?:Returns|Raises|Args|Attributes|Source):", text), name
+    assert 'id="carot_hf.losses.contrastive_loss"' in reference["losses"]
+    assert reference["losses"].count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 3
+    assert 'href="models.html#carot_hf.CLIPClassifier"' in reference["trainer"]
+    assert 'href="#carot_hf.suite_trainer.SuiteTrainer.evaluate"><code>SuiteTrainer.evaluate' in reference["trainer"]
