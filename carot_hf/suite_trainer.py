@@ -461,14 +461,14 @@ class SuiteTrainer(Trainer):
         # a pickle that nothing reads, in which a `hub_token` would be published
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository on the Hub, before anything is trained.
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository on the Hub, before anything is trained; arguments as for ``Trainer.init_hf_repo``.
 
         Raises:
             ValueError: If the Hub refuses.
         """
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
         except HfHubHTTPError as error:
             raise ValueError(
                 f"Expected to create or open '{self.args.hub_model_id or Path(self.args.output_dir).name}' on the Hub, "
@@ -549,6 +549,8 @@ class SuiteTrainer(Trainer):
                 diagram=diagram.name if metrics and diagram.is_file() else None,
                 datasets=_listed(dataset) or self.suite.datasets,
                 tags=_listed(tags),
+                suite_version=self.suite.version,
+                suite_hash=self.suite.content_hash,
             )
         )
         folder.mkdir(parents=True, exist_ok=True)

@@ -124,6 +124,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "command": " ".join(["examples/finetune_imagenet.py", *argv]),
         "suite": script.suite,
+        "suite_version": suite.version,
+        "suite_sha256": suite.content_hash,
         "names": suite.sources,
         "method": "zero-shot" if script.zero_shot else script.preset,
         "start_model": script.model_name_or_path or f"the suite's ({Path(start_model).name})",

@@ -37,6 +37,8 @@ def test_results_are_those_of_the_weights(make_trainer):
     assert (data.pipeline_tag, data.library_name) == ("zero-shot-image-classification", "transformers")
     assert (data.base_model, data.datasets, data.license) == ("openai/clip", ["tester/noise"], "mit")
     assert {"carot_hf", "calibration", "mine"} <= set(data.tags)
+    assert f"Suite `noise`, sha256 `{trainer.suite.content_hash}`" in card.text
+    assert {result.dataset_revision for result in results.values()} == {trainer.suite.content_hash}
     assert "![Reliability diagrams of each set](eval_reliability.png)" in card.text
     for template in trainer.suite.templates:
         assert f"`{template}`" in card.text
@@ -48,7 +50,9 @@ def test_a_temperature_that_was_in_at_the_evaluation_is_not_counted_twice(make_t
     trainer = make_trainer()
     trainer.calibrate()
     metrics = trainer.evaluate()
+    trainer.suite.version = "2.1"
     card = card_of(trainer)
+    assert f"Suite `noise` version 2.1, sha256 `{trainer.suite.content_hash}`" in card.text
     errors = {r.dataset_name: r.metric_value for r in card.data.eval_results if r.metric_type == "ece"}
     assert errors["far"] == pytest.approx(metrics["eval_far_ece"], abs=1e-6)
     assert "ECE, T in the weights" in card.text
