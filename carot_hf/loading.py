@@ -52,7 +52,7 @@ def open_rows(
     options = {"split": split, "streaming": streaming}
     try:
         if files is not None:
-            return _undecoded(datasets.load_dataset("webdataset", data_files=files, **options))
+            return _undecoded(datasets.load_dataset("webdataset", data_files=files, **options))  # nosec B615  # `at`
         return _undecoded(datasets.load_dataset(str(source), revision=revision, **options))
     except (DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(
@@ -221,7 +221,8 @@ def _open_local(path: Path, split: str, streaming: bool) -> Rows:
         layout, files = local_files(path, split)
     if layout != "folders":
         names = [str(file) for file in files]
-        return datasets.load_dataset(layout, data_files={split: names}, split=split, streaming=streaming)
+        options = {"split": split, "streaming": streaming}
+        return datasets.load_dataset(layout, data_files={split: names}, **options)  # nosec B615  # local files
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
     columns = {"image": [str(file) for file in files], "label": [file.parent.name for file in files]}
     listing = datasets.Dataset.from_dict(columns, features=features)

@@ -183,7 +183,7 @@ def test_files_that_are_no_suite(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)Expected YAML in .*a\.yaml, got .*line 1"):
         load_suite(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("- train")
-    with pytest.raises(ValueError, match=r"b\.yaml: expected a mapping of name, version, class, .*got \['train'\]"):
+    with pytest.raises(ValueError, match=r"b\.yaml: expected a mapping of name, version, .*got \['train'\]"):
         load_suite(tmp_path / "b.yaml")
     (tmp_path / "c.yaml").write_text("train: !!python/object/apply:os.getcwd []")
     with pytest.raises(ValueError, match="could not determine a constructor"):
