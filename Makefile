@@ -1,21 +1,32 @@
 # make setup   an environment in .venv: the package (editable) with the extras demo, docs and test
 # make demo    zero-shot, FLYP and CaRot on real images, offline, side by side
-# make test    ruff, mypy and the tests
-# make lint    ruff and mypy
+# make test    ruff, mypy, bandit and the tests
+# make lint    ruff, mypy and bandit
 # make docs    the site in build/docs
-# make test-all  the slow checks: the site, the demo, the slow tests, the Space of the metric, the quick report of the tables
+# make test-all  the slow checks: the site, the demo, the slow tests, the Space of the metric, the built package, the
+#                lowest and newest versions, the quick report of the tables
+# make test-package   the built wheel in an empty environment, used from elsewhere
+# make test-versions  the lowest and the newest versions of the libraries underneath, each in an environment of its own
+# make newest         write tests/versions/newest.txt anew from the package index, before a release
+# make audit          known vulnerabilities of what is installed; needs a network, no part of the others
 # make test-space  the Space of the metric in its own environment, driven in headless Chromium; trackio there, too
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 SPACE := .venv-space
+LOWEST := .venv-lowest
+NEWEST := .venv-newest
+PIP := -m pip install --quiet --disable-pip-version-check
+# The tests that touch transformers, datasets, accelerate, evaluate, huggingface_hub and Pillow.
+VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture classifier content_hash data ece evaluation hub \
+	images imagenet_suite loading model_card resume security streaming suite_file suites training training_args))
 
 # One thread: the models of the demo and of the tests are small. Offline: nothing here needs a network.
 export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all test-space docs lint clean
+.PHONY: setup demo test test-all test-space test-package test-versions newest audit docs lint clean
 
 setup: $(READY)
 
@@ -31,12 +42,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --recursive carot_hf examples --configfile pyproject.toml
 
 test: lint
 	$(BIN)/python -m pytest -q
 
 # Slow suites, run by .ci/run after `make test`.
-test-all: $(READY) docs test-space
+test-all: $(READY) docs test-space test-package test-versions
 	$(BIN)/python examples/demo.py --output_dir build/demo
 	test -s build/demo/reliability.png -a -s build/demo/carot/metrics.json
 	$(BIN)/python -m pytest -q -m slow
@@ -58,5 +70,29 @@ $(SPACE)/.ready: setup.cfg carot_hf/ece/requirements.txt tests/space/constraints
 		--editable . --requirement carot_hf/ece/requirements.txt pytest playwright trackio
 	touch $@
 
+test-package: $(READY)
+	$(BIN)/python -m pytest -q -m package tests/package
+
+test-versions: $(LOWEST)/.ready $(NEWEST)/.ready
+	$(LOWEST)/bin/python -m pytest -q $(VERSION_TESTS)
+	$(NEWEST)/bin/python -m pytest -q $(VERSION_TESTS)
+
+.venv-%/.ready: setup.cfg tests/versions/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python $(PIP) --constraint tests/versions/$*.txt --editable '.[demo]' pytest hypothesis tensorboard
+	touch $@
+
+newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python $(PIP) torch==2.13.0 --editable '.[demo]' pytest hypothesis tensorboard
+	(grep '^#' tests/versions/newest.txt; echo torch==2.13.0; $(NEWEST)/bin/python -m pip list --format=freeze \
+		--exclude carot_hf --exclude torch --exclude pip --exclude setuptools) > $(NEWEST)/newest.txt
+	mv $(NEWEST)/newest.txt tests/versions/newest.txt
+	touch $(NEWEST)/.ready
+
+audit: $(READY)
+	HF_HUB_OFFLINE=0 $(BIN)/pip-audit --local --skip-editable
+
 clean:
-	rm -rf .venv $(SPACE) build dist demo report runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SPACE) $(LOWEST) $(NEWEST) build dist demo report runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

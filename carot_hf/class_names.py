@@ -180,7 +180,8 @@ def _from_hub(hub_id: str) -> _Offer:
     missing = ""
     for position, name in enumerate((NAMES_FILE, TEMPLATES_FILE)):
         try:
-            lines[position] = _lines(Path(hf_hub_download(hub_id, name, repo_type="dataset")))
+            file = hf_hub_download(hub_id, name, repo_type="dataset")  # nosec B615  # lines of text, shown as the source
+            lines[position] = _lines(Path(file))
         except (OSError, HfHubHTTPError) as error:
             missing = f"{name} of '{hub_id}' cannot be had from the Hub or its cache ({type(error).__name__})"
             if position == 0:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
+import pickle  # nosec B403  # the name of an error only
 import re
 import warnings
 import zipfile

@@ -21,6 +21,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
+VERSION = "1.0"  # of the suite: another one when a class, a template, a label or a pixel changes
+
 # Words rather than characters: "This is a photo of three." is English, and YAML would read a bare 3 as an integer.
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -164,7 +166,9 @@ def _printed(fonts: list[str], *, copies: int, rng: np.random.Generator) -> Digi
     folder = Path(_demo_module("matplotlib").get_data_path()) / "fonts" / "ttf"
     missing = [font for font in fonts if not (folder / font).is_file()]
     if missing:
-        raise FileNotFoundError(f"Expected matplotlib's fonts in {folder}, got none named {missing}. Reinstall it.")
+        raise FileNotFoundError(
+            f"Expected matplotlib's fonts in {folder}, got none named {missing}. Install 3.11 or newer."
+        )
     images, labels = [], []
     for font in fonts:
         for digit in range(10):

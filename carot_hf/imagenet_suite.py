@@ -15,6 +15,7 @@ from .sets import ShiftSet, ShiftSuite
 from .splits import as_set, hold_out_of_stream, split_off
 from .streaming import StreamedSet
 
+VERSION = "1.0"  # of the suite: another one when classes, sets, the held-out rows or how an image is read change
 HOLD_OUT_SHARE = 0.02
 OPTIONS = (*("root", "streaming", "shifts", "check_counts", "class_names", "templates", "name_sources", "seed"),)
 
@@ -86,6 +87,7 @@ def imagenet_suite(
         recommended={"dataloader_num_workers": _workers()},
         sources={"class_names": names.source, "templates": names.templates_source},
         datasets=[imagenet.hub_id, *(SETS[name].hub_id for name in shifts if name in SHIFTS)],
+        version=VERSION,
     )
 
 

@@ -25,7 +25,9 @@ _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".t
 _SPLITS = {"train": "train", "validation": "validation|valid|val", "test": "test"}
 
 
-def open_rows(source: str | Path, split: str, *, layout: str | None = None, streaming: bool = False) -> Rows:
+def open_rows(
+    source: str | Path, split: str, *, layout: str | None = None, streaming: bool = False, revision: str | None = None
+) -> Rows:
     """Open one split.
 
     Args:
@@ -34,6 +36,7 @@ def open_rows(source: str | Path, split: str, *, layout: str | None = None, stre
         layout: ``"parquet"`` or ``"webdataset"``: how the Hub holds it; ``None``: as `datasets` finds out. The layout
             of a local copy is seen from its files.
         streaming: Return an ``IterableDataset`` and download nothing in advance.
+        revision: Commit, tag or branch of the data set on the Hub; ``None``: the newest.
     Returns:
         The rows, images undecoded. A folder of images has the columns ``image`` and ``label``, the folder's name.
     Raises:
@@ -41,12 +44,16 @@ def open_rows(source: str | Path, split: str, *, layout: str | None = None, stre
     """
     path = Path(source).expanduser()
     if path.exists():
+        if revision is not None:
+            raise ValueError(f"Expected no `revision` of a local copy, got {revision!r} for {path}. Leave it out.")
         return _undecoded(_open_local(path, split, streaming))
-    files = {split: f"hf://datasets/{source}/{split}/*.tar"} if layout == "webdataset" else None
+    at = "" if revision is None else f"@{revision}"
+    files = {split: f"hf://datasets/{source}{at}/{split}/*.tar"} if layout == "webdataset" else None
+    options = {"split": split, "streaming": streaming}
     try:
         if files is not None:
-            return _undecoded(datasets.load_dataset("webdataset", data_files=files, split=split, streaming=streaming))
-        return _undecoded(datasets.load_dataset(str(source), split=split, streaming=streaming))
+            return _undecoded(datasets.load_dataset("webdataset", data_files=files, **options))  # nosec B615  # `at`
+        return _undecoded(datasets.load_dataset(str(source), revision=revision, **options))
     except (DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(
             f"Expected to load split '{split}' of '{source}' from the Hub, got {type(error).__name__}: {error} If the "
@@ -214,7 +221,8 @@ def _open_local(path: Path, split: str, streaming: bool) -> Rows:
         layout, files = local_files(path, split)
     if layout != "folders":
         names = [str(file) for file in files]
-        return datasets.load_dataset(layout, data_files={split: names}, split=split, streaming=streaming)
+        options = {"split": split, "streaming": streaming}
+        return datasets.load_dataset(layout, data_files={split: names}, **options)  # nosec B615  # local files
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
     columns = {"image": [str(file) for file in files], "label": [file.parent.name for file in files]}
     listing = datasets.Dataset.from_dict(columns, features=features)

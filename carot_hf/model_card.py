@@ -61,6 +61,8 @@ class CardFacts:
         language: Of the captions.
         datasets: Ids of the Hub.
         tags: Beside ours.
+        suite_version: Of the suite, if it has one.
+        suite_hash: :attr:`~carot_hf.ShiftSuite.content_hash`.
     """
 
     name: str
@@ -88,6 +90,8 @@ class CardFacts:
     language: str | None = None
     datasets: Sequence[str] = field(default_factory=tuple)
     tags: Sequence[str] = field(default_factory=tuple)
+    suite_version: str | None = None
+    suite_hash: str | None = None
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -166,6 +170,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
                         dataset_name=name,
                         dataset_config=name,  # the metadata would else take all sets for one
                         dataset_split="test",
+                        dataset_revision=facts.suite_hash,
                         metric_type=metric,
                         metric_name=title,
                         metric_value=round(float(value), 6),
@@ -322,6 +327,9 @@ def _reproduction(facts: CardFacts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     processes = f"; {facts.processes} processes" if facts.processes > 1 else ""
     parts.append(f"{facts.steps:,} steps; seed {facts.seed}{processes}; {versions}.")
+    if facts.suite_hash:
+        number = f" version {facts.suite_version}" if facts.suite_version else ""
+        parts.append(f"Suite `{facts.suite}`{number}, sha256 `{facts.suite_hash}` (`suite.content_hash`).")
     return "\n\n".join(parts)
 
 

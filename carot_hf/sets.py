@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .content_hash import sha256_of_array, sha256_of_facts
 from .images import DECODING_ERRORS, BadImageError, read_image
 from .prompts import check_templates
 
@@ -36,6 +37,8 @@ class ShiftSet(Dataset):
         exif: Turn images as their EXIF orientation says.
         crop_border: Pixels cut off at each side before anything else.
         test_only: The set's terms forbid to train, to tune or to select on it.
+        content: What says which images these are, such as the commit on the Hub or a checksum; it is part of
+            :attr:`ShiftSuite.content_hash`.
     Raises:
         ValueError: If the set is empty, a label or a column is out of range, or, when an item is read, its image
             cannot be decoded (the set and the index are named).
@@ -55,11 +58,12 @@ class ShiftSet(Dataset):
         exif: bool = True,
         crop_border: int = 0,
         test_only: bool = False,
+        content: str | None = None,
     ) -> None:
         self.data, self.name, self.num_classes = _undecoded(data, image_column), name, num_classes
         self.columns = None if columns is None else [list(group) for group in columns]
         self.image_column, self.label_column, self.caption_column = image_column, label_column, caption_column
-        self.exif, self.crop_border, self.test_only = exif, crop_border, test_only
+        self.exif, self.crop_border, self.test_only, self.content = exif, crop_border, test_only, content
         if not hasattr(data, "__len__"):
             raise ValueError(
                 f"Expected a data set with a length for '{name}', got {type(data).__name__}. Streamed data cannot be "
@@ -91,8 +95,22 @@ class ShiftSet(Dataset):
     @property
     def reading(self) -> dict[str, Any]:
         """The options that say how an item is read, for a set of other rows of the same source."""
-        names = ("image_column", "label_column", "caption_column", "exif", "crop_border", "test_only")
+        names = ("image_column", "label_column", "caption_column", "exif", "crop_border", "test_only", "content")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the set is, as texts and integers, for :attr:`ShiftSuite.content_hash`; no image is read."""
+        return {
+            "name": self.name,
+            "size": len(self),
+            "labels": None if self.labels is None else sha256_of_array(self.labels, "<i8"),
+            "columns": self.columns,
+            "captions": self.caption_column is not None,
+            "exif": self.exif,
+            "crop_border": self.crop_border,
+            "content": self.content,
+        }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index)
@@ -188,6 +206,7 @@ class ShiftSuite:
         recommended: Training arguments that suit this suite; they go before a preset and behind the command line.
         sources: Where class names and templates come from, as ``{"class_names": ..., "templates": ...}``.
         datasets: Ids of its data sets on the Hub, for the card of a pushed model.
+        version: Of the suite; ``None``: it has none. Whoever changes what `content_hash` covers gives another one.
     Raises:
         ValueError: If names, templates or the number of classes do not fit.
     """
@@ -202,6 +221,7 @@ class ShiftSuite:
     recommended: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     datasets: list[str] = field(default_factory=list)
+    version: str | None = None
 
     def __post_init__(self) -> None:
         check_templates(self.templates)
@@ -235,6 +255,29 @@ class ShiftSuite:
     def evaluation_sets(self) -> dict[str, ShiftSet]:
         """Validation, in-distribution test and shifts by name, in this order."""
         return {"validation": self.validation, self.test.name: self.test, **self.shifts}
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of what the suite is, 64 hexadecimal digits: figures of suites with different ones do not compare.
+
+        It covers the class names and templates in their order, the ids of the data sets on the Hub, and of each set its
+        name, size, labels in the order of the rows, columns, how images are turned and cropped, and
+        :attr:`ShiftSet.content`. Those of the embedded digits are the checksums of all pixels. Other images are not
+        read, nor are captions of their own: two copies with the same labels in the same order and other pixels have the
+        same hash, unless ``content`` tells them apart. Labels that are known only by reading the rows (of a stream, for
+        one) are not covered, so a suite has one hash as a stream and another one when it is loaded whole. Paths,
+        ``recommended``, and the suite's own name and version do not count.
+        """
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return sha256_of_facts(
+            {
+                "class_names": self.class_names,
+                "templates": self.templates,
+                "datasets": self.datasets,
+                "splits": {role: data.facts for role, data in splits.items()},
+                "shifts": {name: data.facts for name, data in self.shifts.items()},
+            }
+        )
 
 
 def _undecoded(data: Any, image_column: str) -> Any:

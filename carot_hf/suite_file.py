@@ -24,12 +24,14 @@ _SET_KEYS = {
     "image_column": (str, "image_column: image"),
     "label_column": (str, "label_column: label"),
     "label_names": (list, "label_names: [cat, dog]"),
+    "revision": (str, "revision: 0123456789abcdef0123456789abcdef01234567"),
 }
 _TEST_KEYS = {**_SET_KEYS, "name": (str, "name: home")}
 _SHIFT_KEYS = {**_SET_KEYS, "columns": (list, "columns: [[0], [1, 2]]")}
 _TRAIN_KEYS = {**_SET_KEYS, "caption_column": (str, "caption_column: text")}
 _SUITE_KEYS = {
     "name": (str, "name: pets"),
+    "version": (str, 'version: "1.0"'),
     "class_names": ((list, str), "class_names: [cat, dog]"),
     "templates": ((list, str), 'templates: ["a photo of a {}."]'),
     "train": (dict, "train: {path: data/train}"),
@@ -80,6 +82,7 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
         test=test,
         shifts=shifts,
         recommended=dict(description.get("recommended", {})),
+        version=description.get("version"),
     )
 
 
@@ -109,6 +112,7 @@ class _Reader:
             entry.get("split", first if not second else "test"),
             layout=entry.get("layout"),
             streaming=stream,
+            revision=entry.get("revision"),
         )
         label = entry.get("label_column")
         if "caption_column" in entry and label is None and not any(name in rows.features for name in LABEL_COLUMNS):
@@ -116,6 +120,7 @@ class _Reader:
         if not self.class_names:
             self.class_names = _names_of(rows, label, f"{self._path}: class_names")
         options = {"caption_column": entry["caption_column"]} if "caption_column" in entry else {}
+        options["content"] = _content(entry)
         return as_set(
             rows,
             name=name,
@@ -142,7 +147,13 @@ class _Reader:
             image_column=image,
             label_column=None,
             caption_column=entry["caption_column"],
+            content=_content(entry),
         )
+
+
+def _content(entry: Mapping[str, Any]) -> str | None:
+    """What tells the images of a set from those of another revision."""
+    return f"{entry['path']}@{entry['revision']}" if "revision" in entry else None
 
 
 def _names_of(rows: Any, label: str | None, where: str) -> list[str]:

@@ -525,14 +525,14 @@ class SuiteTrainer(Trainer):
         # a pickle that nothing reads, in which a `hub_token` would be published
         Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository on the Hub, before anything is trained.
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository on the Hub, before anything is trained; arguments as for ``Trainer.init_hf_repo``.
 
         Raises:
             ValueError: If the Hub refuses, or cannot be reached.
         """
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
         except (HTTPError, OSError) as error:
             refused = getattr(getattr(error, "response", None), "status_code", None) is not None
             cure = (
@@ -638,6 +638,8 @@ class SuiteTrainer(Trainer):
                 teacher=(folder / TEACHER_FOLDER / "config.json").is_file(),
                 datasets=_listed(dataset) or self.suite.datasets,
                 tags=_listed(tags),
+                suite_version=self.suite.version,
+                suite_hash=self.suite.content_hash,
             )
         )
         card.save(folder / "README.md")

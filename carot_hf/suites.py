@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from . import digits
+from .content_hash import sha256_of_array
 from .sets import RESERVED_NAMES, ShiftSet, ShiftSuite
 
 __all__ = ["RESERVED_NAMES", "ShiftSet", "ShiftSuite", "load_suite"]
@@ -67,7 +68,13 @@ class _Arrays:
 
 def _digits_suite() -> ShiftSuite:
     def shift_set(name: str, split: digits.DigitSplit) -> ShiftSet:
-        return ShiftSet(_Arrays(split), name=name, num_classes=len(digits.CLASS_NAMES), labels=split.labels)
+        return ShiftSet(
+            _Arrays(split),
+            name=name,
+            num_classes=len(digits.CLASS_NAMES),
+            labels=split.labels,
+            content=sha256_of_array(split.images, "u1"),
+        )
 
     splits = digits.fine_tuning_splits()
     return ShiftSuite(
@@ -88,4 +95,5 @@ def _digits_suite() -> ShiftSuite:
             "save_steps": 50,
             "save_total_limit": 2,
         },
+        version=digits.VERSION,
     )

@@ -95,7 +95,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-@dataclass
+@dataclass(repr=False)  # the one of TrainingArguments hides tokens
 class CaRotTrainingArguments(TrainingArguments):
     r"""Arguments of :class:`~carot_hf.CaRotTrainer`: those of ``TrainingArguments`` and the ones below.
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import subprocess  # nosec B404  # runs the examples, without a shell
 import sys
 import threading
 import time
@@ -282,7 +282,7 @@ class Runner:
         threads = {"OMP_NUM_THREADS": "1"} if self._jobs > 1 else {}  # one core each
         start = time.perf_counter()
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            result = subprocess.run(
+            result = subprocess.run(  # nosec B603  # a list of arguments: this Python, our script, its options
                 [*command, *(["--resume_from_checkpoint"] if resume else [])],
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import configparser
+import re
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "carot_hf"
+LOWEST = ROOT / "tests" / "versions" / "lowest.txt"
 
 # floor 0 and ground: arithmetic, no transformers, no framework
 ALLOWED = {
@@ -29,6 +32,7 @@ ALLOWED = {
     "input_wait": set(),
     "gradient_cache": set(),
     "checkpoints": set(),
+    "content_hash": set(),
     "digits": set(),
     "imagenet": set(),
     "corruptions": set(),
@@ -43,12 +47,12 @@ ALLOWED = {
     "transforms": set(),
     "data": {"images", "prompts", "transforms"},
     "loading": set(),  # rows from the Hub or from disk
-    "sets": {"images", "prompts"},
+    "sets": {"content_hash", "images", "prompts"},
     "streaming": {"images", "sets"},
     "splits": {"loading", "sets", "streaming"},
     "imagenet_suite": {"class_names", "corruptions", "imagenet", "loading", "sets", "splits", "streaming"},
     "suite_file": {"loading", "sets", "splits"},
-    "suites": {"digits", "imagenet_suite", "sets", "suite_file"},
+    "suites": {"content_hash", "digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"adapters", "losses", "teacher"},
     "onnx_export": {"classifier", "transforms"},
     # floor 2: when and what to show
@@ -87,6 +91,7 @@ THIRD_PARTY = {
     "teacher_file": {"safetensors", "torch"},
     "distributed": {"torch"},
     "checkpoints": set(),
+    "content_hash": {"numpy"},
     "calibration": {"numpy", "torch"},
     "merging": {"torch"},
     "adapters": {"peft", "safetensors", "torch", "transformers"},
@@ -187,6 +192,48 @@ def test_importing_the_package_is_light():
     code = "import sys, carot_hf; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+def test_imports_add_little_to_those_of_transformers():
+    """`Trainer` itself imports datasets; the public names, but the metric's, add no plotting, no metric and no data."""
+    code = """
+import sys, time, transformers
+start = time.perf_counter()
+import carot_hf
+seconds = time.perf_counter() - start
+heavy = ("datasets", "evaluate", "matplotlib", "sklearn", "mlxtend", "scipy", "peft", "pandas", "pyarrow")
+assert not {"datasets", "evaluate", "matplotlib"} & sys.modules.keys()
+from transformers import Trainer
+before = set(sys.modules)
+for name in carot_hf.__all__:
+    if name != "load_ece":
+        getattr(carot_hf, name)
+assert "carot_hf.trainer" in sys.modules
+print(seconds, [name for name in heavy if name in sys.modules and name not in before])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    seconds, added = result.stdout.strip().split(" ", 1)
+    assert added == "[]"
+    assert float(seconds) < 0.3
+
+
+def lower_bounds():
+    """Lower bounds of setup.cfg: of the package, and of what the extra `demo` brings."""
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    lines = [setup["options"]["install_requires"], extras["plot"], extras["demo"]]
+    return dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(lines), flags=re.MULTILINE))
+
+
+def test_the_lowest_versions_are_those_that_setup_cfg_admits():
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)", LOWEST.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    bounds = lower_bounds()
+    assert len(bounds) >= 12
+    for name, bound in bounds.items():
+        if name != "torch":  # one torch for all tests
+            version = pinned[name.replace("_", "-")]
+            assert re.fullmatch(rf"{re.escape(bound)}(\.0)*", version), (name, bound, version)
 
 
 def test_all_public_names_exist():

@@ -216,6 +216,8 @@ def test_the_main_job_on_local_copies(root, model, processor, tmp_path, flags):
     command += ["--output_dir", str(tmp_path / "out"), "--report_to", "none", "--reliability_diagrams", "False"]
     report = finetune_imagenet.main(command)
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert saved["suite_version"] == "1.0"
+    assert len(saved["suite_sha256"]) == 64
     assert saved["suite"] == "imagenet"
     assert saved["names"]["templates"] == "files in wds_imagenetv2"
     assert {"eval_r_ece", "eval_objectnet_ece_ts", "eval_imagenet_accuracy", "eval_ood_nll"} < set(report["metrics"])

@@ -117,7 +117,7 @@ def test_a_stream_has_the_rows_of_the_table(tmp_path):
         found = [(item["label"], *item["image"].getpixel((0, 0))[:2]) for item, _ in read]
         assert sorted(found) == sorted((label, label, row) for row, label in enumerate(LABELS))
         assert len({number for _, number in read}) == len(LABELS)
-        assert sum(1 for file in range(rows.num_shards) for _ in shard_rows(rows, file)) == len(LABELS)
+        assert sum(1 for file in range(rows.num_shards) for _ in shard_rows(data.rows, file)) == len(LABELS)
 
 
 # ---- columns and labels ----
@@ -195,9 +195,14 @@ def test_the_hub_is_asked_in_the_layout_of_the_set(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", fake)
     open_rows("clip-benchmark/wds_imagenet-r", "test", layout="webdataset")
     open_rows("ILSVRC/imagenet-1k", "train", layout="parquet", streaming=True)
+    open_rows("clip-benchmark/wds_imagenet-r", "test", layout="webdataset", revision="abc")
+    open_rows("ILSVRC/imagenet-1k", "train", layout="parquet", revision="abc")
     files = {"test": "hf://datasets/clip-benchmark/wds_imagenet-r/test/*.tar"}
+    pinned = {"test": "hf://datasets/clip-benchmark/wds_imagenet-r@abc/test/*.tar"}
     assert calls[0] == (("webdataset",), {"data_files": files, "split": "test", "streaming": False})
-    assert calls[1] == (("ILSVRC/imagenet-1k",), {"split": "train", "streaming": True})
+    assert calls[1] == (("ILSVRC/imagenet-1k",), {"split": "train", "streaming": True, "revision": None})
+    assert calls[2] == (("webdataset",), {"data_files": pinned, "split": "test", "streaming": False})
+    assert calls[3] == (("ILSVRC/imagenet-1k",), {"split": "train", "streaming": False, "revision": "abc"})
 
 
 def test_a_gated_set_names_its_page_and_the_login(monkeypatch):
@@ -218,6 +223,8 @@ def test_without_network_the_message_says_what_to_do():
 
 def test_folders_without_data(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="Expected no `revision` of a local copy, got 'abc'"):
+        open_rows(tmp_path, "test", revision="abc")
     with pytest.raises(ValueError, match=r"Expected \.parquet or \.tar files.*got \['notes\.txt'\] \.\.\. \(1 files\)"):
         open_rows(tmp_path, "test")
     with pytest.raises(ValueError, match=r"Expected a \.parquet or \.tar file or a folder, got .*notes\.txt"):

@@ -106,12 +106,20 @@ def test_what_the_metadata_and_the_text_say(make_trainer):
     assert {result.task_type for result in data.eval_results} == {"zero-shot-image-classification"}
     again = ModelCard(f"---\n{data.to_yaml()}\n---\n", ignore_metadata_errors=False)
     assert again.data.to_dict() == data.to_dict()
+    assert f"Suite `noise`, sha256 `{trainer.suite.content_hash}`" in card.text
+    assert {result.dataset_revision for result in data.eval_results} == {trainer.suite.content_hash}
     assert "![Reliability diagrams of each set](eval_reliability.png)" in card.text
     for template in trainer.suite.templates:
         assert template in card.text.splitlines()
     assert "`openai/clip`, fine-tuned on the suite `noise` (4 classes) with CLIP's contrastive loss" in card.text
     assert "| `learning_rate` | `0.01` |" in card.text
     assert re.search(r"4 steps; seed 42; carot_hf \S+, torch \S+, transformers", card.text)
+
+
+def test_the_version_of_the_suite_is_named(make_trainer):
+    trainer = make_trainer()
+    trainer.suite.version = "2.1"
+    assert f"Suite `noise` version 2.1, sha256 `{trainer.suite.content_hash}`" in card_of(trainer).text
 
 
 def test_what_was_measured_before_a_training_is_not_of_the_trained_weights(make_trainer, drawn):

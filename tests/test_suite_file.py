@@ -51,7 +51,7 @@ def changed(pets, **keys):
 
 def test_the_documented_example(pets, make_trainer):
     suite = load_suite(pets)
-    assert (suite.name, suite.class_names) == ("pets", ["cat", "dog", "rabbit"])
+    assert (suite.name, suite.version, suite.class_names) == ("pets", "1.0", ["cat", "dog", "rabbit"])
     assert suite.templates == ["a photo of a {}.", "an image of a {}."]
     assert (len(suite.train), len(suite.validation), suite.test.name) == (24, 6, "home")
     assert np.bincount(suite.validation.labels).tolist() == [2, 2, 2]  # 20 % of 30 over three classes
@@ -91,6 +91,29 @@ def test_a_validation_set_of_its_own(pets):
     assert (len(suite.train), len(suite.validation)) == (30, 7)
 
 
+def test_a_revision_is_asked_for_and_counts_as_content(pets, monkeypatch):
+    asked = []
+    labels = datasets.Dataset.from_dict({"image": [picture(1, 0)] * 6, "label": [0, 1, 2] * 2})
+    rows = labels.cast_column("image", datasets.Image(decode=False))
+
+    def fake(*args, **kwargs):
+        asked.append((*args, kwargs.get("revision")))
+        return rows
+
+    monkeypatch.setattr("datasets.load_dataset", fake)
+    hashes = set()
+    for entry in ({}, {"revision": "abc"}, {"revision": "def"}):
+        test = {"path": "owner/pets", "name": "home", **entry}
+        suite = load_suite(changed(pets, test=test, train={"path": "owner/pets", **entry}, validation=0.4, shifts=None))
+        assert {suite.train.content, suite.validation.content, suite.test.content} == {
+            f"owner/pets@{entry['revision']}" if entry else None
+        }
+        hashes.add(suite.content_hash)
+        pets.write_text(EXAMPLE.read_text())
+    assert asked == [("owner/pets", revision) for revision in (None, None, "abc", "abc", "def", "def")]
+    assert len(hashes) == 3
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_captions_of_ones_own(pets, tmp_path, labelled):
     images = [{"bytes": picture(0, row), "path": None} for row in range(4)]
@@ -122,6 +145,7 @@ def test_captions_of_ones_own(pets, tmp_path, labelled):
             {"shifts__zoo__colums": [[0]]},
             r"shifts\.zoo\.colums: .*Did you mean 'columns'\? Example: columns: \[\[0\], \[1, 2\]\]",
         ),
+        ({"version": 1.0}, r'version: expected text, got 1\.0\. Example: version: "1\.0"'),
         ({"train": None}, r"pets\.yaml: train: expected this key, got none\. Example: train: \{path: data/train\}"),
         ({"shifts__zoo__path": None}, r"shifts\.zoo\.path: expected this key, got none\. Example: path: data/train"),
         ({"train": "pets/home"}, r"train: expected a mapping, got 'pets/home'\. Example: train: \{path"),
@@ -159,7 +183,7 @@ def test_files_that_are_no_suite(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)Expected YAML in .*a\.yaml, got .*line 1"):
         load_suite(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("- train")
-    with pytest.raises(ValueError, match=r"b\.yaml: expected a mapping of name, class_names, .*got \['train'\]"):
+    with pytest.raises(ValueError, match=r"b\.yaml: expected a mapping of name, version, .*got \['train'\]"):
         load_suite(tmp_path / "b.yaml")
     (tmp_path / "c.yaml").write_text("train: !!python/object/apply:os.getcwd []")
     with pytest.raises(ValueError, match="could not determine a constructor"):
