@@ -7,7 +7,7 @@ that was fitted on the validation split. Any flag of TrainingArguments works. Wh
 before what the suite recommends, which goes before the preset. An interrupted run goes on, to the same weights bit for
 bit, with the same command and --resume_from_checkpoint.
 
-In the output folder: the calibrated model and its processor (load them with CLIPModel.from_pretrained, or in the stock
+In the output folder: the calibrated model and its processor (load them with AutoModel.from_pretrained, or in the stock
 pipeline "zero-shot-image-classification"), metrics.json, eval_reliability.png, and checkpoint-<step> folders.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CLIPModel, CLIPProcessor, HfArgumentParser
+from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 import carot_hf
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
@@ -67,7 +67,10 @@ class ScriptArguments:
         },
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "CLIP checkpoint to start from. Default: the one that belongs to the suite."}
+        default=None,
+        metadata={
+            "help": "Checkpoint to start from: CLIP or a relative (docs/backbones.md). Default: the suite's own."
+        },
     )
     zero_shot: bool = field(default=False, metadata={"help": "Do not train: evaluate and calibrate the start model."})
 
@@ -110,8 +113,8 @@ def main(argv: list[str]) -> dict[str, Any]:
             "from them, or choose another folder."
         )
     start_model = script.model_name_or_path or start_model_of(script.suite)
-    processor = CLIPProcessor.from_pretrained(start_model)  # nosec B615  # the user's choice; no code in it is run
-    model = CLIPModel.from_pretrained(start_model, dtype=torch.float32)  # nosec B615  # as above; safetensors
+    processor = AutoProcessor.from_pretrained(start_model)  # nosec B615  # the user's choice; no code in it is run
+    model = AutoModel.from_pretrained(start_model, dtype=torch.float32)  # nosec B615  # as above; safetensors
     if script.zero_shot and getattr(model.config, "calibration", None) is not None:
         print("The start model is calibrated: its temperature is taken out and fitted anew.")
         unbake_temperature(model)

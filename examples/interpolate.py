@@ -28,15 +28,16 @@ from typing import Any
 import torch
 from demo import COLUMNS
 from finetune_imagenet import start_model_of, suite_options
-from transformers import AutoConfig, CLIPModel, CLIPProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.trainer_callback import PrinterCallback
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
+from carot_hf.backbones import BACKBONES
 from carot_hf.classifier import CLIPClassifier
 from carot_hf.evaluation import comparison_table
 from carot_hf.merging import SWEEP, alpha_sweep, interpolate
 
-KINDS = {"clip": CLIPModel, "clip_classifier": CLIPClassifier}
+KINDS = {**dict.fromkeys(BACKBONES, AutoModel), "clip_classifier": CLIPClassifier}
 TABLE = [*COLUMNS, ("T", "eval_temperature")]
 
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> list[dict[str, float]]:
     options = parse(argv)
     suite = load_suite(options.suite, **suite_options(options))
     zero_shot, fine_tuned = (load_end(end) for end in (options.zero_shot, options.fine_tuned))
-    processor = CLIPProcessor.from_pretrained(options.fine_tuned)  # nosec B615  # the user's own model
+    processor = AutoProcessor.from_pretrained(options.fine_tuned)  # nosec B615  # the user's own model
     objective = "cross_entropy" if isinstance(fine_tuned, CLIPClassifier) else "contrastive"
     if objective == "cross_entropy":  # the trainer turns a CLIPModel into a classifier of the suite
         zero_shot = make_trainer(zero_shot, suite, processor, options, objective).model
@@ -98,7 +99,7 @@ def weight(text: str) -> float:
     return value
 
 
-def load_end(name: str) -> CLIPModel | CLIPClassifier:
+def load_end(name: str) -> Any:
     """Load an end in float32, without a baked temperature."""
     kind = AutoConfig.from_pretrained(name).model_type  # nosec B615  # JSON; no code is run
     if kind not in KINDS:
@@ -111,7 +112,7 @@ def load_end(name: str) -> CLIPModel | CLIPClassifier:
 
 
 def make_trainer(
-    model: CLIPModel | CLIPClassifier, suite: ShiftSuite, processor: Any, options: argparse.Namespace, objective: str
+    model: Any, suite: ShiftSuite, processor: Any, options: argparse.Namespace, objective: str
 ) -> CaRotTrainer:
     """Make a trainer that only evaluates: no teacher, no bars, no lines and pictures of its own."""
     arguments = CaRotTrainingArguments(

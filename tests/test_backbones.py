@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import finetune_imagenet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from families import CONTEXT, FAMILIES, SIGMOID, model_of, processor_of
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, ViTConfig, ViTModel, pipeline
 
-from carot_hf import unbake_temperature
+from carot_hf import interpolate, unbake_temperature
 from carot_hf.backbones import BACKBONES, backbone_of, caption_options, embedding_size, pair_inputs
 from carot_hf.losses import similarity_logits
 from carot_hf.prompts import CaptionTable, class_embeddings
@@ -266,3 +267,33 @@ def test_same_class_pairs_with_a_sigmoid(trainer_of, same_class):
             p = 1 / (1 + math.exp(-logits[i][j]))
             total -= target * math.log(p) + (1 - target) * math.log(1 - p)
     assert terms["sigmoid"].item() == pytest.approx(total / 4, rel=1e-5)
+
+
+def test_a_merge_of_two_ends_is_its_ends_and_calibrated_anew(trainer_of, family):
+    trainer = trainer_of(family, max_steps=2)
+    start = model_of(family, trainer.processing_class.tokenizer)
+    trainer.train()
+    trained = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.calibrate()
+    unbake_temperature(trainer.model)
+    for alpha, end in ((0.0, start.state_dict()), (1.0, trained)):
+        merged = interpolate(start, trainer.model, alpha).state_dict()
+        assert all(torch.equal(value, end[name]) for name, value in merged.items())
+    half = interpolate(start, trainer.model, 0.5)
+    assert getattr(half.config, "calibration", None) is None
+    assert trainer_of(family).model.logit_scale.shape == half.logit_scale.shape
+
+
+def test_the_script_fine_tunes_a_folder_of_another_family(tmp_path):
+    processor = processor_of("siglip2")
+    processor.save_pretrained(tmp_path / "start")
+    model_of("siglip2", processor.tokenizer).save_pretrained(tmp_path / "start")
+    report = finetune_imagenet.main(
+        [
+            "--suite", "digits", "--model_name_or_path", str(tmp_path / "start"), "--output_dir", str(tmp_path / "out"),
+            "--max_steps", "2", "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true",
+        ]
+    )  # fmt: skip
+    assert report["calibration"]["bias"] == report["metrics"]["eval_bias"]
+    card_free = AutoModel.from_pretrained(tmp_path / "out")
+    assert card_free.config.calibration["temperature"] == report["calibration"]["temperature"]

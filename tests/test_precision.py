@@ -11,7 +11,7 @@ from reference import contrastive
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from carot_hf.trainer import _pairs
+from carot_hf.backbones import pair_inputs
 
 CACHE = {"contrastive_batch_size": 12}
 
@@ -34,7 +34,7 @@ def losses(trainer):
 
 
 def first_batch(trainer):
-    return _pairs(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
+    return pair_inputs(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
 
 
 @pytest.mark.parametrize("cache", [{}, CACHE], ids=["plain", "cache"])
