@@ -52,7 +52,8 @@ def open_rows(
     options = {"split": split, "streaming": streaming}
     try:
         if files is not None:
-            return _undecoded(datasets.load_dataset("webdataset", data_files=files, **options))  # nosec B615  # `at`
+            rows = datasets.load_dataset("webdataset", data_files=files, **options)  # nosec B615  # `at`
+            return _undecoded(rows)
         return _undecoded(datasets.load_dataset(str(source), revision=revision, **options))
     except (DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(

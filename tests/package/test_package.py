@@ -47,6 +47,12 @@ fit_temperature("logits")
 """
 
 
+def elsewhere(command, folder):
+    """Run a command where neither the working directory nor a variable leads to the repository."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
@@ -59,17 +65,13 @@ def built(tmp_path_factory):
 def python(built, tmp_path_factory):
     """The Python of an empty environment outside the repository with the wheel in it, and with nothing else."""
     folder = tmp_path_factory.mktemp("env")
-    venv.create(folder, with_pip=True)
+    venv.create(folder, with_pip=True, symlinks=True)
     python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     constraints = ROOT / "tests" / "versions" / "newest.txt"
-    subprocess.run([*install, "--constraint", str(constraints), str(built[0])], check=True, cwd=folder)
+    result = elsewhere([*install, "--constraint", str(constraints), str(built[0])], folder)
+    assert result.returncode == 0, result.stderr
     return python
-
-
-def elsewhere(command, folder):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built):
