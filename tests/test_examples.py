@@ -64,7 +64,7 @@ def test_a_folder_with_an_interrupted_save_alone_can_be_started_anew(tmp_path, m
     def stop(*args, **kwargs):
         raise Reached
 
-    monkeypatch.setattr(finetune_imagenet.CLIPProcessor, "from_pretrained", stop)
+    monkeypatch.setattr(finetune_imagenet.AutoProcessor, "from_pretrained", stop)
     command = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path)]
     with pytest.raises(Reached):
         finetune_imagenet.main(command)

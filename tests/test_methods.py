@@ -383,7 +383,7 @@ def test_options_that_contradict_each_other_are_refused(tmp_path, options, messa
 
 def test_models_that_do_not_fit_the_objective_are_refused(make_trainer, suite, processor):
     classifier = make_trainer(preset="ft").model
-    with pytest.raises(TypeError, match=r"Expected a transformers.CLIPModel, got CLIPClassifier for the objective"):
+    with pytest.raises(TypeError, match=r"Expected a transformers model of CLIPModel, .*got CLIPClassifier"):
         make_trainer(classifier)
     other = CLIPClassifier.from_clip(tiny_clip(processor.tokenizer), F.normalize(torch.randn(3, 12), dim=-1))
     with pytest.raises(ValueError, match="classifier of the 4 classes of suite 'noise', got one of 3"):

@@ -291,7 +291,7 @@ def test_nan_loss_without_checkpoint_says_so(make_trainer):
 
 def test_wrong_model_or_arguments_are_refused(suite, processor, model, tmp_path):
     args = CaRotTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(TypeError, match=r"Expected a transformers.CLIPModel, got Linear"):
+    with pytest.raises(TypeError, match=r"Expected a transformers model of CLIPModel, .*got Linear"):
         CaRotTrainer(model=torch.nn.Linear(2, 2), args=args, suite=suite, processing_class=processor)
     stock = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(TypeError, match="from_preset"):
