@@ -1,13 +1,15 @@
 """Seconds of a training step: FLYP and CaRot, ours and hand-written in plain torch.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_step.py            # half an hour, 18 GB of memory
-    OMP_NUM_THREADS=1 python benchmarks/train_step.py --quick    # does it run at all?
+    MALLOC_ARENA_MAX=1 OMP_NUM_THREADS=1 python benchmarks/train_step.py    # half an hour, 19 GB of memory
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --quick               # does it run at all?
 
 A ViT-B/16 and its text tower with random weights, one batch of 16 that all share, AdamW (fused) throughout. The
 variants live side by side in one process, each from the same weights, and take turns step by step, forwards and
 backwards, so that a machine that slows down does so for all; the losses of all must agree. "as published" pads
 captions to 77 tokens. Our steps include all that a step of `Trainer` does: fetching the batch, callbacks, logging, the
-check of the loss; what stands against them in "overhead" is the same step in a bare loop.
+check of the loss; what stands against them in "overhead" is the same step in a bare loop. One malloc arena, because our
+trainers rest in threads of their own: glibc would hand their memory back to the system after each step, and that of the
+loops in the main thread not.
 """
 
 from __future__ import annotations

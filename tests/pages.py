@@ -159,12 +159,14 @@ def check_suite(text):
 
 
 def small(words):
-    """Whether a command runs here: one process, on a suite that is here."""
+    """Whether a command runs here: one process, on a suite and a model that are here, and no tracker with an account."""
     words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:] if words[0] == "python" else []
     if not words or Path(words[0]).stem not in CUT or "--suite" not in words:
         return False
-    suite = words[words.index("--suite") + 1]
-    return suite == "digits" or Path(suite).is_file()
+    given = dict(zip(words, words[1:], strict=False))
+    if given.get("--report_to") in ("wandb", "trackio") or not Path(given.get("--model_name_or_path", ".")).exists():
+        return False
+    return given["--suite"] == "digits" or Path(given["--suite"]).is_file()
 
 
 def run_command(words):
