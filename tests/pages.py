@@ -14,6 +14,7 @@ import configparser
 import contextlib
 import importlib
 import io
+import itertools
 import math
 import os
 import re
@@ -159,11 +160,11 @@ def check_suite(text):
 
 
 def small(words):
-    """Whether a command runs here: one process, on a suite and a model that are here, and no tracker with an account."""
+    """Whether a command runs here: one process, a suite and a model that are here, no tracker with an account."""
     words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:] if words[0] == "python" else []
     if not words or Path(words[0]).stem not in CUT or "--suite" not in words:
         return False
-    given = dict(zip(words, words[1:], strict=False))
+    given = dict(itertools.pairwise(words))
     if given.get("--report_to") in ("wandb", "trackio") or not Path(given.get("--model_name_or_path", ".")).exists():
         return False
     return given["--suite"] == "digits" or Path(given["--suite"]).is_file()
