@@ -487,11 +487,12 @@ def run_and_save(folder, resume=None):
 
 
 WORKER = """
-import sys
+import os, sys
 sys.path.insert(0, {tests!r})
 from test_any_trainer import run_and_save
 
 run_and_save({folder!r}, {resume!r})
+os._exit(0)  # all is saved: whatever threads are left need not be waited for
 """
 
 
