@@ -220,6 +220,12 @@ def fit_temperature(
     temperature = _fit_nll(logits, labels, low, high)
     if criterion == "ece":
         temperature = _fit_ece(logits, labels, low, high, temperature)
+    warn_at_bound(temperature, low, high)
+    return temperature
+
+
+def warn_at_bound(temperature: float, low: float, high: float) -> None:
+    """Log a warning if a fitted temperature is one of its bounds."""
     if temperature in (low, high):
         logger.warning(
             "The best temperature is at the bound %g of [%g, %g]: the optimum may lie outside. "
@@ -228,7 +234,6 @@ def fit_temperature(
             low,
             high,
         )
-    return temperature
 
 
 def bake_temperature(

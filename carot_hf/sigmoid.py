@@ -6,17 +6,14 @@ probabilities need not sum to 1, and they depend on the bias of the logits as we
 
 from __future__ import annotations
 
-import logging
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calibration import LogitRows, Logits, checked_rows, row_chunks
+from .calibration import LogitRows, Logits, checked_rows, row_chunks, warn_at_bound
 from .losses import check_pair, check_smoothing, target_rows
-
-logger = logging.getLogger(__name__)
 
 _STEPS = 200  # of Newton's method; 10 are usual
 _SMALL = 1e-18  # decrement, relative to the objective, below which there is nothing left to gain
@@ -134,14 +131,7 @@ def fit_sigmoid(logits: Logits, labels: Tensor, *, bounds: tuple[float, float] =
             break
         (slope, bias), (value, gradient, curvature) = new, found
     temperature = min(max(spread / slope, low), high)
-    if temperature in (low, high):
-        logger.warning(
-            "The best temperature is at the bound %g of [%g, %g]: the optimum may lie outside. "
-            "Check the logits, or pass wider `bounds`.",
-            temperature,
-            low,
-            high,
-        )
+    warn_at_bound(temperature, low, high)
     return temperature, bias - slope * center / spread
 
 
