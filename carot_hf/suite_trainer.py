@@ -25,27 +25,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
 from transformers.utils import logging
 
-from .adapters import (
-    add_lora,
-    base_model,
-    cast_frozen,
-    check_adapters,
-    check_folder,
-    is_adapted,
-    merged,
-    refuse_own_adapters,
-    save_beside,
-)
-from .backbones import (
-    TABLE,
-    backbone_of,
-    caption_options,
-    check_method,
-    embedding_size,
-    image_inputs,
-    is_backbone,
-    logit_head,
-)
+from .adapters import base_model, check_folder, is_adapted, merged, save_beside
+from .backbones import TABLE, backbone_of, embedding_size, image_inputs, logit_head
 from .calibration import bake_temperature, calibration_metrics, check_not_baked
 from .classifier import CLIPClassifier, export_classifier
 from .data import (
@@ -72,6 +53,7 @@ from .evaluation import (
     with_aggregates,
 )
 from .model_card import CLASSIFICATION, TEACHER_FOLDER, ZERO_SHOT, CardFacts, command_line, model_card, versions
+from .prepare import Prepared, prepare_model
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
 from .sets import ShiftSet, ShiftSuite
@@ -128,11 +110,12 @@ class SuiteTrainer(Trainer):
         self.suite = suite
         self._processor = processing_class
         self._objective = args.objective
-        self._float32_weights = args.float32_weights
-        self._link = "softmax"
-        if model is not None:
-            model = self._prepared(model)
+        self._link: str
+        self._prepared: Prepared
+        self.captions: CaptionTable
         self._transform: Any = image_transform(processing_class)
+        if model is not None:
+            model = self._prepare(model)
         super().__init__(
             model=model,
             args=args,
@@ -144,11 +127,9 @@ class SuiteTrainer(Trainer):
             **kwargs,
         )
         _check_launch(args)
-        if suite.sources:  # saved with the model
-            self.model.config.prompt_sources = dict(suite.sources)
-        self.captions = self._captions(self.model)
-        if data_collator is None:
-            self.data_collator = CaRotCollator(self._transform, self.captions, self._data_seed)
+        self._check_optimizer()
+        self._collates = data_collator is None
+        self._make_collator()
         self.label_names = ["labels"]
         self.can_return_loss = True
         self.bins: dict[str, CalibrationBins] = {}
@@ -245,64 +226,41 @@ class SuiteTrainer(Trainer):
         )
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """Make a model with ``model_init`` and prepare it as one that is passed in."""
-        return self._prepared(super().call_model_init(trial))
+        """Make a model with ``model_init`` and prepare it as one that is passed in, with the arguments of the trial."""
+        if trial is not None:
+            super()._hp_search_setup(trial)  # Trainer sets them after the model is made; twice is the same
+            self.args.recheck()
+        return self._prepare(super().call_model_init(trial))
 
-    def _prepared(self, model: Any) -> Any:
-        """Check a model, bring it to float32, align its markers; add LoRA, or make the classifier that FT trains."""
-        if is_adapted(model):
-            check_adapters(model, self.args)
-            cast_frozen(model, self._training_dtype(model))
-            _align_markers(base_model(model), self._processor)
-            return model
-        refuse_own_adapters(model)
-        if not isinstance(model, CLIPClassifier) or self._objective == "contrastive":
-            self._link = backbone_of(model).link
-            check_method(model, self.args)
-        dtype = self._training_dtype(model)
-        model.to(dtype)
-        if is_backbone(model):
-            _align_markers(model, self._processor)
-            if self.args.lora_rank:
-                return add_lora(model, self.args.lora_rank, self.args.lora_alpha, self.args.seed)
-            if self._objective == "contrastive":
-                return model
-            head = class_embeddings(model, self._captions(model))
-            return CLIPClassifier.from_clip(model, head, self.suite.class_names).to(dtype)
-        if model.head.out_features != len(self.suite.class_names):
+    def _prepare(self, model: Any) -> Any:
+        """Make a model ready; from here on it is the one that is trained and evaluated."""
+        self._prepared = prepare_model(model, self.args, self.suite, self._processor)
+        self._objective, self._link = self.args.objective, self._prepared.link
+        self.captions = self._prepared.captions
+        return self._prepared.model
+
+    def _make_collator(self) -> None:
+        """Make our own collator anew, for the model and the seed of this moment."""
+        if self._collates:
+            self.data_collator = CaRotCollator(self._transform, self.captions, self._data_seed)
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer of other parameters than the model's: they may have been replaced since it was made."""
+        if self.optimizer is None:
+            return
+        held = {id(value): value for group in self.optimizer.param_groups for value in group["params"]}
+        own = {id(value): value for value in self.model.parameters()}
+        trained = {key for key, value in own.items() if value.requires_grad}
+        strange = len(held.keys() - own.keys())
+        if strange or not held.keys() & trained:
             raise ValueError(
-                f"Expected a classifier of the {len(self.suite.class_names)} classes of suite '{self.suite.name}', got "
-                f"one of {model.head.out_features}. Start from a CLIPModel, or from a classifier of this suite."
+                f"Expected an optimizer of the parameters that are trained, got one with {strange} that are not the "
+                f"model's and {len(held.keys() & trained)} of the {len(trained)} that are trained: `lora_rank`, "
+                "`objective` or `model_init` have put others in their place. Leave `optimizers` out and set `optim`, "
+                "`learning_rate` and `weight_decay`, or override `create_optimizer`."
             )
-        return model
-
-    def _training_dtype(self, model: nn.Module) -> torch.dtype:
-        """The dtype of the weights in training: float32, unless asked otherwise."""
-        half = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
-        if not half:
-            return next(model.parameters()).dtype
-        if self._float32_weights:
-            logger.info(
-                "The model comes in half precision; it is trained and saved in float32. `bf16` is for speed, "
-                "`float32_weights` False trains bfloat16 as it comes."
-            )
-            return torch.float32
-        if torch.float16 in half:
-            raise ValueError(
-                "Expected bfloat16 with `float32_weights` False, got float16. Its gradients underflow: leave "
-                "`float32_weights` True and set `fp16`, or load the checkpoint with `dtype=torch.bfloat16`."
-            )
-        if is_adapted(model) or self.args.lora_rank:
-            logger.info("The network stays in bfloat16; adapters, teacher and the merged model are float32.")
-        else:
-            logger.info("The model is trained and saved in bfloat16, the teacher kept in float32.")
-        return torch.bfloat16
-
-    def _captions(self, model: Any) -> CaptionTable:
-        """Tokenise the captions as the model's text tower takes them."""
-        tokenizer = self._processor.tokenizer
-        options = caption_options(model.config, tokenizer)
-        return CaptionTable(tokenizer, self.suite.class_names, self.suite.templates, **options)
+        if missing := len(trained - held.keys()):
+            logger.warning("%d of %d trained parameters are not in the optimizer: they stay.", missing, len(trained))
 
     def _training_set(self, data: Any) -> ShiftSet | None:
         if data is None:
@@ -833,23 +791,6 @@ class SuiteTrainer(Trainer):
 
 def _joined(batches: Any) -> Tensor:
     return torch.from_numpy(np.concatenate(batches) if isinstance(batches, list) else batches)
-
-
-def _align_markers(model: Any, processor: Any) -> None:
-    """Give the text tower the tokenizer's end marker, in the live model and in its config alike.
-
-    OpenAI's checkpoints carry the legacy ``eos_token_id`` 2, under which the tower pools at the largest token id.
-    Trainer rewrites the id in the config only, so that a saved model with added tokens would pool elsewhere than the
-    trained one did.
-    """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    config = model.config.text_config
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, name, None) is not None:
-            setattr(config, name, getattr(tokenizer, name))
-    for module in model.text_model.modules():
-        if hasattr(module, "eos_token_id"):
-            module.eos_token_id = config.eos_token_id
 
 
 def _one_line(error: Exception) -> str:

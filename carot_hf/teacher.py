@@ -160,13 +160,14 @@ class Teacher:
         """Restore what :meth:`state_dict` returned, bit for bit.
 
         Args:
-            state_dict: Tensors by name. Of parameters that share storage one name is enough.
+            state_dict: Tensors by name. Of parameters that share storage one name is enough; those that are the
+                student's are passed over.
         Raises:
             ValueError: If a name is missing, unknown or has another shape.
         """
         own = self.state_dict()
         twins = _aliases(own)
-        given = dict(state_dict)
+        given = {name: tensor for name, tensor in state_dict.items() if name not in self.shared}
         for name in own:
             if name not in given:
                 twin = next((other for other in twins[name] if other in given), None)

@@ -43,6 +43,7 @@ from .losses import (
     similarity_logits,
 )
 from .model_card import TEACHER_FOLDER
+from .prepare import check_unchanged
 from .sets import ShiftSuite
 from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
 from .suite_trainer import SuiteTrainer
@@ -91,7 +92,6 @@ class CaRotTrainer(SuiteTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, suite=suite, processing_class=processing_class, **kwargs)
-        options: CaRotTrainingArguments = self.args
         self.model_accepts_loss_kwargs = False
         self.label_smoother = None  # label_smoothing_factor acts in our own loss
         self._term_sums: dict[str, Tensor] = {}
@@ -101,20 +101,67 @@ class CaRotTrainer(SuiteTrainer):
         self._cached: CachedGradients | None = None
         self._cached_terms: dict[str, Tensor] = {}
         self._random_states: list[RandomState] = []
-        if options.clamps_logit_scale and self._link == "softmax":  # SigLIP's own scale is above 100
-            self.add_callback(LogitScaleCallback(options.max_logit_multiplier))
+        self._teacher_of: tuple[Any, frozenset[str]] = (None, frozenset())  # a student, and what is its own alone
+        self._resumes = False
         self._termination = TerminationCallback()
         self.add_callback(self._termination)
         self.teacher: Teacher | None = None
         self._teacher_callback: TeacherCallback | None = None
-        _freeze(self.model, options.freeze)
-        if options.needs_teacher:
-            self.teacher = Teacher(self.model, share_frozen=is_adapted(self.model))
-            if options.torch_compile:  # the student is compiled by accelerate, in the same way
-                self.teacher.model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
+        self._clamp: LogitScaleCallback | None = None
+        self._set_up_method()
+
+    def _set_up_method(self) -> None:
+        """Make teacher and callbacks, from the arguments of this moment and for the model of this moment."""
+        options: CaRotTrainingArguments = self.args
+        before = (self._clamp, self._teacher_callback)
+        clamps = options.clamps_logit_scale and self._link == "softmax"  # SigLIP's own scale is above 100
+        self._clamp = LogitScaleCallback(options.max_logit_multiplier) if clamps else None
+        self._teacher_callback = None
+        self.teacher = self._made_teacher() if options.needs_teacher else None
+        if self.teacher is not None:
             update_every = 0 if options.teacher == "frozen" else options.teacher_update_every
             self._teacher_callback = TeacherCallback(self.teacher, _schedule(options), update_every, save_as=None)
-            self.add_callback(self._teacher_callback)
+        # where the former ones were: the user's own callbacks see the teacher after its update as they did before
+        others = [callback for callback in self.callback_handler.callbacks if callback not in before]
+        at = others.index(self._termination) + 1 if self._termination in others else len(others)
+        made = [callback for callback in (self._clamp, self._teacher_callback) if callback is not None]
+        self.callback_handler.callbacks = [*others[:at], *made, *others[at:]]
+
+    def _made_teacher(self) -> Teacher:
+        """A teacher of the model; the one that there is if it was made of the same parameters, some of them frozen."""
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
+        # half-precision parameters of a tower stay the student's: in the teacher's float32 forward they do not fit
+        share = is_adapted(student) or all(
+            torch.promote_types(value.dtype, torch.float32) == value.dtype for value in frozen
+        )
+        names = frozenset(
+            name
+            for name, value in student.named_parameters(remove_duplicate=False)
+            if share and not value.requires_grad and value.dim() > 0
+        )
+        if self.teacher is not None and self._teacher_of[0] is student and self._teacher_of[1] == names:
+            return self.teacher
+        self._teacher_of = (student, names)
+        teacher = Teacher(self.model, share_frozen=share)
+        if self.args.torch_compile:  # the student is compiled by accelerate, in the same way
+            teacher.model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
+        return teacher
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Begin, at the one moment of ``Trainer.train`` when the model and the arguments of this training are known."""
+        super()._hp_search_setup(trial)
+        self.args.recheck()
+        check_unchanged(self._prepared, self.args)
+        self._check_optimizer()
+        self._make_collator()
+        if getattr(self.model.config, "calibration", None) is not None:
+            logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
+            del self.model.config.calibration
+        if self.args.linear_probe and not self._resumes:
+            self._fit_head()
+        self._forget_evaluation()
+        self._set_up_method()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as ``Trainer.train`` does.
@@ -132,14 +179,9 @@ class CaRotTrainer(SuiteTrainer):
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
-        if getattr(self.model.config, "calibration", None) is not None:
-            logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
-            del self.model.config.calibration
         self._latest = Comparison()  # what was measured is of other weights from here on
         self._term_sums, self._term_steps = {}, 0.0
-        if self.args.linear_probe and resume_from_checkpoint is None:
-            self._fit_head()
-        self._forget_evaluation()
+        self._resumes = bool(resume_from_checkpoint)
         self._input_wait = InputWait()
         try:
             with self._termination.listening():
@@ -567,11 +609,3 @@ def _schedule(options: CaRotTrainingArguments) -> Schedule:
         end=options.teacher_momentum_end,
         ramp=options.teacher_momentum_ramp,
     )
-
-
-def _freeze(model: Any, tower: str | None) -> None:
-    """Exempt a tower and its projection from training."""
-    if tower is not None:
-        for name in (f"{tower}_model", f"{tower}_projection".replace("vision", "visual")):
-            if hasattr(model, name):
-                getattr(model, name).requires_grad_(False)

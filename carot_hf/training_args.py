@@ -342,12 +342,25 @@ class CaRotTrainingArguments(TrainingArguments):
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self._join_processes()
         super().__post_init__()
-        if self.lora_rank:
-            check_lora_options(self)
-            check_penalties(None, self)
+        self._check_adapters()
         self._set_accumulation()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+
+    def recheck(self) -> None:
+        """Check the arguments anew, after a hyperparameter search or somebody by hand has set some of them.
+
+        Raises:
+            ValueError: As when they were made.
+        """
+        self._check_ranges()
+        self._check_adapters()
+        self._set_accumulation(before=self._of_cache)
+
+    def _check_adapters(self) -> None:
+        if self.lora_rank:
+            check_lora_options(self)
+            check_penalties(None, self)
 
     def _join_processes(self) -> None:
         """Start the process group on CPUs, with ``ddp_timeout``: transformers passes that on for other devices only."""
@@ -375,9 +388,12 @@ class CaRotTrainingArguments(TrainingArguments):
         """Whether ``exp(logit_scale)`` is clamped during training."""
         return self.max_logit_multiplier > 0 and not self.parity and self.objective == "contrastive"
 
-    def _set_accumulation(self) -> None:
-        """Let Trainer collect the micro-batches of one contrastive batch."""
+    def _set_accumulation(self, before: int = 0) -> None:
+        """Let Trainer collect the micro-batches of one contrastive batch; ``before``: of another one."""
         whole, at_once = self.contrastive_batch_size, self.per_device_train_batch_size * self.world_size
+        self._of_cache = 0
+        if before:
+            self.gradient_accumulation_steps: int = 1
         if whole == 0:
             return
         if self.objective != "contrastive":
@@ -395,7 +411,8 @@ class CaRotTrainingArguments(TrainingArguments):
                 f"Expected `gradient_accumulation_steps` 1 with `contrastive_batch_size`, got "
                 f"{self.gradient_accumulation_steps}. The cache sets it."
             )
-        self.gradient_accumulation_steps: int = whole // at_once
+        self.gradient_accumulation_steps = whole // at_once
+        self._of_cache = self.gradient_accumulation_steps  # not the user's own
 
     def _check_ranges(self) -> None:
         self._check_objective()

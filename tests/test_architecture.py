@@ -55,6 +55,7 @@ ALLOWED = {
     "suites": {"content_hash", "digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"adapters", "losses", "teacher"},
     "onnx_export": {"classifier", "transforms"},
+    "prepare": {"adapters", "backbones", "classifier", "prompts", "sets"},
     # floor 2: when and what to show
     "teacher_file": {"teacher"},
     "callbacks": {"teacher", "teacher_file"},
@@ -67,12 +68,12 @@ ALLOWED = {
     # floor 3: the trainer
     "suite_trainer": {
         "adapters", "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation",
-        "model_card", "prompts", "reporting", "sets", "streaming", "training_args", "transforms",
+        "model_card", "prepare", "prompts", "reporting", "sets", "streaming", "training_args", "transforms",
     },
     "trainer": {
         "adapters", "backbones", "callbacks", "checkpoints", "classifier", "distributed", "evaluation",
-        "gradient_cache", "input_wait", "losses", "model_card", "sets", "sigmoid", "suite_trainer", "teacher",
-        "teacher_file", "training_args",
+        "gradient_cache", "input_wait", "losses", "model_card", "prepare", "sets", "sigmoid", "suite_trainer",
+        "teacher", "teacher_file", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {

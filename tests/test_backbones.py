@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoProcessor, ViTConfig, ViTModel, pipeline
 from carot_hf import interpolate, unbake_temperature
 from carot_hf.backbones import BACKBONES, backbone_of, caption_options, embedding_size, pair_inputs
 from carot_hf.losses import similarity_logits
+from carot_hf.prepare import captions_of
 from carot_hf.prompts import CaptionTable, class_embeddings
 
 
@@ -81,7 +82,7 @@ def test_evaluation_is_what_the_stock_model_says(trainer_of, family):
     """Accuracy and mean confidence against a loop over single images through transformers' own processor and model."""
     trainer = trainer_of(family)
     trainer.suite.templates[:] = TEMPLATES[:1]
-    trainer.captions = trainer._captions(trainer.model)
+    trainer.captions = captions_of(trainer.model, trainer.suite, trainer.processing_class)
     metrics = trainer.evaluate()
     captions = [TEMPLATES[0].replace("{}", name) for name in CLASSES]
     data = trainer.suite.test
