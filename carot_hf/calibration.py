@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ LINKS = ("softmax", "sigmoid")
 PUBLISHED_BATCH = 512  # rows of one batch where published figures are means of per-batch ECE
 _CHUNK_VALUES = 1 << 17  # logits worked on at a time: small enough for the cache of one core
 _LOWEST_EXPONENT = -80.0  # exp(-80) is 0 for every sum here and still a normal float32; denormals are slow
+_HALF_CHI_SQUARED = 1.920729410347062
 _ECE_BINS = 10
 _ECE_GRID = 96
 _ECE_TIE = 1e-7  # two values of ECE closer than this differ by rounding
@@ -224,6 +225,51 @@ def fit_temperature(
     return temperature
 
 
+def temperature_interval(
+    logits: Logits,
+    labels: Tensor | NDArray[Any],
+    *,
+    link: str = "softmax",
+    bounds: tuple[float, float] = (0.05, 20.0),
+) -> tuple[float, float]:
+    r"""The 95 % likelihood interval of the temperature: :math:`\{T: N (NLL(T) - \min NLL) \le 1.92\}`, within bounds.
+
+    For few rows: each of some hundred looks at one temperature takes a pass. With the sigmoid the bias is the best one
+    at each temperature, so that the interval is that of its profile likelihood.
+
+    Args:
+        logits: ``(N, K)`` float, before the link.
+        labels: ``(N,)`` integer class indices in ``[0, K)``.
+        link: ``"softmax"`` or ``"sigmoid"``.
+        bounds: Lowest and highest temperature, ``0 < low < high``. An end that is a bound may lie farther out.
+    Returns:
+        Lowest and highest temperature.
+    Raises:
+        ValueError: If a shape or range above does not hold, or a logit is not finite.
+    Source:
+        Wilks 1938; 1.92 is half of the 95 % point of chi-squared with one degree of freedom.
+    """
+    _check_link(link, 0.0)
+    logits, labels = checked_rows(logits, labels)
+
+    def rise(beta: float) -> float:
+        """``N NLL`` at ``1 / T``, convex in it."""
+        return len(logits) * _profile_nll(logits, labels, beta, link)
+
+    lowest, highest = 1.0 / bounds[1], 1.0 / bounds[0]
+    best = _golden(rise, lowest, highest)
+    limit = rise(best) + _HALF_CHI_SQUARED
+    ends = []
+    for end in (lowest, highest):
+        inside, outside = best, end
+        if rise(end) > limit:
+            for _ in range(50):
+                middle = 0.5 * (inside + outside)
+                inside, outside = (middle, outside) if rise(middle) <= limit else (inside, middle)
+        ends.append(1.0 / outside)
+    return ends[1], ends[0]
+
+
 def warn_at_bound(temperature: float, low: float, high: float) -> None:
     """Log a warning if a fitted temperature is one of its bounds."""
     if temperature in (low, high):
@@ -373,6 +419,36 @@ def _logit_bias(model: nn.Module) -> nn.Parameter | None:
 
 def _shifted(logit_bias: float, temperature: float, bias: float) -> float:
     return logit_bias / temperature + bias
+
+
+def _profile_nll(logits: Tensor | LogitRows, labels: Tensor, beta: float, link: str) -> float:
+    """Mean NLL of the logits times ``beta``, with the sigmoid at the bias that is best there."""
+    rows = torch.cat([part.double() for _, part, _ in row_chunks(logits, labels)]) * beta
+    own = rows.gather(1, labels[:, None])[:, 0]
+    if link == "softmax":
+        return float((rows.logsumexp(dim=1) - own).mean())
+    low, high = -float(rows.max()) - 40.0, -float(rows.min()) + 40.0  # the mean probability is 1 / K in between
+    for _ in range(80):
+        bias = 0.5 * (low + high)
+        low, high = (low, bias) if float((rows + bias).sigmoid().sum()) > len(rows) else (bias, high)
+    return float((F.softplus(rows + bias).sum(dim=1) - own - bias).mean())
+
+
+def _golden(function: Callable[[float], float], low: float, high: float) -> float:
+    """The minimum of a convex function between two numbers, by golden sections."""
+    share = 0.5 * (math.sqrt(5.0) - 1.0)
+    left, right = high - share * (high - low), low + share * (high - low)
+    at_left, at_right = function(left), function(right)
+    for _ in range(60):
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - share * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + share * (high - low)
+            at_right = function(right)
+    return 0.5 * (low + high)
 
 
 def _check_link(link: str, bias: float) -> None:

@@ -16,6 +16,7 @@ from .sets import ShiftSet, ShiftSuite
 from .sigmoid import fit_sigmoid
 
 Metrics = dict[str, float]
+Head = tuple[Tensor, Tensor]  # weight (K, D) and bias (K,) of the training classes
 Scaling = dict[str, float]  # "temperature" and, for the sigmoid, "bias"
 SCALED = ("ece", "nll")  # reported with a fitted temperature as well, under <name>_ts
 METRICS = (
@@ -52,7 +53,7 @@ class SetLogits(LogitRows):
         data: The set; its columns say which training classes stand for a label.
     """
 
-    def __init__(self, embeds: Tensor, head: tuple[Tensor, Tensor], data: ShiftSet) -> None:
+    def __init__(self, embeds: Tensor, head: Head, data: ShiftSet) -> None:
         self._embeds, self._head, self._data = embeds, head, data
         self.shape = len(embeds), data.num_labels
         self.dtype, self.device = embeds.dtype, embeds.device

@@ -18,6 +18,8 @@ from .plots import reliability_diagram, reliability_grid
 
 logger = logging.getLogger(__name__)
 
+PLAIN = "as trained"  # title of what is without a temperature
+Tables = Mapping[str, Mapping[str, CalibrationBins]]  # by set, by title
 Images = Mapping[str, NDArray[np.uint8]]  # by tag; (height, width, 3) each
 
 # Reporters with `log({tag: Image(pixels)})`, as transformers calls their callbacks: the package of each.
@@ -29,51 +31,55 @@ def diagrams_path(output_dir: str, prefix: str) -> Path:
     return Path(output_dir) / f"{prefix}_reliability.png"
 
 
-def write_diagrams(
-    path: Path,
-    bins: Mapping[str, CalibrationBins],
-    bins_ts: Mapping[str, CalibrationBins],
-    temperature: float | None,
-) -> None:
-    """Write one picture: a row for each set, without and with temperature scaling.
+def diagram_tables(
+    bins: Mapping[str, CalibrationBins], bins_ts: Mapping[str, CalibrationBins], temperature: float | None
+) -> Tables:
+    """Give each table the title under which every picture of it is shown.
+
+    Args:
+        bins: Tables by set, without a temperature.
+        bins_ts: Tables by set with it; the split it was fitted on has none.
+        temperature: The temperature, fitted or in the weights already.
+    """
+    scaled = f"T = {temperature:.3f}" if temperature is not None else "with T"
+    return {
+        name: {PLAIN: table, **({scaled: bins_ts[name]} if name in bins_ts else {})} for name, table in bins.items()
+    }
+
+
+def write_diagrams(path: Path, tables: Tables) -> None:
+    """Write one picture: a row for each set, a column for each title.
 
     Args:
         path: A PNG file; its folder is made.
-        bins: Tables by set.
-        bins_ts: Tables by set with the fitted temperature; the split it was fitted on has none.
-        temperature: The fitted temperature, for the title of its column.
+        tables: Of `diagram_tables`.
     """
-    scaled = f"T = {temperature:.3f}" if temperature is not None else "with T"
-    tables = {
-        name: {"as trained": table, **({scaled: bins_ts[name]} if name in bins_ts else {})}
-        for name, table in bins.items()
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
     reliability_grid(tables).savefig(path, dpi=100)
 
 
-def send_diagrams(
-    callbacks: Iterable[Any], bins: Mapping[str, CalibrationBins], *, prefix: str, step: int, ending: str = ""
-) -> None:
-    """Give each set's diagram, as image ``<prefix>/<set>_reliability``, to the reporters that are on.
+def send_diagrams(callbacks: Iterable[Any], tables: Tables, *, prefix: str, step: int) -> None:
+    """Give each table's diagram to the reporters that are on.
 
-    Those are the callbacks with an open ``tb_writer`` (TensorBoard), transformers' callbacks for W&B and trackio, and
-    every other one with a method ``log_images(images, step)``, where ``images`` are ``(height, width, 3)`` uint8 arrays
-    by tag.
+    As image ``<prefix>/<set>_reliability``, and with a temperature ``<prefix>/<set>_reliability_ts``. Reporters are the
+    callbacks with an open ``tb_writer`` (TensorBoard), transformers' callbacks for W&B and trackio, and every other one
+    with a method ``log_images(images, step)``, where ``images`` are ``(height, width, 3)`` uint8 arrays by tag.
 
     Args:
         callbacks: Those of the trainer.
-        bins: Tables by set.
+        tables: Of `diagram_tables`.
         prefix: First part of the tag.
         step: Training steps done.
-        ending: Last part of the tag.
     """
     senders = [sender for sender in map(_sender, callbacks) if sender is not None]
-    if not senders or not bins:
+    if not senders or not tables:
         return
     images = {
-        f"{prefix}/{name}_reliability{ending}": _pixels(reliability_diagram(table, title=name))
-        for name, table in bins.items()
+        f"{prefix}/{name}_reliability{'' if title == PLAIN else '_ts'}": _pixels(
+            reliability_diagram(table, title=f"{name}, {title}")
+        )
+        for name, titled in tables.items()
+        for title, table in titled.items()
     }
     for sender in senders:
         sender(images, step)

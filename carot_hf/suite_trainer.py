@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from .adapters import base_model, check_folder, is_adapted, merged, save_beside
 from .backbones import TABLE, backbone_of, embedding_size, image_inputs, logit_head
-from .calibration import bake_temperature, calibration_metrics, check_not_baked
+from .calibration import bake_temperature, calibration_metrics, check_not_baked, temperature_interval
 from .classifier import CLIPClassifier, export_classifier
 from .data import (
     CaRotCollator,
@@ -43,6 +43,7 @@ from .evaluation import (
     METRICS,
     SCALED,
     Comparison,
+    Head,
     Metrics,
     Scaling,
     SetLogits,
@@ -52,10 +53,11 @@ from .evaluation import (
     set_metrics,
     with_aggregates,
 )
+from .fingerprint import fingerprint
 from .model_card import CLASSIFICATION, TEACHER_FOLDER, ZERO_SHOT, CardFacts, command_line, model_card, versions
 from .prepare import Prepared, prepare_model
 from .prompts import CaptionTable, class_embeddings
-from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
+from .reporting import can_draw, diagram_tables, diagrams_path, send_diagrams, write_diagrams
 from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
@@ -63,6 +65,7 @@ from .transforms import image_transform, normalize_pixels
 
 logger = logging.get_logger(__name__)
 
+FEW_ROWS = 50  # with fewer `calibrate` warns
 _LISTED = 20  # indices of bad images that a warning names
 
 
@@ -138,6 +141,8 @@ class SuiteTrainer(Trainer):
         self._in_checkpoint = False  # what is saved goes into a checkpoint
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
         self._latest = Comparison()  # by the latest evaluation of the whole suite
+        self._weights = ""  # the fingerprint of those that `_known` was computed from
+        self._known: dict[str, tuple[Any, ...]] = {}
 
     # ---- data ----
 
@@ -371,13 +376,17 @@ class SuiteTrainer(Trainer):
         self._memory_tracker.start()
         start = time.time()
         parts = self._embed_sets(sets, "Evaluation", prefix)
-        metrics, scaling = self._measure(sets, parts)
+        known = self._known_of_weights()
+        if sets.get("validation") is self.suite.validation:
+            known["validation"] = (self.suite.validation, self.data_collator, *parts["validation"])
+        head = self._head(known)
+        metrics, scaling = self._measure(sets, parts, head)
         if named:
             flat = flat_names(with_aggregates(metrics, self.suite), prefix)
         else:
             flat = {f"{prefix}_{key}": value for values in metrics.values() for key, value in values.items()}
         flat.update({f"{prefix}_{name}": value for name, value in (scaling or {}).items()})
-        compared = None if self.is_in_train else self._compared(sets, parts, metrics, scaling)
+        compared = None if self.is_in_train else self._compared(sets, parts, head, metrics, scaling)
         if compared is not None and eval_dataset is None and self._evaluated is None:
             self._latest = compared
         samples = sum(len(data) for data in sets.values())
@@ -387,11 +396,9 @@ class SuiteTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         self._memory_tracker.stop_and_update_metrics(flat)
         if compared is not None and self._draws():
-            path = diagrams_path(self.args.output_dir, prefix)
-            write_diagrams(path, compared.bins, compared.bins_ts, compared.temperature)
-            callbacks, step = self.callback_handler.callbacks, self.state.global_step
-            send_diagrams(callbacks, self.bins, prefix=prefix, step=step)
-            send_diagrams(callbacks, self.bins_ts, prefix=prefix, step=step, ending="_ts")
+            tables = diagram_tables(compared.bins, compared.bins_ts, compared.temperature)
+            write_diagrams(diagrams_path(self.args.output_dir, prefix), tables)
+            send_diagrams(self.callback_handler.callbacks, tables, prefix=prefix, step=self.state.global_step)
         return flat
 
     def evaluation_loop(
@@ -437,7 +444,8 @@ class SuiteTrainer(Trainer):
         """Fit the temperature on the validation set and bake it into the student's ``logit_scale``.
 
         For SigLIP a bias is fitted with it and goes into ``logit_bias``. Accuracy does not change; the saved model
-        gives calibrated probabilities in the stock pipelines.
+        gives calibrated probabilities in the stock pipelines. After an :meth:`evaluate` of the same weights no image
+        and no caption is embedded again.
 
         Returns:
             The record that is kept in ``config.calibration``: temperature, bias (SigLIP), split, size, criterion,
@@ -449,10 +457,16 @@ class SuiteTrainer(Trainer):
         if self.model.dtype == torch.bfloat16:
             logger.info("The model is brought to float32: a temperature baked into bfloat16 may be off by 1.6 %%.")
             self.model.float()
-        embeds, labels = self._embed_sets({"validation": self.suite.validation}, "Calibration", "eval")["validation"]
-        logits = SetLogits(embeds, self._head(), self.suite.validation)
+        known, data = self._known_of_weights(), self.suite.validation
+        if known.get("validation", ())[:2] != (data, self.data_collator):
+            parts = self._embed_sets({"validation": data}, "Calibration", "eval")["validation"]
+            known["validation"] = (data, self.data_collator, *parts)
+        embeds, labels = known["validation"][2:]
+        logits = SetLogits(embeds, self._head(known), data)
         criterion = self.args.calibration_criterion
         scaling = fit_scaling(logits, labels, link=self._link, criterion=criterion)
+        if len(labels) < FEW_ROWS:
+            self._warn_of_few(logits, labels, scaling["temperature"])
         before = calibration_metrics(logits, labels, n_bins=self.args.n_bins, link=self._link)
         after = calibration_metrics(logits, labels, n_bins=self.args.n_bins, link=self._link, **scaling)
         record: dict[str, Any] = {
@@ -465,6 +479,19 @@ class SuiteTrainer(Trainer):
         }
         bake_temperature(base_model(self.model), **scaling, record=record)
         return dict(self.model.config.calibration)
+
+    def _warn_of_few(self, logits: SetLogits, labels: Tensor, temperature: float) -> None:
+        """Say how little is known of a temperature that was fitted on few rows."""
+        low, high = temperature_interval(logits, labels, link=self._link)
+        logger.warning(
+            "The temperature %.3g is fitted on %d rows only: its 95 %% interval is %.3g to %.3g. Hold out %d rows or "
+            "more, or do not rely on it.",
+            temperature,
+            len(labels),
+            low,
+            high,
+            FEW_ROWS,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -568,7 +595,7 @@ class SuiteTrainer(Trainer):
         latest = self._latest if self._latest.model is self.model else Comparison()
         diagram = diagrams_path(str(folder), "eval") if latest.bins and self._draws() else None
         if diagram is not None:  # anew: the file of that name may be of some other evaluation
-            write_diagrams(diagram, latest.bins, latest.bins_ts, latest.temperature)
+            write_diagrams(diagram, diagram_tables(latest.bins, latest.bins_ts, latest.temperature))
         card = model_card(
             CardFacts(
                 name=model_name or folder.name,
@@ -653,14 +680,35 @@ class SuiteTrainer(Trainer):
             self.compute_metrics = own_metrics
         return _joined(output.predictions), None if output.label_ids is None else _joined(output.label_ids)
 
+    def _known_of_weights(self) -> dict[str, tuple[Any, ...]]:
+        """What has been computed from the weights as they are now: empty after any change of them.
+
+        Embeddings of the validation set and of the classes, neither of which depends on ``logit_scale``, a bias or the
+        linear head. In a training, and of another model than the student, nothing is kept.
+        """
+        if self.is_in_train or self._evaluated is not None:
+            return {}
+        head = ("logit_scale", "logit_bias", "head.weight", "head.bias")
+        weights = fingerprint(base_model(self._network), leave_out=head)
+        if weights != self._weights:
+            self._weights, self._known = weights, {}
+        return self._known
+
     @torch.no_grad()
-    def _head(self) -> tuple[Tensor, Tensor]:
-        """Weight ``(K, D)`` and bias ``(K,)``, float32, CPU, that turn the evaluated model's embeddings into logits."""
+    def _head(self, known: dict[str, tuple[Any, ...]] | None = None) -> Head:
+        """Weight ``(K, D)`` and bias ``(K,)``, float32, CPU, that turn the evaluated model's embeddings into logits.
+
+        Args:
+            known: Of `_known_of_weights`; class embeddings are taken from it, or go into it.
+        """
+        known = self._known_of_weights() if known is None else known
         network = self._network
         if isinstance(network, CLIPClassifier):
             return network.head.weight.detach().float().cpu(), network.head.bias.detach().float().cpu()
-        with self.accelerator.autocast():
-            classes = class_embeddings(network, self.captions).cpu()
+        if known.get("classes", (None,))[0] is not self.captions:
+            with self.accelerator.autocast():
+                known["classes"] = (self.captions, class_embeddings(network, self.captions).cpu())
+        classes = known["classes"][1]
         scale, *shift = (parameter.detach().float().cpu() for parameter in logit_head(network))
         bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes))
         return scale.exp() * classes, bias
@@ -720,10 +768,9 @@ class SuiteTrainer(Trainer):
         return embeds[order], labels[order]
 
     def _measure(
-        self, sets: dict[str, ShiftSet], parts: dict[str, tuple[Tensor, Tensor]]
+        self, sets: dict[str, ShiftSet], parts: dict[str, tuple[Tensor, Tensor]], head: Head
     ) -> tuple[dict[str, Metrics], Scaling | None]:
         """Compute each set's metrics and, with a validation set, the temperature; keep the bin tables."""
-        head = self._head()
         options: dict[str, Any] = {"n_bins": self.args.n_bins, "link": self._link}
         scaling: Scaling | None = None
         metrics: dict[str, Metrics] = {}
@@ -745,6 +792,7 @@ class SuiteTrainer(Trainer):
         self,
         sets: dict[str, ShiftSet],
         parts: dict[str, tuple[Tensor, Tensor]],
+        head: Head,
         metrics: dict[str, Metrics],
         scaling: Scaling | None,
     ) -> Comparison:
@@ -753,7 +801,7 @@ class SuiteTrainer(Trainer):
         plain, bins, bins_ts = metrics, self.bins, self.bins_ts
         temperature = (scaling or {}).get("temperature")
         if record is not None:
-            temperature, head = float(record["temperature"]), self._head()
+            temperature = float(record["temperature"])
             inverse: dict[str, Any] = {"temperature": 1.0 / temperature}
             if "bias" in record:
                 inverse["bias"] = -float(record["bias"]) * temperature

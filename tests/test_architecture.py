@@ -33,6 +33,7 @@ ALLOWED = {
     "gradient_cache": set(),
     "checkpoints": set(),
     "content_hash": set(),
+    "fingerprint": set(),
     "digits": set(),
     "imagenet": set(),
     "corruptions": set(),
@@ -68,7 +69,8 @@ ALLOWED = {
     # floor 3: the trainer
     "suite_trainer": {
         "adapters", "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation",
-        "model_card", "prepare", "prompts", "reporting", "sets", "streaming", "training_args", "transforms",
+        "fingerprint", "model_card", "prepare", "prompts", "reporting", "sets", "streaming", "training_args",
+        "transforms",
     },
     "trainer": {
         "adapters", "backbones", "callbacks", "checkpoints", "classifier", "distributed", "evaluation",
@@ -93,6 +95,7 @@ THIRD_PARTY = {
     "distributed": {"torch"},
     "checkpoints": set(),
     "content_hash": {"numpy"},
+    "fingerprint": {"torch"},
     "calibration": {"numpy", "torch"},
     "merging": {"torch"},
     "adapters": {"peft", "safetensors", "torch", "transformers"},

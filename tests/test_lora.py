@@ -448,8 +448,11 @@ def test_a_sharing_teacher_saves_and_takes_back_only_what_is_its_own():
     teacher.load_state_dict({name: value for name, value in state.items() if name != "out.weight"})
     assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
     assert torch.equal(net.frozen.weight, before)
+    shared = teacher.model.frozen.weight.clone()  # of the latest student
+    teacher.load_state_dict({**state, "frozen.weight": shared * (1 + 1e-7)})  # of version 0.1, which averaged it
+    assert torch.equal(teacher.model.frozen.weight, shared)
     with pytest.raises(ValueError, match=r"`frozen.weight` exists only in the other side"):
-        teacher.load_state_dict({**state, "frozen.weight": before})
+        teacher.load_state_dict({**state, "frozen.weight": shared + 0.1})
 
 
 # ---- refusals ----

@@ -151,18 +151,20 @@ def test_packages_of_reporters_are_imported_only_for_their_callbacks(monkeypatch
 
     imported = []
     monkeypatch.setattr(reporting, "import_module", lambda name: imported.append(name) or Package)
-    bins = {"home": calibration_bins(np.array([0.15, 0.95]), np.array([0, 1]))}
+    bins = calibration_bins(np.array([0.15, 0.95]), np.array([0, 1]))
+    tables = reporting.diagram_tables({"home": bins}, {"home": bins}, 1.5)
     drawn = []
     whole = reporting.reliability_diagram
-    monkeypatch.setattr(reporting, "reliability_diagram", lambda *args, **kw: drawn.append(args) or whole(*args, **kw))
-    reporting.send_diagrams([object(), TrainerCallback()], bins, prefix="eval", step=7)
+    monkeypatch.setattr(reporting, "reliability_diagram", lambda *args, **kw: drawn.append(kw) or whole(*args, **kw))
+    reporting.send_diagrams([object(), TrainerCallback()], tables, prefix="eval", step=7)
     assert not imported
     assert not drawn
     heir = type("Mine", (type("WandbCallback", (TrainerCallback,), {}),), {})
-    reporting.send_diagrams([heir(), type("TrackioCallback", (), {})()], bins, prefix="eval", step=7, ending="_ts")
+    reporting.send_diagrams([heir(), type("TrackioCallback", (), {})()], tables, prefix="eval", step=7)
     assert imported == ["wandb", "trackio"]
-    assert logged == [{"eval/home_reliability_ts": (640, 480, 3), "train/global_step": 7}] * 2
-    assert len(drawn) == 1
+    tags = dict.fromkeys(("eval/home_reliability", "eval/home_reliability_ts"), (640, 480, 3))
+    assert logged == [{**tags, "train/global_step": 7}] * 2
+    assert [shown["title"] for shown in drawn] == ["home, as trained", "home, T = 1.500"]
     assert reporting._PACKAGES.keys() == {"WandbCallback", "TrackioCallback"}
     from transformers.integrations import TrackioCallback, WandbCallback  # the names that transformers gives them
 
