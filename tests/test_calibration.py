@@ -22,10 +22,12 @@ from carot_hf.calibration import (
     bake_temperature,
     calibration_metrics,
     fit_temperature,
+    temperature_interval,
     top_label,
     unbake_temperature,
 )
 from carot_hf.ece.binning import calibration_bins
+from carot_hf.sigmoid import fit_sigmoid
 
 METRICS = {
     "accuracy",
@@ -563,3 +565,50 @@ def test_a_head_in_half_precision_is_refused():
     model.config, model.head = SimpleNamespace(), nn.Linear(3, 2).bfloat16()
     with pytest.raises(ValueError, match="float32 parameter"):
         bake_temperature(model, 2.0)
+
+
+# ---- how well a temperature is known ----
+
+
+@pytest.mark.parametrize(("classes", "margin", "right", "rows"), [(2, 2.0, 0.8, 20), (10, 5.0, 0.7, 40)])
+def test_the_interval_of_a_temperature_is_where_the_likelihood_falls_by_half_of_chi_squared(
+    classes, margin, right, rows
+):
+    """Logits ``[m, 0, ..., 0]``: the NLL is ``ln(1 + (K - 1) e^{-m/T}) + (1 - a) m / T``, its ends by scipy."""
+    from scipy.optimize import brentq
+    from scipy.stats import chi2
+
+    logits = torch.zeros(rows, classes, dtype=torch.float64)
+    logits[:, 0] = margin
+    hits = round(right * rows)
+    labels = torch.tensor([0] * hits + [1] * (rows - hits))
+    best = margin / math.log(right * (classes - 1) / (1 - right))
+
+    def rise(temperature):
+        def nll(t):
+            return math.log1p((classes - 1) * math.exp(-margin / t)) + (1 - right) * margin / t
+
+        return rows * (nll(temperature) - nll(best)) - chi2.ppf(0.95, 1) / 2
+
+    low, high = temperature_interval(logits, labels)
+    assert low == pytest.approx(brentq(rise, 0.05, best), rel=1e-6)
+    assert high == pytest.approx(brentq(rise, best, 20.0) if rise(20.0) > 0 else 20.0, rel=1e-6)
+    more = temperature_interval(logits.repeat(100, 1), labels.repeat(100))
+    assert low < more[0] < best < more[1] < high
+    with pytest.raises(ValueError, match="`link`"):
+        temperature_interval(logits, labels, link="probit")
+
+
+def test_the_interval_with_a_sigmoid_profiles_the_bias():
+    """A shift of all logits is taken up by the bias; the best one at a temperature is that of a logistic regression."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    labels = logits.argmax(dim=1)
+    labels[:12] = torch.randint(0, 4, (12,), generator=generator)
+    interval = temperature_interval(logits, labels, link="sigmoid")
+    assert temperature_interval(logits + 3.0, labels, link="sigmoid") == pytest.approx(interval, rel=1e-6)
+    temperature, _ = fit_sigmoid(logits, labels)
+    assert interval[0] < temperature < interval[1]
+    assert temperature_interval(2.0 * logits, labels, link="sigmoid", bounds=(0.1, 40.0)) == pytest.approx(
+        (2 * interval[0], 2 * interval[1]), rel=1e-5
+    )
