@@ -88,8 +88,13 @@ def captions_of(model: Any, suite: ShiftSuite, processor: Any) -> CaptionTable:
     return CaptionTable(tokenizer, suite.class_names, suite.templates, **caption_options(model.config, tokenizer))
 
 
-def check_unchanged(prepared: Prepared, args: Any) -> None:
-    """Raise a ValueError if arguments that shape the model have changed since it was prepared."""
+def check_unchanged(prepared: Prepared, model: Any, args: Any) -> None:
+    """Raise a ValueError if the model is another one than was prepared, or arguments that shape it have changed."""
+    if model is not prepared.model:
+        raise ValueError(
+            f"Expected the {type(prepared.model).__name__} that the trainer was made with, got another "
+            f"{type(model).__name__} as its `model`. Make a new trainer with it."
+        )
     for name, before in prepared.arguments.items():
         if getattr(args, name) != before:
             raise ValueError(

@@ -152,7 +152,7 @@ class CaRotTrainer(SuiteTrainer):
         """Begin, at the one moment of ``Trainer.train`` when the model and the arguments of this training are known."""
         super()._hp_search_setup(trial)
         self.args.recheck()
-        check_unchanged(self._prepared, self.args)
+        check_unchanged(self._prepared, self.model, self.args)
         self._check_optimizer()
         self._make_collator()
         if getattr(self.model.config, "calibration", None) is not None:

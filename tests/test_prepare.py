@@ -123,6 +123,13 @@ def test_arguments_that_shape_the_model_cannot_change_without_model_init(make_tr
         trainer.train()
 
 
+def test_another_model_than_the_prepared_one_is_refused(make_trainer, model):
+    trainer = make_trainer()
+    trainer.model = model
+    with pytest.raises(ValueError, match="Expected the CLIPModel that the trainer was made with, got another"):
+        trainer.train()
+
+
 def test_a_search_over_the_arguments_of_the_method_is_about_them(make_trainer, processor, suite, monkeypatch):
     """Trainer sets a trial's values after it has made the model; ours is made for them."""
     trainer = with_model_init(make_trainer, processor, suite, preset="flyp", contrastive_batch_size=8)
