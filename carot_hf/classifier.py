@@ -27,6 +27,8 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
+from .precision import at_least_float32, wide_dtype
+
 logger = logging.getLogger(__name__)
 
 _LENGTH_TOLERANCE = 1e-3  # of rows of length 1; rounding to bfloat16 stays below it
@@ -71,7 +73,7 @@ class CLIPClassifierConfig(PreTrainedConfig):
 class CLIPClassifier(CLIPPreTrainedModel):
     r"""Image tower, projection and a linear head on the normalised features: ``logits = head(normalize(features))``.
 
-    Normalisation, head and loss are float32 also under autocast and in half precision. For training keep the
+    Normalisation, head and loss are at least float32, also under autocast and in half precision. For training keep the
     whole model float32: transformers loads in the stored dtype, so pass ``dtype=torch.float32``.
 
     Args:
@@ -98,7 +100,7 @@ class CLIPClassifier(CLIPPreTrainedModel):
         vision_config: Any = config.vision_config
         self.vision_model = CLIPVisionModel._from_config(vision_config)
         self.visual_projection = nn.Linear(vision_config.hidden_size, config.projection_dim, bias=False)
-        self.head = _Float32Linear(config.projection_dim, config.num_labels)
+        self.head = _WideLinear(config.projection_dim, config.num_labels)
         self.post_init()
 
     @classmethod
@@ -107,9 +109,9 @@ class CLIPClassifier(CLIPPreTrainedModel):
     ) -> CLIPClassifier:
         r"""Start a classifier from a CLIP model: ``head.weight = exp(logit_scale) * class_embeddings``, bias 0.
 
-        Weights are copied, in float32, to the device and into the mode (training or not) of the model, which stays as
-        it is. A temperature baked into ``logit_scale`` acts on in the head, but its record is dropped, for this is the
-        start of a training; `export_classifier` keeps it.
+        Weights are copied, in at least float32, to the device and into the mode (training or not) of the model, which
+        stays as it is. A temperature baked into ``logit_scale`` acts on in the head, but its record is dropped, for
+        this is the start of a training; `export_classifier` keeps it.
 
         Args:
             model: The ``CLIPModel``, unwrapped.
@@ -143,7 +145,7 @@ class CLIPClassifier(CLIPPreTrainedModel):
         )
         attention = model.vision_model.config._attn_implementation
         with torch.random.fork_rng(devices=[]):  # the random weights are overwritten; leave the caller's generator
-            classifier = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
+            classifier = cls._from_config(config, dtype=wide_dtype(model.dtype), attn_implementation=attention)
         classifier.vision_model.load_state_dict(model.vision_model.state_dict())
         classifier.visual_projection.load_state_dict(model.visual_projection.state_dict())
         multiplier = model.logit_scale.detach().cpu().double().exp()
@@ -217,14 +219,14 @@ class CLIPClassifier(CLIPPreTrainedModel):
             output_attentions: See there.
             return_dict: See there.
         Returns:
-            ``logits`` ``(b, K)`` float32; with labels ``loss``, their mean cross-entropy in nats, float32.
+            ``logits`` ``(b, K)`` in at least float32; with labels ``loss``, their mean cross-entropy in nats.
         Raises:
             ValueError: If shape or dtype of the labels is not as said. (torch raises for one out of range.)
         """
         outputs: Any = self.get_image_features(
             pixel_values, interpolate_pos_encoding, output_hidden_states, output_attentions, return_dict=True
         )
-        logits = self.head(F.normalize(outputs.pooler_output.float(), dim=-1))  # (b, K) float32
+        logits = self.head(F.normalize(at_least_float32(outputs.pooler_output), dim=-1))  # (b, K)
         loss = None
         if labels is not None:
             _check_labels(labels, len(logits))
@@ -256,7 +258,7 @@ def export_classifier(
         class_embeddings: ``(K, D)`` float, rows of length 1, those that the temperature was fitted with.
         class_names: ``K`` names; see `CLIPClassifier.from_clip`, also for the errors.
     Returns:
-        A classifier in evaluation mode, float32.
+        A classifier in evaluation mode, float32 or, of a float64 model, float64.
     """
     classifier = CLIPClassifier.from_clip(model, class_embeddings, class_names)
     classifier.eval()
@@ -363,12 +365,12 @@ def linear_probe(
     return head.to(weight.device, weight.dtype), shift.to(bias.device, bias.dtype)
 
 
-class _Float32Linear(nn.Linear):
-    """A linear layer that works in float32, whatever the caller's autocast and the dtype its weights are kept in."""
+class _WideLinear(nn.Linear):
+    """A linear layer in at least float32, whatever the caller's autocast and the dtype its weights are kept in."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, enabled=False):
-            return F.linear(inputs.float(), self.weight.float(), self.bias.float())
+            return F.linear(*map(at_least_float32, (inputs, self.weight, self.bias)))
 
 
 def _check_class_embeddings(class_embeddings: Tensor, size: int) -> None:
@@ -383,7 +385,7 @@ def _check_class_embeddings(class_embeddings: Tensor, size: int) -> None:
 
 def _check_lengths(name: str, rows: Tensor) -> None:
     """Raise a ValueError unless all rows are finite and of length 1."""
-    lengths = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    lengths = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=wide_dtype(rows.dtype))
     wrong = ~((lengths - 1).abs() <= _LENGTH_TOLERANCE)  # so that nan is wrong
     if wrong.any():
         row = int(wrong.nonzero()[0, 0])

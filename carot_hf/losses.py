@@ -1,7 +1,7 @@
 """The training objectives, as pure functions of logits, embeddings and weights.
 
-Every function works in float32 with autocast off, whatever the caller's context, and returns a 0-dimensional tensor.
-Rows are the samples of this device; columns may have been gathered from all devices.
+Every function works in at least float32 with autocast off, whatever the caller's context, and returns a 0-dimensional
+tensor. Rows are the samples of this device; columns may have been gathered from all devices.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .precision import at_least_float32, wide_dtype
 
 SAME_CLASS = ("negative", "positive", "ignore")
 _ROOT_EPS = 1e-12
@@ -37,7 +39,7 @@ def contrastive_loss(
         label_smoothing: epsilon of the paper, in ``[0, 1)``.
         ignore: ``(b, B)`` bool, columns left out of the softmax and of the smoothing. Targets there must be 0.
     Returns:
-        The loss in nats, float32, 0-dimensional.
+        The loss in nats, 0-dimensional.
     Raises:
         ValueError: If a shape or a range above does not hold.
     Source:
@@ -48,7 +50,7 @@ def contrastive_loss(
     rows = target_rows(logits_per_image, targets, ignore)
     with torch.autocast(logits_per_image.device.type, enabled=False):
         if label_smoothing:
-            kept = torch.ones_like(rows) if ignore is None else (~ignore).float()
+            kept = torch.ones_like(rows) if ignore is None else (~ignore).to(rows.dtype)
             rows = (1 - label_smoothing) * rows + label_smoothing * kept / kept.sum(dim=-1, keepdim=True)
         image_to_text = _soft_cross_entropy(logits_per_image, rows, ignore)
         text_to_image = _soft_cross_entropy(logits_per_text, rows, ignore)
@@ -65,7 +67,7 @@ def cross_entropy_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float
         labels: ``(b,)`` int64 class indices in ``[0, K)``.
         label_smoothing: epsilon, in ``[0, 1)``.
     Returns:
-        The loss in nats, float32, 0-dimensional: the mean over the rows.
+        The loss in nats, 0-dimensional: the mean over the rows.
     Raises:
         ValueError: If a shape or a range above does not hold.
     Source:
@@ -78,11 +80,17 @@ def cross_entropy_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float
         )
     check_smoothing(label_smoothing)
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        return F.cross_entropy(at_least_float32(logits), labels, label_smoothing=label_smoothing)
 
 
 def same_class_targets(
-    labels: Tensor, all_labels: Tensor, columns: Tensor, mode: str, *, shared: bool = True
+    labels: Tensor,
+    all_labels: Tensor,
+    columns: Tensor,
+    mode: str,
+    *,
+    shared: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
     r"""What the loss of pairs is to make of other samples of the same class in the batch.
 
@@ -98,6 +106,7 @@ def same_class_targets(
             columns, but for the own pair, are left out of the softmax and of the smoothing.
         shared: The columns of a class share a target of 1, as a softmax needs it; ``False``: each has 1, for the
             sigmoid loss.
+        dtype: Of the targets.
     Returns:
         ``targets`` and ``ignore`` of `contrastive_loss`, or of :func:`~carot_hf.sigmoid.sigmoid_loss`.
     Raises:
@@ -109,7 +118,7 @@ def same_class_targets(
         return columns, None
     same = labels[:, None] == all_labels  # (b, B)
     if mode == "positive":
-        return same.float() / (same.sum(dim=-1, keepdim=True) if shared else 1), None
+        return same.to(dtype) / (same.sum(dim=-1, keepdim=True) if shared else 1), None
     return columns, same.scatter(1, columns[:, None], False)
 
 
@@ -133,7 +142,7 @@ def distillation_loss(
         teacher_logits_per_image: ``(b, B)`` float, with the teacher's own ``logit_scale``.
         teacher_logits_per_text: ``(b, B)`` float.
     Returns:
-        The divergence in nats, float32, 0-dimensional, >= 0.
+        The divergence in nats, 0-dimensional, >= 0.
     Raises:
         ValueError: If the four shapes differ.
     Source:
@@ -161,7 +170,7 @@ def feature_distillation_loss(
         teacher_image_embeds: ``(b, D)`` float, L2-normalised; no gradient flows to it.
         teacher_text_embeds: ``(b, D)`` float, L2-normalised; no gradient flows to it.
     Returns:
-        The loss, dimensionless, float32, 0-dimensional, in ``[0, 8]``.
+        The loss, dimensionless, 0-dimensional, in ``[0, 8]``.
     Raises:
         ValueError: If the four shapes differ.
     Source:
@@ -174,9 +183,9 @@ def feature_distillation_loss(
     ):
         check_pair(image_embeds, embeds, name, first="image_embeds")
     with torch.autocast(image_embeds.device.type, enabled=False):
-        image = (image_embeds.float() - teacher_image_embeds.detach().float()).square().sum(dim=-1)  # (b,)
-        text = (text_embeds.float() - teacher_text_embeds.detach().float()).square().sum(dim=-1)  # (b,)
-        return (image + text).mean()
+        image = at_least_float32(image_embeds) - at_least_float32(teacher_image_embeds.detach())
+        text = at_least_float32(text_embeds) - at_least_float32(teacher_text_embeds.detach())
+        return (image.square().sum(dim=-1) + text.square().sum(dim=-1)).mean()
 
 
 def orthogonality_penalty(weight: Tensor, *, squared: bool = False) -> Tensor:
@@ -188,7 +197,7 @@ def orthogonality_penalty(weight: Tensor, *, squared: bool = False) -> Tensor:
         weight: ``(embed, width)`` float, as ``CLIPModel.visual_projection.weight``.
         squared: Return the squared norm. The published code uses the norm itself.
     Returns:
-        The penalty, float32, 0-dimensional; 1e-12 is added under the root so that its gradient exists at 0.
+        The penalty, 0-dimensional; 1e-12 is added under the root so that its gradient exists at 0.
     Raises:
         ValueError: If ``weight`` is not a matrix.
     Source:
@@ -196,7 +205,7 @@ def orthogonality_penalty(weight: Tensor, *, squared: bool = False) -> Tensor:
     """
     _check_matrix("weight", weight)
     with torch.autocast(weight.device.type, enabled=False):
-        projection = weight.float()
+        projection = at_least_float32(weight)
         gram = projection @ projection.T  # (embed, embed)
         total = (gram - torch.eye(len(gram), device=gram.device)).square().sum()
         return total if squared else torch.sqrt(total + _ROOT_EPS)
@@ -209,7 +218,7 @@ def cross_norm_penalty(visual_weight: Tensor, text_weight: Tensor) -> Tensor:
         visual_weight: ``(embed, visual_width)`` float, as ``CLIPModel.visual_projection.weight``.
         text_weight: ``(embed, text_width)`` float, as ``CLIPModel.text_projection.weight``.
     Returns:
-        The penalty, float32, 0-dimensional; 1e-12 is added under the root.
+        The penalty, 0-dimensional; 1e-12 is added under the root.
     Raises:
         ValueError: If one is not a matrix or the embedding sizes differ.
     Source:
@@ -223,14 +232,14 @@ def cross_norm_penalty(visual_weight: Tensor, text_weight: Tensor) -> Tensor:
             f"{tuple(text_weight.shape)}. Pass `visual_projection.weight` and `text_projection.weight` of one model."
         )
     with torch.autocast(visual_weight.device.type, enabled=False):
-        cross = visual_weight.float().T @ text_weight.float()  # (visual_width, text_width)
+        cross = at_least_float32(visual_weight).T @ at_least_float32(text_weight)  # (visual_width, text_width)
         return torch.sqrt(cross.square().sum() + _ROOT_EPS)
 
 
 def similarity_logits(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
-    r"""Scaled similarities :math:`S_{ij} = e^s f_i \cdot g_j + b` in float32.
+    r"""Scaled similarities :math:`S_{ij} = e^s f_i \cdot g_j + b` in at least float32.
 
     Args:
         image_embeds: ``(n, D)`` float, L2-normalised rows.
@@ -238,15 +247,16 @@ def similarity_logits(
         logit_scale: One value, the natural logarithm ``s`` of CLIP's multiplier.
         logit_bias: One value, SigLIP's ``b``; ``None``: CLIP has none.
     Returns:
-        ``(n, m)`` float32 logits.
+        ``(n, m)`` logits.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
-        logits = logit_scale.float().exp() * (image_embeds.float() @ text_embeds.float().T)
-        return logits if logit_bias is None else logits + logit_bias.float()
+        similarities = at_least_float32(image_embeds) @ at_least_float32(text_embeds).T
+        logits = at_least_float32(logit_scale).exp() * similarities
+        return logits if logit_bias is None else logits + at_least_float32(logit_bias)
 
 
 def _soft_cross_entropy(logits: Tensor, target_rows: Tensor, ignore: Tensor | None) -> Tensor:
-    logits = logits.float()
+    logits = at_least_float32(logits)
     if ignore is not None:
         logits = logits.masked_fill(ignore, float("-inf"))
     log_probs = F.log_softmax(logits, dim=-1)  # (b, B)
@@ -256,14 +266,15 @@ def _soft_cross_entropy(logits: Tensor, target_rows: Tensor, ignore: Tensor | No
 
 
 def _kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    teacher = F.log_softmax(teacher_logits.detach().float(), dim=-1)
-    student = F.log_softmax(student_logits.float(), dim=-1)
+    teacher = F.log_softmax(at_least_float32(teacher_logits.detach()), dim=-1)
+    student = F.log_softmax(at_least_float32(student_logits), dim=-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def target_rows(logits: Tensor, targets: Tensor | None, ignore: Tensor | None) -> Tensor:
-    """Expand the targets into ``(b, B)`` float32 rows and check them."""
+    """Expand the targets into ``(b, B)`` rows, in at least float32, and check them."""
     rows, columns = logits.shape
+    dtype = wide_dtype(logits.dtype)
     if ignore is not None and (ignore.shape != logits.shape or ignore.dtype != torch.bool):
         raise ValueError(
             f"Expected `ignore` as bool of shape {tuple(logits.shape)}, got {ignore.dtype} of {tuple(ignore.shape)}. "
@@ -275,19 +286,19 @@ def target_rows(logits: Tensor, targets: Tensor | None, ignore: Tensor | None) -
                 f"Expected `targets` for logits of shape ({rows}, {columns}), got None. "
                 "Pass the column of each row's own pair; only square logits have a diagonal to fall back on."
             )
-        return torch.eye(rows, device=logits.device)
+        return torch.eye(rows, dtype=dtype, device=logits.device)
     if targets.dim() == 1:
         if len(targets) != rows:
             raise ValueError(
                 f"Expected `targets` of shape ({rows},), got {tuple(targets.shape)}. Pass one column index a row."
             )
-        return F.one_hot(targets, columns).float()
+        return F.one_hot(targets, columns).to(dtype)
     if targets.shape != logits.shape:
         raise ValueError(
             f"Expected `targets` of shape ({rows},) or ({rows}, {columns}), got {tuple(targets.shape)}. "
             "Pass column indices, or one row of probabilities a sample."
         )
-    return targets.float()
+    return targets.to(dtype)
 
 
 def check_pair(a: Tensor, b: Tensor, name: str = "logits_per_text", *, first: str = "logits_per_image") -> None:

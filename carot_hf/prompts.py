@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .precision import at_least_float32
+
 PLACEHOLDER = "{}"
 _AT_ONCE = 4096  # captions; a fast tokenizer keeps kilobytes for each until it returns
 
@@ -144,7 +146,7 @@ def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 10
         captions: The table of captions.
         batch_size: Captions at a time.
     Returns:
-        ``(K, D)`` float32 on the model's device, rows of length 1: the zero-shot head. Logits are
+        ``(K, D)`` in at least float32 on the model's device, rows of length 1: the zero-shot head. Logits are
         ``exp(logit_scale) * image_embeds @ head.T``, plus SigLIP's ``logit_bias``.
     Source:
         Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
@@ -155,7 +157,7 @@ def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 10
     for flat in order.split(batch_size):
         tokens = captions.lookup(flat // captions.n_templates, flat % captions.n_templates)
         features = model.get_text_features(**{name: value.to(device) for name, value in tokens.items()}).pooler_output
-        parts.append(F.normalize(features.float(), dim=-1))
-    embeds = torch.empty(len(order), parts[0].shape[-1], device=device)
+        parts.append(F.normalize(at_least_float32(features), dim=-1))
+    embeds = torch.empty(len(order), parts[0].shape[-1], dtype=parts[0].dtype, device=device)
     embeds[order.to(device)] = torch.cat(parts)
     return F.normalize(embeds.view(*captions.lengths.shape, -1).mean(dim=1), dim=-1)

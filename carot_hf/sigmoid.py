@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .calibration import LogitRows, Logits, checked_rows, row_chunks, warn_at_bound
 from .losses import check_pair, check_smoothing, target_rows
+from .precision import at_least_float32
 
 _STEPS = 200  # of Newton's method; 10 are usual
 _SMALL = 1e-18  # decrement, relative to the objective, below which there is nothing left to gain
@@ -40,7 +41,7 @@ def sigmoid_loss(
         label_smoothing: epsilon, in ``[0, 1)``.
         ignore: ``(b, B)`` bool, pairs that are left out.
     Returns:
-        The loss in nats, float32, 0-dimensional.
+        The loss in nats, 0-dimensional.
     Raises:
         ValueError: If a shape or a range above does not hold.
     Source:
@@ -50,10 +51,10 @@ def sigmoid_loss(
     check_smoothing(label_smoothing)
     rows = target_rows(logits_per_image, targets, ignore)
     with torch.autocast(logits_per_image.device.type, enabled=False):
-        kept = torch.ones_like(rows) if ignore is None else (~ignore).float()
+        kept = torch.ones_like(rows) if ignore is None else (~ignore).to(rows.dtype)
         if label_smoothing:
             rows = (1 - label_smoothing) * rows + label_smoothing * kept / kept.sum(dim=-1, keepdim=True)
-        logits = logits_per_image.float()
+        logits = at_least_float32(logits_per_image)
         return ((F.softplus(logits) - rows * logits) * kept).sum(dim=-1).mean()
 
 
@@ -69,7 +70,7 @@ def sigmoid_distillation_loss(student_logits_per_image: Tensor, teacher_logits_p
         student_logits_per_image: ``(b, B)`` float, with the student's own scale and bias.
         teacher_logits_per_image: ``(b, B)`` float, with the teacher's own; no gradient flows to it.
     Returns:
-        The divergence in nats, float32, 0-dimensional, >= 0.
+        The divergence in nats, 0-dimensional, >= 0.
     Raises:
         ValueError: If the shapes differ.
     Source:
@@ -77,7 +78,8 @@ def sigmoid_distillation_loss(student_logits_per_image: Tensor, teacher_logits_p
     """
     check_pair(student_logits_per_image, teacher_logits_per_image, "teacher_logits_per_image")
     with torch.autocast(student_logits_per_image.device.type, enabled=False):
-        student, teacher = student_logits_per_image.float(), teacher_logits_per_image.detach().float()
+        student = at_least_float32(student_logits_per_image)
+        teacher = at_least_float32(teacher_logits_per_image.detach())
         yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
         no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
         return (yes + no).sum(dim=-1).mean()

@@ -55,6 +55,7 @@ from .evaluation import (
 )
 from .fingerprint import fingerprint
 from .model_card import CLASSIFICATION, TEACHER_FOLDER, ZERO_SHOT, CardFacts, command_line, model_card, versions
+from .precision import at_least_float32, wide_dtype
 from .prepare import Prepared, prepare_model
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagram_tables, diagrams_path, send_diagrams, write_diagrams
@@ -311,7 +312,9 @@ class SuiteTrainer(Trainer):
         inputs = super()._prepare_inputs({key: value for key, value in inputs.items() if key != "replaced"})
         pixels = inputs["pixel_values"]
         if pixels.dtype == torch.uint8:
-            inputs = {**inputs, "pixel_values": normalize_pixels(pixels, self._transform.mean, self._transform.std)}
+            dtype = wide_dtype(base_model(self._network).dtype)
+            pixels = normalize_pixels(pixels, self._transform.mean, self._transform.std, dtype)
+            inputs = {**inputs, "pixel_values": pixels}
         return inputs
 
     @property
@@ -426,7 +429,7 @@ class SuiteTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor | None]:
-        """Return no loss, the normalised image embeddings ``(b, D)`` in float32, and the labels."""
+        """Return no loss, the normalised image embeddings ``(b, D)`` in at least float32, and the labels."""
         inputs = self._prepare_inputs(inputs)
         images = image_inputs(inputs)
         rows = len(images["pixel_values"])
@@ -438,7 +441,7 @@ class SuiteTrainer(Trainer):
         network = self.accelerator.unwrap_model(model if self._evaluated is None else self._evaluated)
         with torch.no_grad(), self.accelerator.autocast():
             embeds = network.get_image_features(**images).pooler_output[:rows]
-        return None, F.normalize(embeds.float(), dim=-1), inputs.get("labels")
+        return None, F.normalize(at_least_float32(embeds), dim=-1), inputs.get("labels")
 
     def calibrate(self) -> dict[str, Any]:
         """Fit the temperature on the validation set and bake it into the student's ``logit_scale``.
@@ -696,7 +699,9 @@ class SuiteTrainer(Trainer):
 
     @torch.no_grad()
     def _head(self, known: dict[str, tuple[Any, ...]] | None = None) -> Head:
-        """Weight ``(K, D)`` and bias ``(K,)``, float32, CPU, that turn the evaluated model's embeddings into logits.
+        """Weight ``(K, D)`` and bias ``(K,)`` that turn the evaluated model's embeddings into logits.
+
+        On the CPU, in at least float32.
 
         Args:
             known: Of `_known_of_weights`; class embeddings are taken from it, or go into it.
@@ -704,13 +709,15 @@ class SuiteTrainer(Trainer):
         known = self._known_of_weights() if known is None else known
         network = self._network
         if isinstance(network, CLIPClassifier):
-            return network.head.weight.detach().float().cpu(), network.head.bias.detach().float().cpu()
+            return at_least_float32(network.head.weight.detach()).cpu(), at_least_float32(
+                network.head.bias.detach()
+            ).cpu()
         if known.get("classes", (None,))[0] is not self.captions:
             with self.accelerator.autocast():
                 known["classes"] = (self.captions, class_embeddings(network, self.captions).cpu())
         classes = known["classes"][1]
-        scale, *shift = (parameter.detach().float().cpu() for parameter in logit_head(network))
-        bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes))
+        scale, *shift = (at_least_float32(parameter.detach()).cpu() for parameter in logit_head(network))
+        bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes), dtype=classes.dtype)
         return scale.exp() * classes, bias
 
     def _set_metrics(self, logits: Any, labels: Tensor, scaling: Scaling | None = None) -> Metrics:
@@ -756,7 +763,8 @@ class SuiteTrainer(Trainer):
                 parts.append((numbers, embeds.cpu(), batch["labels"]))
                 bar.update(min(len(numbers) * args.world_size, len(data) - bar.n))
         width = embedding_size(network)
-        empty = (torch.empty(0, dtype=torch.int64), torch.empty(0, width), torch.empty(0, dtype=torch.int64))
+        empty_embeds = torch.empty(0, width, dtype=wide_dtype(base_model(network).dtype))
+        empty = (torch.empty(0, dtype=torch.int64), empty_embeds, torch.empty(0, dtype=torch.int64))
         columns = [torch.cat(column) for column in zip(empty, *parts, strict=True)]
         numbers, embeds, labels = (gather_uneven(column.to(args.device)).cpu() for column in columns)
         if len(numbers) != len(data):

@@ -16,6 +16,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from .precision import at_least_float32
+
 
 def ema_momentum(step: int, total_steps: int, *, start: float = 0.05, end: float = 0.9, ramp: float = 0.2) -> float:
     r"""Momentum of the teacher's update at a step: linear from ``start`` to ``end``, then constant.
@@ -95,8 +97,9 @@ class Teacher:
     r"""A float32 average of a student: :math:`\psi \leftarrow m \psi + (1 - m) \theta`, matched by parameter name.
 
     The copy is taken at construction (:math:`\psi_0 = \theta_0`), is kept in float32 whatever the student's dtype (a
-    bf16 teacher would never move at these rates), never requires a gradient and is always in evaluation mode. Buffers
-    are copied, never averaged. Parameters that share storage in the student share it in the teacher and move once.
+    bf16 teacher would never move at these rates; that of a float64 student is float64), never requires a gradient and
+    is always in evaluation mode. Buffers are copied, never averaged. Parameters that share storage in the student share
+    it in the teacher and move once.
 
     With ``share_frozen`` the student's frozen parameters are the teacher's too, the very objects, whatever their dtype:
     there is no second copy of them, and what moves or casts the student (``student.to``) does so for both. Frozen
@@ -141,7 +144,7 @@ class Teacher:
         for name, parameter in own.items():
             if name in self.shared:
                 continue
-            student = theirs[name].detach().to(parameter.device, torch.float32)
+            student = theirs[name].detach().to(parameter.device, parameter.dtype)
             if momentum == 0.0 or name in self._fixed:
                 parameter.copy_(student)
             else:
@@ -280,14 +283,14 @@ def _put(values: Mapping[str, Tensor], network: nn.Module, *, dtypes: bool = Fal
 
 
 def _frozen_copy(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
-    """A copy in float32; parameters that are one tensor stay one, and those in ``shared`` are not copied."""
+    """A copy in at least float32; parameters that are one tensor stay one, and those in ``shared`` are not copied."""
     kept = {id(parameter): parameter for parameter in shared}
     teacher = copy.deepcopy(model, dict(kept))
     for tensor in (*teacher.parameters(), *teacher.buffers()):
         if id(tensor) in kept:
             continue
         if tensor.is_floating_point():
-            tensor.data = tensor.data.float()
+            tensor.data = at_least_float32(tensor.data)
         tensor.requires_grad_(False)
         tensor.grad = None
     return teacher.eval()

@@ -43,6 +43,7 @@ from .losses import (
     similarity_logits,
 )
 from .model_card import TEACHER_FOLDER
+from .precision import at_least_float32, wide_dtype
 from .prepare import check_unchanged
 from .sets import ShiftSuite
 from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
@@ -132,9 +133,7 @@ class CaRotTrainer(SuiteTrainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
         # half-precision parameters of a tower stay the student's: in the teacher's float32 forward they do not fit
-        share = is_adapted(student) or all(
-            torch.promote_types(value.dtype, torch.float32) == value.dtype for value in frozen
-        )
+        share = is_adapted(student) or all(wide_dtype(value.dtype) == value.dtype for value in frozen)
         names = frozenset(
             name
             for name, value in student.named_parameters(remove_duplicate=False)
@@ -403,7 +402,7 @@ class CaRotTrainer(SuiteTrainer):
         labels = inputs["labels"]
         everyones = gather_rows(labels, with_grad=False, counts=counts)
         shared = self._link == "softmax"
-        return same_class_targets(labels, everyones, columns, self.args.same_class, shared=shared)
+        return same_class_targets(labels, everyones, columns, self.args.same_class, shared=shared, dtype=logits.dtype)
 
     def _fit_head(self) -> None:
         """Fit the linear head on the frozen features of the training images, as evaluation sees them."""
@@ -444,7 +443,7 @@ class CaRotTrainer(SuiteTrainer):
                     logs["teacher_half_life"] = half_life(momentum, self._teacher_callback.update_every)
             logs["input_wait"] = round(self._input_wait.read(), 4)
             if self.args.objective == "contrastive":
-                scale, *bias = (parameter.detach().float() for parameter in logit_head(self.model))
+                scale, *bias = (at_least_float32(parameter.detach()) for parameter in logit_head(self.model))
                 logs["logit_multiplier"] = scale.exp().item()
                 if bias:
                     logs["logit_bias"] = bias[0].item()
@@ -567,9 +566,10 @@ class CaRotTrainer(SuiteTrainer):
 
 
 def _unit_embeds(outputs: Any) -> tuple[Tensor, Tensor]:
-    """Image and text embeddings of length 1, ``(b, D)`` float32 each."""
+    """Image and text embeddings of length 1, ``(b, D)`` in at least float32 each."""
     with torch.autocast(outputs.image_embeds.device.type, enabled=False):
-        return F.normalize(outputs.image_embeds.float(), dim=-1), F.normalize(outputs.text_embeds.float(), dim=-1)
+        image, text = at_least_float32(outputs.image_embeds), at_least_float32(outputs.text_embeds)
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
 
 def _batch_logits(

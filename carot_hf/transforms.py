@@ -171,12 +171,14 @@ def _has_vector_resize() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-def normalize_pixels(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bring ``(b, 3, h, w)`` uint8 pixels to float32 ``(x / 255 - mean) / std`` on their device."""
+def normalize_pixels(
+    pixel_values: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Bring ``(b, 3, h, w)`` uint8 pixels to ``(x / 255 - mean) / std`` of a dtype, on their device."""
     shape = (1, -1, 1, 1)
-    mean_ = torch.tensor(mean, device=pixel_values.device).view(shape)
-    std_ = torch.tensor(std, device=pixel_values.device).view(shape)
-    return pixel_values.to(torch.float32, copy=True).div_(255).sub_(mean_).div_(std_)  # one array, not four
+    mean_ = torch.tensor(mean, dtype=dtype, device=pixel_values.device).view(shape)
+    std_ = torch.tensor(std, dtype=dtype, device=pixel_values.device).view(shape)
+    return pixel_values.to(dtype, copy=True).div_(255).sub_(mean_).div_(std_)  # one array, not four
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

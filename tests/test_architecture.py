@@ -23,10 +23,11 @@ ALLOWED = {
     "ece.rows": {"ece.binning", "ece.inputs"},
     "ece.ece": {"ece.binning", "ece.inputs", "ece.rows", "ece.uncertainty"},
     "metric": set(),  # loads ece.ece through evaluate, by its folder
-    "losses": set(),
-    "sigmoid": {"calibration", "losses"},
+    "precision": set(),
+    "losses": {"precision"},
+    "sigmoid": {"calibration", "losses", "precision"},
     "backbones": set(),
-    "teacher": set(),
+    "teacher": {"precision"},
     "distributed": set(),
     "images": set(),
     "input_wait": set(),
@@ -41,9 +42,9 @@ ALLOWED = {
     "merging": set(),
     # floor 1: data, options, and models beside CLIPModel
     "adapters": set(),  # LoRA; the only one that knows peft
-    "classifier": set(),
+    "classifier": {"precision"},
     "convert": set(),
-    "prompts": set(),
+    "prompts": {"precision"},
     "class_names": {"prompts"},
     "transforms": set(),
     "data": {"images", "prompts", "transforms"},
@@ -69,13 +70,13 @@ ALLOWED = {
     # floor 3: the trainer
     "suite_trainer": {
         "adapters", "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation",
-        "fingerprint", "model_card", "prepare", "prompts", "reporting", "sets", "streaming", "training_args",
-        "transforms",
+        "fingerprint", "model_card", "precision", "prepare", "prompts", "reporting", "sets", "streaming",
+        "training_args", "transforms",
     },
     "trainer": {
         "adapters", "backbones", "callbacks", "checkpoints", "classifier", "distributed", "evaluation",
-        "gradient_cache", "input_wait", "losses", "model_card", "prepare", "sets", "sigmoid", "suite_trainer",
-        "teacher", "teacher_file", "training_args",
+        "gradient_cache", "input_wait", "losses", "model_card", "precision", "prepare", "sets", "sigmoid",
+        "suite_trainer", "teacher", "teacher_file", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -87,6 +88,7 @@ THIRD_PARTY = {
     "ece.app": {"gradio", "numpy", "PIL"},
     "metric": {"evaluate"},
     "losses": {"torch"},
+    "precision": {"torch"},
     "sigmoid": {"torch"},
     "backbones": {"safetensors", "torch", "transformers"},
     "transforms": {"numpy", "PIL", "torch"},

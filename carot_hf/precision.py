@@ -1,0 +1,16 @@
+"""Losses, embeddings and heads are in at least float32: half precision is widened, float64 passes unrounded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or as it is if it is float64."""
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
