@@ -156,8 +156,9 @@ def test_the_gradient_cache_trains_as_the_large_batch_does(trainer_of, family, w
         )  # fmt: skip
         trainer.train()
         results.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+    bound = float32_bound() if family == "siglip2" else EXACT  # transformers resizes its positions in float32
     for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=0, atol=EXACT, msg=name)
+        torch.testing.assert_close(results[1][name], value, rtol=0, atol=bound, msg=name)
 
 
 def test_resumed_equals_unbroken(trainer_of, family, tmp_path):
