@@ -23,6 +23,7 @@ FILES = (
 PROCESSES = ("test_distributed.py::test_two_processes_equal_one_with_the_whole_batch",)
 MKL = ({}, {"MKL_CBWR": "COMPATIBLE"}, {"MKL_CBWR": "AVX2"})
 ATEN = ({}, {"ATEN_CPU_CAPABILITY": "default"})
+OWN = ("MKL_CBWR", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
 THREADS = ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"})
 
 
