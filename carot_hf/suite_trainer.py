@@ -74,6 +74,7 @@ from .evaluation import (
 from .model_card import CLASSIFICATION, TEACHER_FOLDER, ZERO_SHOT, CardFacts, command_line, model_card, versions
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
+from .resume import Change, used_arguments
 from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
@@ -154,6 +155,7 @@ class SuiteTrainer(Trainer):
         self.bins: dict[str, CalibrationBins] = {}
         self.bins_ts: dict[str, CalibrationBins] = {}
         self._bad_images: dict[str, set[int]] = {}
+        self._changes: list[Change] = []  # since the run was resumed
         self._in_checkpoint = False  # what is saved goes into a checkpoint
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
         self._latest = Comparison()  # by the latest evaluation of the whole suite
@@ -562,6 +564,7 @@ class SuiteTrainer(Trainer):
         """
         if getattr(self.model.config, "calibration", None) is None:
             logger.warning("An uncalibrated model is pushed, and its card says so. Call `calibrate` before.")
+        self._finish_current_push()  # it reads the files that this one writes anew
         try:
             return super().push_to_hub(*args, **kwargs)
         except (HTTPError, OSError, RuntimeError) as error:  # what huggingface_hub raises
@@ -572,7 +575,13 @@ class SuiteTrainer(Trainer):
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._in_checkpoint:
+            return  # Trainer asks before the checkpoint is complete; whoever completes it asks again
         if self.args.hub_strategy != "end":  # weights that nobody has calibrated: the card must not be an older one's
+            if self.args.hub_always_push:
+                self._finish_current_push()  # it reads the files that this one writes anew
+            if self.push_in_progress is not None and not self.push_in_progress.is_done():
+                return
             self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -626,7 +635,7 @@ class SuiteTrainer(Trainer):
                 class_names=self.suite.class_names,
                 steps=self.state.global_step,
                 processes=self.args.world_size,
-                arguments=self.args.changed(),
+                arguments=used_arguments(self.args.changed(), self._changes),
                 versions=versions(),
                 seed=self.args.seed,
                 objective=self._objective,
@@ -640,6 +649,7 @@ class SuiteTrainer(Trainer):
                 tags=_listed(tags),
                 suite_version=self.suite.version,
                 suite_hash=self.suite.content_hash,
+                changes=[f"After step {change.step:,} the run was resumed with {change}" for change in self._changes],
             )
         )
         card.save(folder / "README.md")

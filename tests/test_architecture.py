@@ -54,6 +54,7 @@ ALLOWED = {
     "suite_file": {"loading", "sets", "splits"},
     "suites": {"content_hash", "digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"adapters", "losses", "teacher"},
+    "resume": {"training_args"},
     "onnx_export": {"classifier", "transforms"},
     # floor 2: when and what to show
     "teacher_file": {"teacher"},
@@ -67,11 +68,11 @@ ALLOWED = {
     # floor 3: the trainer
     "suite_trainer": {
         "adapters", "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation",
-        "model_card", "prompts", "reporting", "sets", "streaming", "training_args", "transforms",
+        "model_card", "prompts", "reporting", "resume", "sets", "streaming", "training_args", "transforms",
     },
     "trainer": {
-        "adapters", "backbones", "callbacks", "checkpoints", "classifier", "distributed", "evaluation",
-        "gradient_cache", "input_wait", "losses", "model_card", "sets", "sigmoid", "suite_trainer", "teacher",
+        "adapters", "backbones", "callbacks", "checkpoints", "classifier", "content_hash", "distributed", "evaluation",
+        "gradient_cache", "input_wait", "losses", "model_card", "resume", "sets", "sigmoid", "suite_trainer", "teacher",
         "teacher_file", "training_args",
     },
 }  # fmt: skip
@@ -89,6 +90,7 @@ THIRD_PARTY = {
     "transforms": {"numpy", "PIL", "torch"},
     "teacher": {"torch"},
     "teacher_file": {"safetensors", "torch"},
+    "resume": {"torch", "transformers"},
     "distributed": {"torch"},
     "checkpoints": set(),
     "content_hash": {"numpy"},
