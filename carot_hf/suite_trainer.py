@@ -575,15 +575,33 @@ class SuiteTrainer(Trainer):
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._in_checkpoint:
+        if self._in_checkpoint or not self.is_world_process_zero() or self.args.hub_strategy == "end":
             return  # Trainer asks before the checkpoint is complete; whoever completes it asks again
-        if self.args.hub_strategy != "end":  # weights that nobody has calibrated: the card must not be an older one's
-            if self.args.hub_always_push:
-                self._finish_current_push()  # it reads the files that this one writes anew
-            if self.push_in_progress is not None and not self.push_in_progress.is_done():
-                return
+        if self.args.hub_always_push:
+            self._finish_current_push()  # it reads the files that this one writes anew
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self._report_push()
+            # weights that nobody has calibrated: the card must not be an older one's
             self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])
-        super()._push_from_checkpoint(checkpoint_folder)
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._report_push()
+
+    def _report_push(self) -> None:
+        """Say which pushes in the background have failed; Trainer drops their errors."""
+        push: Any = getattr(self, "push_in_progress", None)
+        for job in [] if push is None else [job for job in push.jobs if job.done()]:
+            if (error := job.exception()) is not None:
+                logger.warning(
+                    "Expected to push to '%s' in the background, got: %s The training goes on, and the files are in "
+                    "%s; the next push brings them.",
+                    self.hub_model_id,
+                    _one_line(error),
+                    self.args.output_dir,
+                )
+            push.jobs.remove(job)
 
     def create_model_card(
         self,
@@ -862,7 +880,7 @@ def _align_markers(model: Any, processor: Any) -> None:
             module.eos_token_id = config.eos_token_id
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 

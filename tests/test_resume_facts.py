@@ -26,6 +26,7 @@ SAVE = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}  # 26 samples
 @dataclass(repr=False)
 class Own(CaRotTrainingArguments):
     extra_weight: float = 0.5
+    service_key: str | None = None
 
 
 @pytest.fixture
@@ -246,7 +247,8 @@ def test_arguments_of_a_subclass_are_compared_as_well(suite, processor, tmp_path
         model = tiny_clip(processor.tokenizer)
         return CaRotTrainer(model=model, args=args, suite=suite, processing_class=processor)
 
-    make().train()
+    make(service_key="s3cret").train()
+    assert "s3cret" not in (tmp_path / "checkpoint-2" / "run.json").read_text()
     make(extra_weight=0.25).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert said == ["Resumed after step 2 with `extra_weight` 0.5 -> 0.25: applied."]
 
@@ -472,3 +474,24 @@ def test_files_under_upload_are_not_written_anew(make_trainer, monkeypatch, alwa
     make_trainer(**{**SAVE, "max_steps": 3}, **options).train()
     assert written == ([0, 0, 0] if always else [0])
     assert len(uploads.taken) == len(written)
+
+
+def test_a_push_that_fails_in_the_background_is_said(make_trainer, monkeypatch):
+    """Trainer drops the errors of its pushes; once each."""
+    uploads = Uploads(monkeypatch)
+
+    def fail(**kwargs):
+        uploads.taken.append(kwargs["folder_path"])
+        job = Future()
+        job.set_exception(OSError("no\nroom"))
+        return job
+
+    uploads.upload_folder = fail
+    lines = []
+    logger = carot_hf.suite_trainer.logger
+    monkeypatch.setattr(logger, "warning", lambda text, *values: lines.append(text % values))
+    make_trainer(**{**SAVE, "max_steps": 2}, push_to_hub=True, hub_strategy="checkpoint").train()
+    assert len(uploads.taken) == 4
+    failures = [line for line in lines if "in the background" in line]
+    assert len(failures) == 4
+    assert "Expected to push to 'tester/tiny' in the background, got: no room The training goes on" in failures[0]
