@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
@@ -271,18 +272,18 @@ def apply_hyperparameters(
     for group, options in zip(optimizer.param_groups, wanted, strict=True):
         for name, value in options.items():
             before = group.get(name)
-            if _listed(before) == _listed(value):
+            if _value(before) == _value(value):
                 continue
             applied = movable or name != "initial_lr"
             title = _HYPERPARAMETERS[name]
-            found.setdefault(title, Change(step, title, before, value, applied=applied))
+            found.setdefault(title, Change(step, title, _value(before), _value(value), applied=applied))
             if applied:
-                group[name] = value
+                _put(group, name, value)
     if movable:
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         rates = [base * rate(scheduler.last_epoch) for base, rate in _pairs(scheduler)]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            _put(group, "lr", rate)
         scheduler._last_lr = rates
     return list(found.values())
 
@@ -377,8 +378,19 @@ def _plain(value: Any) -> Any:
     return value.value if hasattr(value, "value") else str(value)
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
+def _value(value: Any) -> Any:
+    """A hyper-parameter as JSON keeps it; torch may hold learning rates in tensors."""
+    if isinstance(value, Tensor):
+        return value.item()
+    return [_value(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _put(group: dict[str, Any], name: str, value: Any) -> None:
+    """Set a hyper-parameter; a tensor is filled, for a compiled step holds on to it."""
+    if isinstance(group.get(name), Tensor):
+        group[name].fill_(_value(value))
+    else:
+        group[name] = value
 
 
 def _shown(name: str, old: Any, new: Any) -> str:

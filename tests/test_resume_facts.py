@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from transformers import CLIPModel
 import carot_hf.trainer
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 from carot_hf.checkpoints import check_checkpoint, damage_of, write_manifest
-from carot_hf.resume import Epochs, SavedRun, continued, read_run
+from carot_hf.resume import Epochs, SavedRun, apply_hyperparameters, continued, hyperparameters, read_run
 
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_validation_nll"}
 SAVE = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}  # 26 samples in batches of 4: 6 steps an epoch
@@ -176,7 +176,7 @@ def test_another_weight_decay_and_betas_are_said_and_applied(make_trainer, saved
     assert [group["weight_decay"] for group in again.optimizer.param_groups] == [0.5, 0.0]
     assert {tuple(group["betas"]) for group in again.optimizer.param_groups} == {(0.9, 0.9)}
     assert sorted(said) == [
-        "Resumed after step 2 with `betas` (0.9, 0.999) -> (0.9, 0.9): applied.",
+        "Resumed after step 2 with `betas` [0.9, 0.999] -> [0.9, 0.9]: applied.",
         "Resumed after step 2 with `weight_decay` 0.1 -> 0.5: applied.",
     ]
     plain = make_trainer(**SAVE)
@@ -196,6 +196,25 @@ def test_an_optimizer_of_the_user_keeps_its_own_rate(make_trainer, processor, sa
     again.train(resume_from_checkpoint=checkpoint)
     assert said == ["Resumed after step 2 with `learning_rate` 0.01 -> 0.004: applied."]
     assert rates(again)[3] == pytest.approx(4e-3 * 0.5)
+
+
+def test_a_learning_rate_in_a_tensor_is_filled():
+    """As a compiled optimizer wants it."""
+
+    def make(rate, steps=0):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=torch.tensor(rate), capturable=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        scheduler.last_epoch = steps
+        return optimizer, scheduler
+
+    old, (optimizer, scheduler) = make(0.5)[0], make(0.25, steps=3)
+    wanted = hyperparameters(optimizer)
+    optimizer.load_state_dict(old.state_dict())
+    (change,) = apply_hyperparameters(optimizer, scheduler, wanted, 3)
+    assert str(change) == "`learning_rate` 0.5 -> 0.25: applied."
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    assert optimizer.param_groups[0]["lr"].item() == 0.25 / 4
+    json.dumps(asdict(change))
 
 
 def test_what_a_schedule_by_measurement_keeps_is_said(make_trainer, saved, said):
