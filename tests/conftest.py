@@ -19,7 +19,7 @@ from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSet, ShiftSuite
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "examples" / "digits" / "clip"
 sys.path.insert(0, str(ROOT / "examples"))
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # models are small: one is fastest
 
 CLASSES = ["zero", "one", "two", "three"]
 TEMPLATES = ["a photo of the digit {}", "the number {}", "an image of {}"]

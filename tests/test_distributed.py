@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import subprocess
@@ -135,18 +136,23 @@ def launch(tmp_path, processes, batch, preset, options, resume=None, nodes=1, fa
     return torch.load(Path(out) / "result.pt", weights_only=False)
 
 
-def assert_alike(one, two):
+# The search of a linear probe ends when a step gains less than 1e-11 nats, so within sqrt(2e-11 / l2) of the optimum;
+# from starts that differ by rounding it may end a step earlier or later.
+PROBED = math.sqrt(2e-11 / 0.01)
+
+
+def assert_alike(one, two, exact=EXACT):
     """Weights, teacher, losses, loss terms and gradient norms of two runs of 20 steps, in float64."""
     for kind in ("student", "teacher"):
         for name, value in one[kind].items():
             assert value.dtype == torch.float64 or not value.is_floating_point()
-            torch.testing.assert_close(two[kind][name], value, atol=EXACT, rtol=EXACT, msg=f"{kind} {name}")
+            torch.testing.assert_close(two[kind][name], value, atol=exact, rtol=exact, msg=f"{kind} {name}")
     logs = [[entry for entry in run["log"] if "loss" in entry] for run in (one, two)]
     assert len(logs[0]) == 20
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() & {"loss", "grad_norm", *TERMS}:
-            bound = LOGGED if key == "loss" else EXACT
+            bound = max(LOGGED, exact) if key == "loss" else exact
             assert a[key] == pytest.approx(b[key], abs=bound, rel=bound), (a["step"], key)
 
 
@@ -165,10 +171,11 @@ def assert_alike(one, two):
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, preset, options):
     """45 samples in batches of 8: where the last is not dropped, its 5 are split into 3 and 2."""
     one, two = launch(tmp_path, 1, 8, preset, options), launch(tmp_path, 2, 4, preset, options)
-    assert_alike(one, two)
+    exact = PROBED if preset == "lp-ft" else EXACT
+    assert_alike(one, two, exact)
     for key, value in one["metrics"].items():
         if "second" not in key and "runtime" not in key:
-            assert two["metrics"][key] == pytest.approx(value, abs=1e-9, nan_ok=True), key
+            assert two["metrics"][key] == pytest.approx(value, abs=10 * exact, nan_ok=True), key
     assert json.dumps(one["metrics"])
 
 

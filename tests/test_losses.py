@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from tolerances import EXACT
 from transformers.loss.loss_utils import LOSS_MAPPING  # noqa: F401  (fails early if transformers moves its losses)
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
@@ -29,12 +30,12 @@ def generator():
 
 
 def logits(generator, rows=ROWS, columns=COLUMNS, scale=3.0):
-    return (torch.randn(rows, columns, generator=generator) * scale).requires_grad_()
+    return (torch.randn(rows, columns, generator=generator, dtype=torch.float64) * scale).requires_grad_()
 
 
 def assert_same(loss, value, point, function):
     """Value and gradient of ``loss`` at the leaf ``point`` equal those of the slow loop."""
-    assert loss.item() == pytest.approx(value, abs=1e-6)
+    assert loss.item() == pytest.approx(value, abs=EXACT)
     (grad,) = torch.autograd.grad(loss, point, retain_graph=True)
     np.testing.assert_allclose(grad.numpy(), reference.gradient(function, point.detach().double().numpy()), atol=1e-6)
 
@@ -58,7 +59,7 @@ def test_contrastive_loss_equals_loop(generator, epsilon, masked):
 
 def test_contrastive_loss_takes_rows_of_probabilities(generator):
     image, text = logits(generator), logits(generator)
-    rows = torch.rand(ROWS, COLUMNS, generator=generator)
+    rows = torch.rand(ROWS, COLUMNS, generator=generator, dtype=torch.float64)
     rows /= rows.sum(dim=-1, keepdim=True)
     loss = contrastive_loss(image, text, rows, label_smoothing=0.2)
     value = reference.contrastive(image.tolist(), text.tolist(), rows.tolist(), 0.2)
@@ -68,19 +69,19 @@ def test_contrastive_loss_takes_rows_of_probabilities(generator):
 def test_contrastive_loss_equals_transformers(generator):
     image = logits(generator, 5, 5)
     ours, theirs = contrastive_loss(image, image.T), image_text_contrastive_loss(image.T)
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+    assert ours.item() == pytest.approx(theirs.item(), abs=EXACT)
     for a, b in zip(torch.autograd.grad(ours, image), torch.autograd.grad(theirs, image), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=0)
+        torch.testing.assert_close(a, b, atol=EXACT, rtol=0)
 
 
 def test_smoothing_is_one_minus_eps_onehot_plus_eps_over_columns(generator):
     image = logits(generator, 5, 5)
-    rows = 0.7 * torch.eye(5) + 0.3 / 5
+    rows = 0.7 * torch.eye(5, dtype=torch.float64) + 0.3 / 5
     smoothed = contrastive_loss(image, image.T, label_smoothing=0.3)
-    torch.testing.assert_close(smoothed, contrastive_loss(image, image.T, rows))
+    torch.testing.assert_close(smoothed, contrastive_loss(image, image.T, rows), atol=EXACT, rtol=0)
     theirs = torch.nn.functional.cross_entropy(image, torch.arange(5), label_smoothing=0.3)
     theirs = (theirs + torch.nn.functional.cross_entropy(image.T, torch.arange(5), label_smoothing=0.3)) / 2
-    torch.testing.assert_close(smoothed, theirs)
+    torch.testing.assert_close(smoothed, theirs, atol=EXACT, rtol=0)
 
 
 def test_contrastive_loss_of_equal_logits_is_log_of_columns():
@@ -110,9 +111,12 @@ def test_distillation_is_zero_at_equality_and_spares_the_teacher(generator):
 
 
 def test_feature_distillation_equals_loop(generator):
-    embeds = [torch.nn.functional.normalize(torch.randn(3, 5, generator=generator), dim=-1) for _ in range(4)]
-    embeds[0].requires_grad_()
-    embeds[2].requires_grad_()
+    embeds = [
+        torch.nn.functional.normalize(torch.randn(3, 5, generator=generator, dtype=torch.float64), dim=-1)
+        for _ in range(4)
+    ]
+    embeds[0] = embeds[0].clone().requires_grad_()
+    embeds[2] = embeds[2].clone().requires_grad_()
     loss = feature_distillation_loss(*embeds)
     lists = [e.tolist() for e in embeds]
     value = reference.feature_distillation(*lists)
@@ -125,7 +129,7 @@ def test_feature_distillation_equals_loop(generator):
 
 
 def test_orthogonality_equals_loop(generator):
-    weight = torch.randn(3, 5, generator=generator, requires_grad=True)  # (embed, width)
+    weight = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)  # (embed, width)
     loss = orthogonality_penalty(weight)
     assert_same(loss, reference.orthogonality(weight.tolist()), weight, reference.orthogonality)
     assert orthogonality_penalty(weight, squared=True).item() == pytest.approx(loss.item() ** 2, rel=1e-6)
@@ -140,8 +144,8 @@ def test_orthogonality_is_zero_for_orthonormal_rows_and_has_a_gradient_there():
 
 
 def test_cross_norm_equals_loop(generator):
-    visual = torch.randn(3, 5, generator=generator, requires_grad=True)
-    text = torch.randn(3, 4, generator=generator, requires_grad=True)
+    visual = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     loss = cross_norm_penalty(visual, text)
     lists = visual.tolist(), text.tolist()
     assert_same(loss, reference.cross_norm(*lists), visual, lambda x: reference.cross_norm(x, lists[1]))

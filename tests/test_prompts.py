@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import CLASSES, TEMPLATES
+from tolerances import EXACT
 
 from carot_hf.prompts import CaptionTable, check_templates, class_embeddings, fill_template
 
@@ -34,7 +35,7 @@ def test_lookup_pads_to_the_longest_of_the_batch_as_the_tokenizer_does(table, pr
 
 @torch.no_grad()
 def test_trimmed_text_features_equal_features_padded_to_the_maximum(table, model, processor):
-    model.eval()
+    model.double().eval()
     classes, templates = torch.tensor([3, 0, 1, 2]), torch.tensor([1, 1, 1, 1])
     trimmed = table.lookup(classes, templates)
     captions = [fill_template(TEMPLATES[1], CLASSES[k]) for k in classes]
@@ -42,13 +43,13 @@ def test_trimmed_text_features_equal_features_padded_to_the_maximum(table, model
     assert trimmed["input_ids"].shape[1] < padded["input_ids"].shape[1] == 32
     ours = model.get_text_features(**trimmed).pooler_output
     full = model.get_text_features(**padded).pooler_output
-    torch.testing.assert_close(ours, full, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours, full, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [1, 5, 1024])
 def test_head_is_the_normalised_mean_of_normalised_embeddings(table, model, processor, batch_size):
-    model.eval()
+    model.double().eval()
     head = class_embeddings(model, table, batch_size=batch_size)
     assert head.shape == (len(CLASSES), 12)
     for k, name in enumerate(CLASSES):
@@ -58,7 +59,7 @@ def test_head_is_the_normalised_mean_of_normalised_embeddings(table, model, proc
             row = model.get_text_features(**tokens).pooler_output[0]
             rows.append(row / row.norm())
         mean = torch.stack(rows).mean(dim=0)
-        torch.testing.assert_close(head[k], mean / mean.norm(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(head[k], mean / mean.norm(), atol=EXACT, rtol=0)
 
 
 @pytest.mark.parametrize(

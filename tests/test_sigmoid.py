@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference import gradient, sigmoid_cross_entropy, sigmoid_kl, smoothed
 from sklearn.linear_model import LogisticRegression
+from tolerances import EXACT
 
 from carot_hf import bake_temperature, calibration_metrics, unbake_temperature
 from carot_hf.calibration import top_label
@@ -38,7 +39,7 @@ def test_the_loss_and_its_gradient_against_a_loop(epsilon, ignore):
 
     value = logits.clone().requires_grad_()
     loss = sigmoid_loss(value, COLUMNS, label_smoothing=epsilon, ignore=ignore)
-    assert loss.item() == pytest.approx(slow(logits.tolist()), rel=1e-6)
+    assert loss.item() == pytest.approx(slow(logits.tolist()), rel=EXACT)
     loss.backward()
     np.testing.assert_allclose(value.grad.numpy(), gradient(slow, logits.numpy()), atol=1e-6)
 
@@ -51,7 +52,7 @@ def test_distillation_and_its_gradient_against_a_loop():
 
     value, other = student.clone().requires_grad_(), teacher.clone().requires_grad_()
     loss = sigmoid_distillation_loss(value, other)
-    assert loss.item() == pytest.approx(slow(student.tolist()), rel=1e-6)
+    assert loss.item() == pytest.approx(slow(student.tolist()), rel=EXACT)
     loss.backward()
     np.testing.assert_allclose(value.grad.numpy(), gradient(slow, student.numpy()), atol=1e-6)
     assert other.grad is None
@@ -195,21 +196,23 @@ def test_links_are_checked(options, message):
 class Head(torch.nn.Module):
     """What baking looks at."""
 
-    def __init__(self, scale, bias):
+    def __init__(self, scale, bias, dtype=torch.float32):
         super().__init__()
-        self.logit_scale, self.logit_bias = (torch.nn.Parameter(torch.tensor([value])) for value in (scale, bias))
+        self.logit_scale, self.logit_bias = (
+            torch.nn.Parameter(torch.tensor([value], dtype=dtype)) for value in (scale, bias)
+        )
         self.config = type("Config", (), {})()
 
 
 @pytest.mark.parametrize(("temperature", "bias"), [(1.7, -0.4), (0.31, 2.0), (9.0, 0.0)])
 def test_scale_and_bias_are_baked_and_come_out_bit_for_bit(temperature, bias):
-    head = Head(4.7647, -12.9324)
-    similarity = torch.linspace(-1, 1, 9)
+    head = Head(4.7647, -12.9324, torch.float64)
+    similarity = torch.linspace(-1, 1, 9, dtype=torch.float64)
     before = head.logit_scale.exp() * similarity + head.logit_bias
     values = [value.clone() for value in head.parameters()]
     bake_temperature(head, temperature, bias=bias, record={"split": "validation"})
     after = head.logit_scale.exp() * similarity + head.logit_bias
-    torch.testing.assert_close(after, before / temperature + bias, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(after, before / temperature + bias, rtol=0, atol=EXACT)
     assert head.config.calibration["bias"] == bias
     with pytest.raises(RuntimeError, match="unbake_temperature"):
         bake_temperature(head, 2.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_clip
 from PIL import Image
+from tolerances import EXACT, LOGGED
 from transformers import CLIPModel, TrainerCallback, TrainingArguments
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
@@ -67,9 +68,9 @@ def test_flyp_has_no_teacher_and_no_other_terms(make_trainer):
     assert not {"distillation", "orthogonality", "cross_norm", "teacher_momentum"} & entry.keys()
 
 
-def test_terms_are_those_of_the_loss_functions(make_trainer):
+def test_terms_are_those_of_the_loss_functions(make_trainer, model):
     """Against transformers' own forward pass; the penalties and the teacher against direct calls."""
-    trainer = make_trainer(preset="carot-2024", label_smoothing_factor=0.1)
+    trainer = make_trainer(model.double(), preset="carot-2024", label_smoothing_factor=0.1)
     with torch.no_grad():
         for parameter in trainer.teacher.model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -86,14 +87,14 @@ def test_terms_are_those_of_the_loss_functions(make_trainer):
     }
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
-        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
+        assert terms[name].item() == pytest.approx(value.item(), rel=EXACT), name
     assert terms["distillation"] > 0.01
 
 
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_accumulation_is_the_mean_over_micro_batches(make_trainer, with_labels):
+def test_accumulation_is_the_mean_over_micro_batches(make_trainer, model, with_labels):
     spy = Spy()
-    trainer = make_trainer(gradient_accumulation_steps=3, max_steps=1, trainer={"callbacks": [spy]})
+    trainer = make_trainer(model.double(), gradient_accumulation_steps=3, max_steps=1, trainer={"callbacks": [spy]})
     if not with_labels:
         collate = trainer.data_collator
         trainer.data_collator = lambda samples: {k: v for k, v in collate(samples).items() if k != "labels"}
@@ -105,11 +106,11 @@ def test_accumulation_is_the_mean_over_micro_batches(make_trainer, with_labels):
     expected = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
     trainer.train()
-    assert logged(trainer)[0]["loss"] == pytest.approx(mean.item(), rel=1e-5)
-    assert logged(trainer)[0]["contrastive"] == pytest.approx(mean.item(), rel=1e-5)  # the teacher is the student
+    assert logged(trainer)[0]["loss"] == pytest.approx(mean.item(), rel=LOGGED)
+    assert logged(trainer)[0]["contrastive"] == pytest.approx(mean.item(), rel=EXACT)  # the teacher is the student
     assert spy.gradients[0].keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(spy.gradients[0][name], gradient, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(spy.gradients[0][name], gradient, atol=EXACT, rtol=EXACT)
 
 
 def test_logged_terms_are_weighted_like_the_loss_when_the_last_group_is_short(make_trainer):
