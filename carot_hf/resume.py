@@ -34,6 +34,7 @@ _SAID = (
 _OF_THE_OPTIMIZER = (
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args",
 )  # fmt: skip
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "contrastive_batch_size", "world_size")
 _BY_MEASUREMENT = ("reduce_lr_on_plateau", "greedy")  # schedules that are no function of the step
 _HYPERPARAMETERS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps"}
 _SECRET = re.compile("token|key|secret|password")  # in names of a user's arguments: checkpoints may be published
@@ -132,8 +133,8 @@ def run_facts(
 
     Args:
         args: Its arguments.
-        suite: ``class_names``, ``templates``, ``content_hash``, and ``training_set``, a hash of its own: another one
-            than that of the suite may have been passed.
+        suite: Its ``name``, ``class_names``, ``templates``, ``content_hash``, and ``training_set``, a hash of its own:
+            another one than that of the suite may have been passed.
         model: Class, link, LoRA, and how many parameters it has and trains.
         versions: Of the packages.
     """
@@ -146,11 +147,15 @@ def run_facts(
     contrastive = args.objective == "contrastive"
     facts = {
         "format": _FORMAT,
-        "suite": dict(suite),
+        "suite": {name: value for name, value in suite.items() if name != "name"},
         "model": dict(model),
         "method": {name: getattr(args, name) for name in method},
         "options": {name: getattr(args, name, None) for name in (*_SAID, *own)},
         "optimizer": {name: getattr(args, name, None) for name in _OF_THE_OPTIMIZER},
+        "about": {  # for readers: nothing is compared with it
+            "suite": suite["name"],
+            **{name: getattr(args, name) for name in _BATCH},
+        },
         "best": args.metric_for_best_model,
         "processes": args.world_size,
         "order": {

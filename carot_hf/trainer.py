@@ -223,6 +223,7 @@ class CaRotTrainer(SuiteTrainer):
         return run_facts(
             self.args,
             suite={
+                "name": self.suite.name,
                 "class_names": self.suite.class_names,
                 "templates": self.suite.templates,
                 "content_hash": self.suite.content_hash,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,14 +30,24 @@ class Own(CaRotTrainingArguments):
     service_key: str | None = None
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Where the run without options is kept, trained once."""
+    return tmp_path_factory.mktemp("plain")
+
+
 @pytest.fixture
-def saved(make_trainer):
+def saved(make_trainer, plain, tmp_path):
     """Save a run and return the folder of one of its checkpoints."""
 
     def save(step=2, **options):
-        trainer = make_trainer(**{**SAVE, **options})
-        trainer.train()
-        return str(Path(trainer.args.output_dir) / f"checkpoint-{step}")
+        if options:
+            make_trainer(**{**SAVE, **options}).train()
+        else:
+            if not any(plain.iterdir()):
+                make_trainer(**SAVE, output_dir=str(plain)).train()
+            shutil.copytree(plain / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
+        return str(tmp_path / "run" / f"checkpoint-{step}")
 
     return save
 
@@ -128,6 +139,24 @@ def test_the_best_so_far_is_of_one_metric(make_trainer, saved):
 
 
 # ---- what may change ----
+
+
+def test_a_checkpoint_says_what_its_run_is(suite, saved):
+    facts = json.loads(Path(saved(), "run.json").read_text())
+    assert facts["suite"]["content_hash"] == suite.content_hash
+    assert (facts["suite"]["class_names"], facts["suite"]["templates"]) == (CLASSES, TEMPLATES)
+    assert facts["about"] == {
+        "suite": "noise",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "contrastive_batch_size": 0,
+        "world_size": 1,
+    }
+    assert facts["optimizer"] | {"learning_rate": 0.01, "weight_decay": 0.1} == facts["optimizer"]
+    assert facts["epochs"] == {"steps": 6, "first_step": 0, "first_epoch": 0}
+    assert set(facts["versions"]) == {"carot_hf", "torch", "transformers", "accelerate"}
+    assert {"objective", "teacher", "teacher_momentum_ramp", "freeze", "parity", "seed"} <= facts["method"].keys()
+    assert not facts["method"].keys() & {"n_bins", "output_dir", "hub_token"}
 
 
 def test_the_same_run_is_said_nothing_of(make_trainer, saved, said):
