@@ -22,6 +22,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of b
 BESIDE_NAME = "beside_adapters.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = "default"  # the one name that Trainer restores the best checkpoint of
+_TRAINING = ("lora_dropout", "bias", "modules_to_save")
 _SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 _SEE = "see docs/backbones.md."
 
@@ -111,6 +112,19 @@ def check_lora_options(args: Any) -> None:
             f"which a pipeline would apply on top of the merged model; {_SEE}"
         )
     check_folder(args.output_dir)
+
+
+def adapter_facts(model: Any) -> dict[str, Any]:
+    """What LoRA a model has, in values that JSON keeps; of rank 0 if it has none."""
+    if not is_adapted(model):
+        return {"LoRA rank": 0}
+    config = model.peft_config[_ADAPTER]
+    targets = config.target_modules
+    return {
+        "LoRA rank": config.r,
+        **{f"LoRA {name}": getattr(config, name) for name in (*_SCALING[1:], *_TRAINING)},
+        "LoRA target_modules": targets if isinstance(targets, str) else sorted(targets),
+    }
 
 
 def check_penalties(model: Any, args: Any) -> None:

@@ -40,6 +40,8 @@ def damage_of(checkpoint: str | Path, *, checksums: bool = True) -> str | None:
         checksums: Read all files, a second or two for a gigabyte; ``False``: compare sizes only.
     """
     folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "there is no such folder"
     try:
         files = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:

@@ -63,6 +63,7 @@ class CardFacts:
         tags: Beside ours.
         suite_version: Of the suite, if it has one.
         suite_hash: :attr:`~carot_hf.ShiftSuite.content_hash`.
+        changes: What was another from a step on, a sentence each.
     """
 
     name: str
@@ -92,6 +93,7 @@ class CardFacts:
     tags: Sequence[str] = field(default_factory=tuple)
     suite_version: str | None = None
     suite_hash: str | None = None
+    changes: Sequence[str] = field(default_factory=tuple)
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -327,6 +329,8 @@ def _reproduction(facts: CardFacts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     processes = f"; {facts.processes} processes" if facts.processes > 1 else ""
     parts.append(f"{facts.steps:,} steps; seed {facts.seed}{processes}; {versions}.")
+    if facts.changes:
+        parts.append("\n".join(f"- {change}" for change in facts.changes))
     if facts.suite_hash:
         number = f" version {facts.suite_version}" if facts.suite_version else ""
         parts.append(f"Suite `{facts.suite}`{number}, sha256 `{facts.suite_hash}` (`suite.content_hash`).")

@@ -59,6 +59,7 @@ from .precision import at_least_float32, wide_dtype
 from .prepare import Prepared, prepare_model
 from .prompts import CaptionTable, class_embeddings
 from .reporting import can_draw, diagram_tables, diagrams_path, send_diagrams, write_diagrams
+from .resume import Change, used_arguments
 from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
@@ -139,6 +140,7 @@ class SuiteTrainer(Trainer):
         self.bins: dict[str, CalibrationBins] = {}
         self.bins_ts: dict[str, CalibrationBins] = {}
         self._bad_images: dict[str, set[int]] = {}
+        self._changes: list[Change] = []  # since the run was resumed
         self._in_checkpoint = False  # what is saved goes into a checkpoint
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
         self._latest = Comparison()  # by the latest evaluation of the whole suite
@@ -550,6 +552,7 @@ class SuiteTrainer(Trainer):
         """
         if getattr(self.model.config, "calibration", None) is None:
             logger.warning("An uncalibrated model is pushed, and its card says so. Call `calibrate` before.")
+        self._finish_current_push()  # it reads the files that this one writes anew
         try:
             return super().push_to_hub(*args, **kwargs)
         except (HTTPError, OSError, RuntimeError) as error:  # what huggingface_hub raises
@@ -560,9 +563,33 @@ class SuiteTrainer(Trainer):
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.hub_strategy != "end":  # weights that nobody has calibrated: the card must not be an older one's
+        if self._in_checkpoint or not self.is_world_process_zero() or self.args.hub_strategy == "end":
+            return  # Trainer asks before the checkpoint is complete; whoever completes it asks again
+        if self.args.hub_always_push:
+            self._finish_current_push()  # it reads the files that this one writes anew
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self._report_push()
+            # weights that nobody has calibrated: the card must not be an older one's
             self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])
-        super()._push_from_checkpoint(checkpoint_folder)
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._report_push()
+
+    def _report_push(self) -> None:
+        """Say which pushes in the background have failed; Trainer drops their errors."""
+        push: Any = getattr(self, "push_in_progress", None)
+        for job in [] if push is None else [job for job in push.jobs if job.done()]:
+            if (error := job.exception()) is not None:
+                logger.warning(
+                    "Expected to push to '%s' in the background, got: %s The training goes on, and the files are in "
+                    "%s; the next push brings them.",
+                    self.hub_model_id,
+                    _one_line(error),
+                    self.args.output_dir,
+                )
+            push.jobs.remove(job)
 
     def create_model_card(
         self,
@@ -614,7 +641,7 @@ class SuiteTrainer(Trainer):
                 class_names=self.suite.class_names,
                 steps=self.state.global_step,
                 processes=self.args.world_size,
-                arguments=self.args.changed(),
+                arguments=used_arguments(self.args.changed(), self._changes),
                 versions=versions(),
                 seed=self.args.seed,
                 objective=self._objective,
@@ -628,6 +655,7 @@ class SuiteTrainer(Trainer):
                 tags=_listed(tags),
                 suite_version=self.suite.version,
                 suite_hash=self.suite.content_hash,
+                changes=[f"After step {change.step:,} the run was resumed with {change}" for change in self._changes],
             )
         )
         card.save(folder / "README.md")
@@ -849,7 +877,7 @@ def _joined(batches: Any) -> Tensor:
     return torch.from_numpy(np.concatenate(batches) if isinstance(batches, list) else batches)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 

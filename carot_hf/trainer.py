@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import CLIPModel
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from .adapters import base_model, is_adapted, load_beside, merged
+from .adapters import adapter_facts, base_model, is_adapted, load_beside, merged
 from .backbones import load_renamed, logit_head, pair_inputs
 from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, TerminationCallback
 from .checkpoints import (
@@ -28,6 +29,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .classifier import linear_probe
+from .content_hash import sha256_of_facts
 from .distributed import gather_rows, local_columns, lost_process, row_counts
 from .evaluation import Comparison
 from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
@@ -42,9 +44,21 @@ from .losses import (
     same_class_targets,
     similarity_logits,
 )
-from .model_card import TEACHER_FOLDER
+from .model_card import TEACHER_FOLDER, versions
 from .precision import at_least_float32, wide_dtype
 from .prepare import check_unchanged
+from .resume import (
+    Change,
+    Epochs,
+    SavedRun,
+    apply_hyperparameters,
+    check_resumed,
+    continued,
+    hyperparameters,
+    read_run,
+    run_facts,
+    write_run,
+)
 from .sets import ShiftSuite
 from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
 from .suite_trainer import SuiteTrainer
@@ -104,6 +118,8 @@ class CaRotTrainer(SuiteTrainer):
         self._random_states: list[RandomState] = []
         self._teacher_of: tuple[Any, frozenset[str]] = (None, frozenset())  # a student, and what is its own alone
         self._resumes = False
+        self._saved_run: SavedRun | None = None  # that this one goes on from
+        self._epochs: Epochs | None = None
         self._termination = TerminationCallback()
         self.add_callback(self._termination)
         self.teacher: Teacher | None = None
@@ -170,7 +186,7 @@ class CaRotTrainer(SuiteTrainer):
                 ``output_dir``.
             **kwargs: As for ``Trainer.train``.
         Raises:
-            ValueError: If there is no complete checkpoint to resume from.
+            ValueError: If there is no complete checkpoint to resume from, or only one of another run.
             RuntimeError: If the loss or a weight is not finite; the last checkpoint is intact.
             SystemExit: With status 143, after SIGTERM: the step is finished and saved.
         """
@@ -178,6 +194,7 @@ class CaRotTrainer(SuiteTrainer):
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
+        self._compare_runs(resume_from_checkpoint)
         self._latest = Comparison()  # what was measured is of other weights from here on
         self._term_sums, self._term_steps = {}, 0.0
         self._resumes = bool(resume_from_checkpoint)
@@ -196,6 +213,100 @@ class CaRotTrainer(SuiteTrainer):
             logger.warning("Stopped by SIGTERM after step %d, which is saved.", self.state.global_step)
             raise SystemExit(128 + signal.SIGTERM)
         return output
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What this run is, by the arguments and the model of this moment."""
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        parameters = list(student.parameters())
+        train = self._training_set(self.train_dataset)
+        known = versions()
+        return run_facts(
+            self.args,
+            suite={
+                "name": self.suite.name,
+                "class_names": self.suite.class_names,
+                "templates": self.suite.templates,
+                "content_hash": self.suite.content_hash,
+                "training_set": None if train is None else sha256_of_facts(train.facts),
+            },
+            model={
+                "class": type(base_model(student)).__name__,
+                "link": self._link,
+                **adapter_facts(student),
+                "parameters": sum(value.numel() for value in parameters),
+                "trained parameters": sum(value.numel() for value in parameters if value.requires_grad),
+            },
+            versions={name: known[name] for name in ("carot_hf", "torch", "transformers", "accelerate")},
+        )
+
+    def _compare_runs(self, checkpoint: str | bool | None) -> None:
+        """Refuse a checkpoint of another run before anything is read; say what else has changed."""
+        self._saved_run, self._changes = None, []
+        if not checkpoint:
+            return
+        saved = read_run(str(checkpoint))
+        changes = check_resumed(
+            saved,
+            self._run_facts(),
+            ignore_data_skip=self.args.ignore_data_skip,
+            deepspeed=self.is_deepspeed_enabled,
+        )
+        self._saved_run, self._changes = saved, saved.changes
+        if saved.facts is None and self.is_world_process_zero():
+            logger.warning(
+                "%s is of version 0.1 and does not say what its run was: suite, method, batch and order are not "
+                "compared. Only with those of the first call does the run end where it would have ended.",
+                saved.folder,
+            )
+        self._say_changes(changes)
+
+    def _say_changes(self, changes: Sequence[Change]) -> None:
+        """Warn of each, and keep it for the checkpoints and the card."""
+        self._changes += changes
+        if self.is_world_process_zero():
+            for change in changes:
+                logger.warning("Resumed after step %d with %s", change.step, change)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Lay epochs and steps as ``Trainer`` does, of a resumed run from where its checkpoint lies."""
+        values = super().set_initial_training_values(args, dataloader)
+        num_epochs, steps, *counts, max_steps = values
+        self._epochs = None
+        if num_epochs == sys.maxsize:  # of a loader without a length
+            return values
+        saved = self._saved_run
+        epochs = self._epochs = Epochs(steps) if saved is None else continued(saved, steps)
+        if epochs.first_step:
+            if args.max_steps > 0:
+                num_epochs = epochs.last_epoch(max_steps)
+            else:
+                max_steps = epochs.last_step(args.num_train_epochs)
+        if saved is not None and saved.step >= max_steps:
+            logger.warning("Nothing is left to train: %s is at step %d of %d.", saved.folder, saved.step, max_steps)
+            num_epochs = 0  # Trainer would take one more step
+        return num_epochs, steps, *counts, max_steps
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(*args, **kwargs)
+        if self._saved_run is not None and self._epochs is not None and self._epochs.first_step:
+            epochs, steps = self._epochs.position(self.state.global_step)
+            batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+        return epochs, batches
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        wanted = hyperparameters(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._saved_run is None:
+            return
+        # the state that was loaded holds those of its own time, too
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if not self.is_deepspeed_enabled:
+            step = self._saved_run.step
+            self._say_changes(apply_hyperparameters(self.optimizer, self.lr_scheduler, wanted, step))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_current_push()  # Trainer may delete a checkpoint now
+        return super()._finalize_training(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch; stop before the optimizer step if its loss is not finite."""
@@ -474,7 +585,10 @@ class CaRotTrainer(SuiteTrainer):
         if self.args.world_size > 1:
             dist.barrier()  # each process saves the state of its own generators
         if self.args.should_save:
+            write_run(folder, self._run_facts(), self._epochs, self._changes)
             write_manifest(folder)
+            if limit is not None:
+                self._finish_current_push()  # of a checkpoint that may go now
             # only now an older checkpoint may go: until here the new one did not count
             rotate_checkpoints(
                 output_dir=str(folder.parent),
@@ -482,6 +596,8 @@ class CaRotTrainer(SuiteTrainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_own(resume_from_checkpoint)
@@ -506,7 +622,7 @@ class CaRotTrainer(SuiteTrainer):
         if not path.is_file():
             raise ValueError(
                 f"Expected the teacher's weights in {path}, got no such file. Resume from a checkpoint of a run with a "
-                "teacher, or set `distillation_weight` 0 to go on without one."
+                "teacher."
             )
         load_teacher_file(self.teacher, path)
 

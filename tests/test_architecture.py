@@ -56,6 +56,7 @@ ALLOWED = {
     "suite_file": {"loading", "sets", "splits"},
     "suites": {"content_hash", "digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"adapters", "losses", "teacher"},
+    "resume": {"training_args"},
     "onnx_export": {"classifier", "transforms"},
     "prepare": {"adapters", "backbones", "classifier", "prompts", "sets"},
     # floor 2: when and what to show
@@ -70,12 +71,12 @@ ALLOWED = {
     # floor 3: the trainer
     "suite_trainer": {
         "adapters", "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation",
-        "fingerprint", "model_card", "precision", "prepare", "prompts", "reporting", "sets", "streaming",
+        "fingerprint", "model_card", "precision", "prepare", "prompts", "reporting", "resume", "sets", "streaming",
         "training_args", "transforms",
     },
     "trainer": {
-        "adapters", "backbones", "callbacks", "checkpoints", "classifier", "distributed", "evaluation",
-        "gradient_cache", "input_wait", "losses", "model_card", "precision", "prepare", "sets", "sigmoid",
+        "adapters", "backbones", "callbacks", "checkpoints", "classifier", "content_hash", "distributed", "evaluation",
+        "gradient_cache", "input_wait", "losses", "model_card", "precision", "prepare", "resume", "sets", "sigmoid",
         "suite_trainer", "teacher", "teacher_file", "training_args",
     },
 }  # fmt: skip
@@ -94,6 +95,7 @@ THIRD_PARTY = {
     "transforms": {"numpy", "PIL", "torch"},
     "teacher": {"torch"},
     "teacher_file": {"safetensors", "torch"},
+    "resume": {"torch", "transformers"},
     "distributed": {"torch"},
     "checkpoints": set(),
     "content_hash": {"numpy"},

@@ -28,6 +28,7 @@ SAVES = {  # moments of a checkpoint's saving, in their order: the function that
     "model": (transformers.Trainer, "_save"),
     "optimizer": (transformers.Trainer, "_save_optimizer_and_scheduler"),
     "random state": (transformers.Trainer, "_save_rng_state"),
+    "facts of the run": (carot_hf.trainer, "write_run"),
     "manifest": (carot_hf.trainer, "write_manifest"),
     "rename": (pathlib.Path, "replace"),
     "rotation": (carot_hf.trainer, "rotate_checkpoints"),

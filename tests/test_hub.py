@@ -16,6 +16,7 @@ from huggingface_hub.errors import HTTPError
 from safetensors.numpy import load as load_tensors
 
 from carot_hf import load_suite
+from carot_hf.checkpoints import damage_of
 
 PUSH = """
 import json, os, sys
@@ -96,6 +97,25 @@ trainer.calibrate()
 trainer.push_to_hub(teacher=True)
 early = make({out!r} + "/../early", push_to_hub=True, hub_strategy="every_save", hub_model_id="tester/early")
 early.train()
+"""
+
+
+GO_ON = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from conftest import noise_suite, tiny_clip, tiny_processor
+from carot_hf import CaRotTrainer, CaRotTrainingArguments
+
+processor, processes = tiny_processor(), int(os.environ.get("WORLD_SIZE", "1"))
+args = CaRotTrainingArguments.from_preset(
+    "carot", output_dir={out!r}, max_steps=3, per_device_train_batch_size=4 // processes, save_strategy="steps",
+    save_steps=1, save_total_limit=1, report_to="none", disable_tqdm=True, use_cpu=True, warmup_steps=0,
+    teacher_update_every=1, push_to_hub={push!r}, hub_model_id="tester/tiny", hub_strategy="checkpoint",
+    hub_always_push=True, ddp_backend="gloo" if processes > 1 else None,
+)
+trainer = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=noise_suite(), processing_class=processor)
+trainer.train(resume_from_checkpoint={resume!r})
+trainer.accelerator.end_training()
 """
 
 
@@ -264,3 +284,33 @@ def test_the_script_pushes_under_accelerate_and_names_its_base_model(tmp_path):
     assert {json.dumps(name) for name in suite.class_names} <= set(card.text.splitlines())
     assert "![Reliability diagrams of each set](eval_reliability.png)" in card.text
     assert files["eval_reliability.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_from_the_hub_is_complete_at_each_commit_and_goes_on(tmp_path, processes):
+    """`last-checkpoint` as it was after the second step, written to disk by whoever downloads it."""
+    with Hub() as hub:
+        values = {"tests": str(ROOT / "tests"), "out": str(tmp_path / "run")}
+        result = run(tmp_path, GO_ON.format(**values, push=True, resume=None), hub, processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+        trees = [tree for _, tree in hub.history if any(name.startswith("last-checkpoint/") for name in tree)]
+        steps = []
+        for tree in trees:
+            folder = tmp_path / f"after-{len(steps)}" / "last-checkpoint"
+            for name, content in tree.items():
+                if name.startswith("last-checkpoint/"):
+                    path = folder / name.removeprefix("last-checkpoint/")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+            assert damage_of(folder) is None
+            assert (folder / "rng_state_1.pth").exists() == (processes == 2)
+            steps.append(json.loads((folder / "trainer_state.json").read_text())["global_step"])
+        assert sorted(set(steps)) == [1, 2, 3]
+        start = str(tmp_path / f"after-{steps.index(2)}" / "last-checkpoint")
+        values["out"] = str(tmp_path / "again")
+        result = run(tmp_path, GO_ON.format(**values, push=False, resume=start), hub, processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("model.safetensors", "teacher.safetensors"):
+        one, two = ((tmp_path / folder / "checkpoint-3" / name).read_bytes() for folder in ("run", "again"))
+        assert one == two, name

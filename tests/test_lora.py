@@ -27,6 +27,7 @@ from transformers import CLIPModel, TrainerCallback, pipeline
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, Teacher, interpolate, uniform_soup
 from carot_hf.adapters import LINEAR_LAYERS, merged
+from carot_hf.checkpoints import write_manifest
 
 # peft asks transformers for an attribute by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -543,16 +544,30 @@ def test_merges_ask_for_merged_models(processor):
     assert isinstance(interpolate(one, two), CLIPModel)
 
 
+@pytest.mark.parametrize("version", ["", "0.1"])
 @pytest.mark.parametrize(
-    ("saved", "resumed", "message"),
+    ("saved", "resumed", "message", "old_message"),
     [
-        ({}, RANK, "a checkpoint of a run with LoRA in .*checkpoint-2, got one without beside_adapters"),
-        (RANK, {"lora_rank": 2}, "`r` 2 in .*checkpoint-2, got 4"),
-        (RANK, {**RANK, "lora_alpha": 2}, "`lora_alpha` 2 in .*checkpoint-2, got 8"),
+        (
+            {},
+            RANK,
+            "`LoRA rank` 0 -> 4",
+            "a checkpoint of a run with LoRA in .*checkpoint-2, got one without beside_adapters",
+        ),
+        (RANK, {"lora_rank": 2}, "`LoRA rank` 4 -> 2, `LoRA lora_alpha` 8 -> 4", "`r` 2 in .*checkpoint-2, got 4"),
+        (RANK, {**RANK, "lora_alpha": 2}, "`LoRA lora_alpha` 8 -> 2", "`lora_alpha` 2 in .*checkpoint-2, got 8"),
+        (RANK, {}, "`LoRA rank` 4 -> 0", "the tensors that the teacher was made from, got a difference"),
     ],
 )
-def test_a_checkpoint_of_another_kind_of_run_is_refused(make_trainer, saved, resumed, message):
-    make_trainer(save_strategy="steps", save_steps=2, max_steps=2, **saved).train()
+def test_a_checkpoint_of_another_kind_of_run_is_refused(make_trainer, version, saved, resumed, message, old_message):
+    """Those of version 0.1 do not say what their run was; their adapters do."""
+    trainer = make_trainer(save_strategy="steps", save_steps=2, max_steps=2, **saved)
+    trainer.train()
+    if version:
+        checkpoint = Path(trainer.args.output_dir, "checkpoint-2")
+        (checkpoint / "run.json").unlink()
+        write_manifest(checkpoint)
+        message = old_message
     with pytest.raises(ValueError, match=message):
         make_trainer(**resumed).train(resume_from_checkpoint=True)
 
