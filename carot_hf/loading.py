@@ -198,6 +198,8 @@ def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArra
         seed: Of the draw; a class's rows depend on nothing else.
     Returns:
         Two sorted arrays of row numbers, disjoint, together all.
+    Raises:
+        ValueError: If no class has two rows.
     """
     classes = np.unique(labels)
     quota = max(1, round(share * len(labels) / len(classes)))
@@ -206,6 +208,11 @@ def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArra
         members = np.flatnonzero(labels == label)
         held.append(np.random.default_rng((seed, label)).permutation(members)[: min(quota, len(members) // 2)])
     chosen = np.sort(np.concatenate(held))
+    if len(chosen) == 0:
+        raise ValueError(
+            f"Expected a class with at least two images to hold a validation set out of, got {len(labels)} images of "
+            f"{len(classes)} classes, one each. Pass a validation set of its own in place of a share, or more images."
+        )
     return np.setdiff1d(np.arange(len(labels)), chosen, assume_unique=True), chosen
 
 

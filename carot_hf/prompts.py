@@ -27,11 +27,28 @@ def check_templates(templates: Sequence[str]) -> None:
             f"Expected a list of templates, got {templates!r}. Pass at least one, e.g. ['a photo of a {{}}.']."
         )
     for template in templates:
-        if PLACEHOLDER not in template:
+        if not isinstance(template, str) or PLACEHOLDER not in template:
             raise ValueError(
                 f"Expected `{{}}` in every template, got {template!r}. Mark the place of the class name, "
                 "e.g. 'a photo of a {}.'."
             )
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Raise a ValueError unless there are at least two classes and each one has a name, which is a text."""
+    if not isinstance(class_names, list | tuple):
+        raise ValueError(f"Expected a list of class names, got {class_names!r}. Pass one for each label, in order.")
+    for index, name in enumerate(class_names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(
+                f"Expected a text as the name of class {index}, got {name!r}. Captions are made of the names: pass "
+                "words, e.g. 'three' for 3."
+            )
+    if len(class_names) < 2:
+        raise ValueError(
+            f"Expected at least two classes, got {list(class_names)}. There is nothing to tell apart with one: name "
+            "the others too, e.g. ['cat', 'no cat']."
+        )
 
 
 class CaptionTable:

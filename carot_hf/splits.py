@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
-from numpy.typing import NDArray
 
 from .loading import LabelTable, check_labels, hold_out, image_column, label_column
 from .sets import ShiftSet
@@ -67,24 +66,19 @@ def as_set(
 
 
 def split_off(data: ShiftSet, share: float, seed: int) -> tuple[ShiftSet, ShiftSet]:
-    """Split a set of a ``datasets.Dataset`` into one to train on and a class-balanced share, ``validation``.
+    """Split a set into one to train on and a class-balanced share, ``validation``.
 
     Args:
         data: The set; its labels are known.
         share: See :func:`~carot_hf.loading.hold_out`.
         seed: See there.
+    Raises:
+        ValueError: If the labels are not known, or no class has two rows.
     """
     if data.labels is None:
         raise ValueError(f"Expected a set whose labels are known, got '{data.name}'. Pass a validation set instead.")
-    labels = data.labels
-
-    def part(name: str, rows: NDArray[np.int64]) -> ShiftSet:
-        return ShiftSet(
-            data.data.select(rows), name=name, num_classes=data.num_classes, labels=labels[rows], **data.reading
-        )
-
-    kept, held = hold_out(labels, share, seed)
-    return part("train", kept), part("validation", held)
+    kept, held = hold_out(data.labels, share, seed)
+    return data.subset(kept, "train"), data.subset(held, "validation")
 
 
 def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: int, key: str) -> ShiftSet:

@@ -182,6 +182,13 @@ def test_the_held_out_share_is_balanced_and_disjoint():
     assert set(few[hold_out(few, 0.2, seed=0)[1]]) == {0}
 
 
+def test_holding_out_needs_a_class_with_two_images():
+    with pytest.raises(
+        ValueError, match=r"at least two images to hold .* got 5 images of 5 classes, one each\. Pass a"
+    ):
+        hold_out(np.arange(5), 0.2, seed=0)
+
+
 # ---- what cannot be opened ----
 
 
