@@ -77,7 +77,7 @@ from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
 from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
-from .transforms import image_transform, normalize_pixels
+from .transforms import check_image_size, image_transform, normalize_pixels
 
 logger = logging.get_logger(__name__)
 
@@ -130,9 +130,9 @@ class SuiteTrainer(Trainer):
         self._objective = args.objective
         self._float32_weights = args.float32_weights
         self._link = "softmax"
+        self._transform: Any = image_transform(processing_class)
         if model is not None:
             model = self._prepared(model)
-        self._transform: Any = image_transform(processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -250,6 +250,7 @@ class SuiteTrainer(Trainer):
 
     def _prepared(self, model: Any) -> Any:
         """Check a model, bring it to float32, align its markers; add LoRA, or make the classifier that FT trains."""
+        check_image_size(model, self._transform)
         if is_adapted(model):
             check_adapters(model, self.args)
             cast_frozen(model, self._training_dtype(model))
