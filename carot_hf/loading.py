@@ -6,16 +6,24 @@ number without leading zeros, whose labels a sorted listing permutes.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of httpx or httpx2
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+)
 from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 Rows = Any  # a datasets.Dataset or a datasets.IterableDataset
 
@@ -61,6 +69,15 @@ def open_rows(
             f"data set is gated, accept its terms on https://huggingface.co/datasets/{source} and run `hf auth login`; "
             "if the machine has no network, copy the data set and pass the folder as `root`."
         ) from error
+
+
+def newest_commit(source: str) -> str | None:
+    """Return the commit that a data set on the Hub is at now; ``None`` if the Hub does not say it."""
+    try:
+        return huggingface_hub.HfApi().dataset_info(source).sha
+    except (HTTPError, OSError) as error:
+        logger.debug("No commit of '%s': %s", source, error)
+        return None
 
 
 def local_files(folder: Path, split: str) -> tuple[str, list[Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -81,7 +82,7 @@ def split_off(data: ShiftSet, share: float, seed: int) -> tuple[ShiftSet, ShiftS
     return data.subset(kept, "train"), data.subset(held, "validation")
 
 
-def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: int, key: str) -> ShiftSet:
+def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: int, key: str | None) -> ShiftSet:
     """Take a class-balanced share out of a stream, in place, and return it as a set of its own.
 
     Files are read in an order drawn with the seed until each class has given ``round(share * rows / classes)`` rows,
@@ -93,12 +94,24 @@ def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: i
         share: Of all rows, in (0, 1).
         classes: Labels that the set has.
         seed: Of the order of the files.
-        key: Distinguishes the source from others in the cache.
+        key: Says which rows these are, such as a commit: another one for every change. ``None``: it is not known, and
+            nothing is reused.
     Raises:
-        ValueError: If a class has fewer rows than it must give.
+        ValueError: If a class has fewer rows than it must give, or none would be left to train on.
     """
     image, label = data.image_column, str(data.label_column)
     quota = max(1, round(share * len(data) / classes))
+    if len(data) < 2 * quota * classes:
+        raise ValueError(
+            f"Expected at least {2 * quota * classes} rows to hold {quota} of each of {classes} classes out of "
+            f"'{data.name}', got {len(data)}. Load it without `streaming`, or pass a validation set of its own."
+        )
+    if key is None:
+        logger.warning(
+            "The revision of '%s' could not be learned: its validation set is read anew, now and in the next run.",
+            data.name,
+        )
+        key = uuid.uuid4().hex
     features = datasets.Features(
         {
             "image": datasets.Image(decode=False),
@@ -126,7 +139,7 @@ def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: i
             "so many. Check the labels, or pass a smaller share."
         )
 
-    fingerprint = Hasher.hash([key, quota, classes, seed])
+    fingerprint = Hasher.hash([key, quota, classes, seed, data.rows.num_shards, image, label])
     try:
         held = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
