@@ -146,8 +146,8 @@ class _Loader:
         return [self._root / facts.hub_id, self._root / facts.hub_id.split("/")[-1], self._root / facts.name]
 
     def _source(self, facts: SetFacts) -> str | Path:
-        if self._root is None:
-            return facts.hub_id
+        if self._root is None:  # `datasets` itself takes a folder of that name before the Hub
+            return Path(facts.hub_id) if Path(facts.hub_id).exists() else facts.hub_id
         candidates = self._candidates(facts)
         for path in candidates:
             if path.exists():

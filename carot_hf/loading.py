@@ -84,7 +84,7 @@ def local_files(folder: Path, split: str) -> tuple[str, list[Path]]:
     """Find the files of a split: the layout (``parquet``, ``webdataset``, ``folders``) and the files, sorted.
 
     For ``folders`` the files are the images. A path names a split if one of its parts, cut at ``/ . - _``, is the name
-    (``data/train-00000-of-00002.parquet``, ``test/0.tar``, ``val/n01440764/1.jpg``).
+    (``data/train-00000-of-00002.parquet``, ``test/0.tar``, ``val/n01440764/1.jpg``); of several the last.
 
     Raises:
         ValueError: If there is none.
@@ -255,19 +255,27 @@ def _open_local(path: Path, split: str, streaming: bool) -> Rows:
 
 
 def _of_split(folder: Path, files: Sequence[Path], split: str, *, images: bool = False) -> list[Path]:
-    """The files whose path below the folder names the split; of images the folder of their class says nothing."""
+    """The files whose path below the folder names the split; of images the folder of their class says nothing.
 
-    def parts(path: Path) -> set[str]:
+    A path names one split at most, or the same rows would be trained on and judged on: that of the last part of it, the
+    file's name first, which names one and no other.
+    """
+    asked = next((name for name, pattern in _SPLITS.items() if re.fullmatch(pattern, split.lower())), split)
+    patterns = {asked: re.escape(split.lower()), **_SPLITS}
+
+    def named(path: Path) -> str | None:
         inner = path.relative_to(folder)
-        return set(re.split(r"[/._-]", (inner.parent.parent if images else inner).as_posix().lower()))
+        for part in reversed((inner.parent.parent if images else inner).parts):
+            words = re.split(r"[._-]", part.lower())
+            found = [name for name, pattern in patterns.items() if any(re.fullmatch(pattern, word) for word in words)]
+            if len(found) == 1:
+                return found[0]
+        return None
 
-    def named(path: Path, pattern: str) -> bool:
-        return any(re.fullmatch(pattern, part) for part in parts(path))
-
-    found = [path for path in files if named(path, _SPLITS.get(split, re.escape(split.lower())))]
-    if found or any(named(path, "|".join(_SPLITS.values())) for path in files):
-        return found
-    return list(files)
+    names = [named(path) for path in files]
+    if not any(names):
+        return list(files)
+    return [path for path, name in zip(files, names, strict=True) if name == asked]
 
 
 def _undecoded(rows: Rows) -> Rows:

@@ -54,6 +54,12 @@ def as_set(
             raise ValueError(
                 f"Expected a column {column!r} in '{name}', got {sorted(rows.features)}. Correct its name."
             )
+    num_labels = num_classes if columns is None else len(columns)
+    if label_names and len(label_names) != num_labels:
+        raise ValueError(
+            f"Expected {num_labels} `label_names` for '{name}', one for each of its labels, got {len(label_names)}. "
+            "Name all labels in order; for a set with labels of its own pass `columns` too."
+        )
     table = LabelTable(rows.features[label], label_names, f"'{name}', column {label!r},")
     common = {"name": name, "num_classes": num_classes, "columns": columns, "image_column": image, **options}
     if not hasattr(rows, "__len__"):

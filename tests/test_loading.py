@@ -97,6 +97,20 @@ def test_folders_of_splits(tmp_path):
     assert opened(tmp_path, "validation", names=["cat", "dog"], classes=2).labels.tolist() == [1]
 
 
+def test_a_path_names_one_split(tmp_path):
+    """The last word counts: a folder that names both says nothing, and one that names another is overruled."""
+    names = ["train_test_split/train-0.tar", "train_test_split/test-0.tar", "test_images/train-1.tar", "val/0.tar",
+             "train/x/valid_1.tar"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = {split: {str(path.relative_to(tmp_path)) for path in local_files(tmp_path, split)[1]}
+             for split in ("train", "validation", "test", "val")}  # fmt: skip
+    assert found["train"] == {names[0], names[2]}
+    assert found["validation"] == found["val"] == {names[3], names[4]}
+    assert found["test"] == {names[1]}
+
+
 def test_what_was_saved_to_disk(tmp_path):
     parquet(tmp_path / "a", "test", LABELS)
     datasets.load_dataset("parquet", data_files=str(tmp_path / "a/data/*.parquet"), split="train").save_to_disk(
