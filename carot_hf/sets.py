@@ -66,13 +66,19 @@ class ShiftSet(Dataset):
         test_only: bool = False,
         content: str | None = None,
     ) -> None:
+        for option, number, least in (("num_classes", num_classes, 1), ("crop_border", crop_border, 0)):
+            if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
+                raise ValueError(
+                    f"Expected `{option}` of set '{name}' as a whole number of at least {least}, got {number!r}. "
+                    "Correct it."
+                )
         transformed = _facts_of(data, "format").get("type") == "custom"
         encoded = _undecoded(data, image_column)
-        self.data, self.name, self.num_classes = data if transformed else encoded, name, num_classes
+        self.data, self.name, self.num_classes = data if transformed else encoded, name, int(num_classes)
         self._encoded = encoded if transformed else None  # the rows that a transform of the user's sees
-        self.columns = None if columns is None else [list(group) for group in columns]
+        self.columns = None if columns is None else _checked_columns(name, columns, num_classes)
         self.image_column, self.label_column, self.caption_column = image_column, label_column, caption_column
-        self.exif, self.crop_border, self.test_only, self.content = exif, crop_border, test_only, content
+        self.exif, self.crop_border, self.test_only, self.content = exif, int(crop_border), test_only, content
         if not hasattr(data, "__len__"):
             raise ValueError(
                 f"Expected a data set with a length for '{name}', got {type(data).__name__}. Streamed data cannot be "
@@ -80,8 +86,6 @@ class ShiftSet(Dataset):
             )
         if len(data) == 0:
             raise ValueError(f"Expected at least one sample in set '{name}', got an empty data set. Check its split.")
-        if self.columns is not None:
-            _check_columns(name, self.columns, num_classes)
         if labels is None and not transformed and label_column in _facts_of(data, "features"):
             labels = np.asarray(data.with_format(None)[label_column])
         self.labels = None if labels is None else np.asarray(labels)
@@ -212,7 +216,13 @@ class ShiftSet(Dataset):
         if self.label_column is not None:
             result["label"] = self._check_label(self._cell(item, self.label_column, "label_column", where), where)
         if self.caption_column is not None:
-            result["caption"] = str(self._cell(item, self.caption_column, "caption_column", where))
+            caption = self._cell(item, self.caption_column, "caption_column", where)
+            if not isinstance(caption, str) or not caption.strip():
+                raise ValueError(
+                    f"Expected a text in the column '{self.caption_column}' of set '{self.name}' at {where}, got "
+                    f"{caption!r}. Drop the samples without a caption."
+                )
+            result["caption"] = caption
         return result
 
     def _cell(self, item: Mapping[str, Any], key: str, option: str, where: str) -> Any:
@@ -244,6 +254,8 @@ class ShiftSet(Dataset):
         return torch.stack([logits[:, group].amax(dim=1) for group in self.columns], dim=1)
 
     def _check_label(self, label: Any, where: str) -> int:
+        if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
+            label = label.item()
         whole = isinstance(label, int | np.integer) or (isinstance(label, float | np.floating) and label == label // 1)
         if isinstance(label, bool) or not whole or not 0 <= label < self.num_labels:
             raise ValueError(
@@ -387,10 +399,15 @@ def _undecoded(data: Any, image_column: str) -> Any:
     return data
 
 
-def _check_columns(name: str, columns: list[list[int]], num_classes: int) -> None:
+def _checked_columns(name: str, columns: Sequence[Sequence[int]], num_classes: int) -> list[list[int]]:
+    """Columns as plain integers, or a ValueError."""
+    checked = []
     for label, group in enumerate(columns):
-        if not group or any(not 0 <= column < num_classes for column in group):
+        whole = np.ndim(group) == 1 and all(isinstance(column, int | np.integer) for column in group)
+        if not whole or len(group) == 0 or any(not 0 <= column < num_classes for column in group):
             raise ValueError(
                 f"Expected for label {label} of set '{name}' a list of training classes in [0, {num_classes}), got "
                 f"{group}. Give one non-empty list of class indices for each label."
             )
+        checked.append([int(column) for column in group])
+    return checked

@@ -90,7 +90,7 @@ def test_columns_take_the_maximum_before_the_softmax():
     assert noise_set("s", 3, 0).select(logits) is logits
 
 
-@pytest.mark.parametrize("columns", [[[0], []], [[0], [4]], [[-1]]])
+@pytest.mark.parametrize("columns", [[[0], []], [[0], [4]], [[-1]], [[0.5]], [["0"]], [0, 1], ["01"]])
 def test_bad_columns_are_refused(columns):
     with pytest.raises(ValueError, match=r"a list of training classes in \[0, 4\)"):
         noise_set("s", 3, 0, columns=columns)
@@ -135,6 +135,44 @@ def test_what_is_no_set_is_refused(suite):
 def test_one_image_a_class_is_enough_with_a_validation_set_of_its_own(suite):
     """The one-shot protocol."""
     assert len(dataclasses.replace(suite, train=noise_set("train", 4, 0)).train) == 4
+
+
+def test_columns_of_numpy_are_columns(suite):
+    """The hash of such a suite was a TypeError of json."""
+    part = noise_set("part", 11, 4, columns=[np.array([2]), np.array([0])])
+    plain = noise_set("part", 11, 4, columns=[[2], [0]])
+    hashes = [dataclasses.replace(suite, shifts={"part": data}).content_hash for data in (part, plain)]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, "`num_classes` of set 's' as a whole number of at least 1, got 0"),
+        ({"num_classes": True}, "`num_classes` .*, got True"),
+        ({"num_classes": "4"}, "`num_classes` .*, got '4'"),
+        ({"crop_border": -1}, "`crop_border` of set 's' as a whole number of at least 0, got -1"),
+        ({"crop_border": 0.5}, r"`crop_border` .*, got 0\.5"),
+    ],
+)
+def test_numbers_that_are_none(options, message):
+    with pytest.raises(ValueError, match=message):
+        ShiftSet(Noise(4, 0), **{"name": "s", "num_classes": 4, **options})
+
+
+@pytest.mark.parametrize("label", [torch.tensor(2), np.array(2), np.int8(2), 2.0, torch.tensor(2.0)])
+def test_labels_of_every_kind(label):
+    items = ShiftSet([{"image": Image.new("RGB", (2, 2)), "label": label}], name="s", num_classes=4)
+    assert (items[0]["label"], type(items[0]["label"])) == (2, int)
+
+
+@pytest.mark.parametrize("caption", [None, "", "  ", 7, ["a photo"]])
+def test_what_is_no_caption_is_refused(caption):
+    """None was trained on as the word "None"."""
+    item = {"image": Image.new("RGB", (2, 2)), "text": caption}
+    items = ShiftSet([item], name="s", num_classes=4, label_column=None, caption_column="text")
+    with pytest.raises(ValueError, match="Expected a text in the column 'text' of set 's' at index 0, got"):
+        items[0]
 
 
 # ---- what is said twice ----
