@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ import finetune_imagenet
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from dataset_hub import DatasetHub
 from layouts import content, folders, parquet, picture, tars
 from transformers import CLIPModel
 
@@ -183,6 +186,37 @@ def test_what_is_held_out_of_a_stream_is_that_of_its_commit(hub, caplog):
     assert hub.asked == [(split, letter * 40) for letter in "aba" for split in ("train", "validation")]
     assert found[0][0] == found[2][0] != found[1][0]
     assert [read for _, read in found] == [True, True, False]  # kept for the commit
+
+
+READER = """
+from carot_hf import load_suite
+from layouts import content
+names = [f"name {index}" for index in range(1000)]
+suite = load_suite("imagenet", streaming=True, shifts=[], check_counts=False, class_names=names, templates=["a {}"])
+held = {row for _, _, row in content(suite.validation)}
+trained = {suite.train.decode(item, "x")["image"].getpixel((0, 0))[1] for _, item in suite.train.share(0, 1)}
+print(len(held), len(held | trained), len(held & trained))
+"""
+
+
+@pytest.mark.slow
+def test_so_it_is_over_http(tmp_path):
+    """The clients of `datasets` and huggingface_hub themselves; the second commit has the files in another order."""
+    environment = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, **environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    parquet(tmp_path / "copy", "train", np.random.default_rng(1).permutation(TRAIN), files=3)
+    parquet(tmp_path / "copy", "validation", TRAIN[:1])
+    paths = sorted((tmp_path / "copy").rglob("*.parquet"))
+    names, data = [str(path.relative_to(tmp_path / "copy")) for path in paths], [path.read_bytes() for path in paths]
+    with DatasetHub() as server:
+        for commit, turned in (("a" * 40, data), ("b" * 40, [*data[1:3], data[0], data[3]])):
+            server.commits[commit], server.newest = dict(zip(names, turned, strict=True)), commit
+            result = subprocess.run(
+                [sys.executable, "-c", READER], env={**environment, "HF_ENDPOINT": server.endpoint},
+                capture_output=True, text=True, timeout=300, check=False,
+            )  # fmt: skip
+            assert result.returncode == 0, result.stderr[-3000:]
+            assert result.stdout.split() == ["6", "60", "0"]
 
 
 def test_without_a_commit_nothing_is_reused(hub, caplog):
