@@ -159,6 +159,11 @@ class LabelTable:
             if all(name in self._names for name in own) or all(name.isdecimal() for name in own):
                 self._own = [self._find(name) for name in own]
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether the names of a ``ClassLabel`` are looked up, and not its numbers taken."""
+        return self._own is not None
+
     def __call__(self, value: Any) -> Any:
         """Return the index; what is neither text nor a number passes, for `ShiftSet` to refuse."""
         if isinstance(value, bytes):

@@ -154,6 +154,16 @@ class ShiftSet(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index)
 
+    def fetch(self, index: int, *, min_size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return an item as an index gives it: a subclass may have a ``__getitem__`` or a `read` of its own.
+
+        Args:
+            index: Which one.
+            min_size: See `decode`; not known to a ``__getitem__``.
+        """
+        plain = type(self).__getitem__ is ShiftSet.__getitem__
+        return self.read(index, min_size=min_size) if plain else self[index]
+
     def read(self, index: int, *, min_size: tuple[int, int] | None = None) -> dict[str, Any]:
         """Return an item; see `decode` for ``min_size``."""
         where = f"index {index}"

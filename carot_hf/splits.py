@@ -61,6 +61,13 @@ def as_set(
             "Name all labels in order; for a set with labels of its own pass `columns` too."
         )
     table = LabelTable(rows.features[label], label_names, f"'{name}', column {label!r},")
+    own = getattr(rows.features[label], "names", None)
+    if own is not None and not table.looks_up and len(own) != num_labels:
+        raise ValueError(
+            f"Expected a ClassLabel of {num_labels} names in '{name}', one for each of its labels, got one of "
+            f"{len(own)} ({own[:3]} ...), not all of them class names. Name all of them in `class_names` in order, or "
+            "pass `columns`."
+        )
     common = {"name": name, "num_classes": num_classes, "columns": columns, "image_column": image, **options}
     if not hasattr(rows, "__len__"):
         size = count_rows(rows.select_columns([label])) if published is None else published[0]

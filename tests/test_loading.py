@@ -68,6 +68,17 @@ def test_a_class_label_of_wnids_is_looked_up(tmp_path):
     assert opened(tmp_path, "test", names=wnids(), classes=1000).labels.tolist() == [7, 2, 5, 7]
 
 
+def test_a_class_label_of_other_names_has_as_many(tmp_path):
+    """Three of five names are in use: their numbers were taken for the first three classes."""
+    parquet(
+        tmp_path, "test", np.array([0, 1, 2]), feature=datasets.ClassLabel(names=["ant", "bee", "cat", "dog", "eel"])
+    )
+    message = r"a ClassLabel of 3 names in 'far', .* got one of 5 \(\['ant', 'bee', 'cat'\] \.\.\.\), not all of them"
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, "test", names=["cat", "dog", "eel"], classes=3)
+    assert opened(tmp_path, "test", columns=[[0], [1], [2], [0], [1]], classes=3).labels.tolist() == [0, 1, 2]
+
+
 def test_folders_with_unpadded_numbers(tmp_path):
     """ImageNet-V2's folders 0 ... 999: a sorted listing has 0, 1, 10, 11, 2, ..."""
     labels = np.arange(12)

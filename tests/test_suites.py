@@ -13,6 +13,7 @@ from conftest import CLASSES, Noise, noise_set
 from PIL import Image
 
 from carot_hf import ShiftSet, ShiftSuite, load_suite
+from carot_hf.data import ReadSet
 from carot_hf.loading import hold_out
 from carot_hf.splits import split_off
 
@@ -272,6 +273,24 @@ def test_a_set_of_ones_own_class_stays_of_it(kind, suite, make_trainer):
     trainer = make_trainer(suite=changed, max_steps=1)
     trainer.train()
     assert "eval_validation_ece" in trainer.evaluate()
+
+
+class Indexed(ShiftSet):
+    """A set that changes what an index gives, and knows nothing of how the trainer reads."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return {**item, "image": Image.new("RGB", item["image"].size, (10 * item["label"], 0, 0))}
+
+
+def test_an_index_of_ones_own_is_what_the_trainer_reads(suite, make_trainer):
+    """Whoever overrode `__getitem__` trained on other images than `suite.train[0]` showed."""
+    data = Indexed(Noise(24, 0), name="train", num_classes=4)
+    assert data[3]["image"].getpixel((0, 0)) == (30, 0, 0)
+    assert ReadSet(data, skip=False, min_size=(4, 4))[3]["image"].getpixel((0, 0)) == (30, 0, 0)
+    trainer = make_trainer(suite=dataclasses.replace(suite, train=data))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["pixel_values"][:, 0, 5, 5].tolist() == [10 * label for label in batch["labels"].tolist()]
 
 
 def test_rows_of_a_data_set_with_a_transform_keep_it():
