@@ -77,7 +77,7 @@ from .reporting import can_draw, diagrams_path, send_diagrams, write_diagrams
 from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
-from .transforms import check_image_size, image_transform, normalize_pixels
+from .transforms import check_image_size, check_processor, image_transform, normalize_pixels
 
 logger = logging.get_logger(__name__)
 
@@ -880,6 +880,7 @@ def _check_options(
         )
     if processing_class is None:
         raise ValueError("Expected the processor of the model, got None. Pass it as `processing_class`.")
+    check_processor(processing_class)
     for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise ValueError(

@@ -159,6 +159,21 @@ def image_transform(processor: Any) -> ImageTransform | PatchTransform:
     return PatchTransform(images) if hasattr(images, "max_num_patches") else ImageTransform.from_processor(images)
 
 
+def check_processor(processor: Any) -> None:
+    """Refuse what is no processor of images and texts, such as a tokenizer or an image processor alone.
+
+    Raises:
+        TypeError: If it lacks either.
+    """
+    held = {name: getattr(processor, name, None) is not None for name in ("image_processor", "tokenizer")}
+    if not all(held.values()):
+        missing = "tokenizer" if held["image_processor"] or hasattr(processor, "image_mean") else "image processor"
+        raise TypeError(
+            f"Expected the processor of the model, with an image processor and a tokenizer, got "
+            f"{type(processor).__name__}, which has no {missing}. Load it with AutoProcessor.from_pretrained(...)."
+        )
+
+
 def check_image_size(model: Any, transform: ImageTransform | PatchTransform) -> None:
     """Refuse a processor that gives images of another size than the model takes.
 

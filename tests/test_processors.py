@@ -160,6 +160,14 @@ def test_a_run_takes_the_rescale_factor_of_its_processor(make_trainer):
     torch.testing.assert_close(batch["pixel_values"], expected, atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("part", "missing"), [("tokenizer", "image processor"), ("image_processor", "tokenizer")])
+def test_half_a_processor_is_refused(make_trainer, processor, part, missing):
+    """Other trainers take a tokenizer under this name."""
+    model = tiny_clip(processor.tokenizer)
+    with pytest.raises(TypeError, match=rf"and a tokenizer, got \w+, which has no {missing}\. Load it with Auto"):
+        make_trainer(model, processing_class=getattr(processor, part))
+
+
 # ---- the model's size ----
 
 
