@@ -138,7 +138,7 @@ def caption_options(config: Any, tokenizer: Any) -> dict[str, Any]:
     if config.model_type == "altclip":  # its positions start behind the padding's id
         context -= text.pad_token_id + 1
     masked = not family.padded or "attention_mask" in tokenizer.model_input_names
-    return {"max_length": context, "padded": family.padded, "masked": masked}
+    return {"max_length": context, "padded": family.padded, "masked": masked, "vocab_size": text.vocab_size}
 
 
 def load_renamed(model: Any, folder: str | Path) -> bool:

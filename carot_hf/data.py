@@ -42,7 +42,7 @@ class ReadSet(Dataset):  # type: ignore[type-arg]
         for step in range(len(self.data)):
             place = (index + step) % len(self.data)
             try:
-                item: dict[str, Any] = self.data.read(place, min_size=self.min_size)
+                item: dict[str, Any] = self.data.fetch(place, min_size=self.min_size)
             except BadImageError as error:
                 if not self.skip:
                     raise

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .class_names import SOURCES, resolve_names
+from .content_hash import sha256_of_facts
 from .corruptions import CorruptedSet, corruption_names, parse_name
 from .imagenet import NUM_CLASSES, SETS, SHIFTS, SetFacts
-from .loading import open_rows
+from .loading import newest_commit, open_rows
 from .sets import ShiftSet, ShiftSuite
 from .splits import as_set, hold_out_of_stream, split_off
 from .streaming import StreamedSet
@@ -96,12 +97,16 @@ class _Loader:
 
     def __init__(self, root: Path | None, streaming: bool, check_counts: bool) -> None:
         self._root, self._streaming, self._check_counts = root, streaming, check_counts
+        self._commits: dict[tuple[str, str], str | None] = {}  # by name and split of what is read from the Hub
         if root is not None and not root.is_dir():
             raise ValueError(f"Expected a folder of local copies as `root`, got {root}. Correct the path.")
 
     def open(self, facts: SetFacts, split: str, streaming: bool) -> Any:
-        """Open the rows of a split."""
-        return open_rows(self._source(facts), split, layout=facts.layout, streaming=streaming)
+        """Open the rows of a split; a stream of the Hub at the commit of this moment, at which it stays."""
+        source = self._source(facts)
+        commit = newest_commit(source) if streaming and isinstance(source, str) else None
+        self._commits[facts.name, split] = commit
+        return open_rows(source, split, layout=facts.layout, streaming=streaming, revision=commit)
 
     def as_set(self, rows: Any, facts: SetFacts, split: str) -> ShiftSet:
         """Make the set of a split."""
@@ -121,7 +126,9 @@ class _Loader:
         """Split the training rows into training and validation."""
         train = self.as_set(rows, facts, "train")
         if isinstance(train, StreamedSet):
-            key = f"{self._source(facts)} {_stamp(self._source(facts))}"
+            source = self._source(facts)
+            stamp = _stamp(source) if isinstance(source, Path) else self._commits[facts.name, "train"]
+            key = None if stamp is None else f"{source} {stamp}"
             classes = facts.num_labels if self._check_counts else _distinct(train)
             held = hold_out_of_stream(train, share=HOLD_OUT_SHARE, classes=classes, seed=seed, key=key)
             return train, held
@@ -139,8 +146,8 @@ class _Loader:
         return [self._root / facts.hub_id, self._root / facts.hub_id.split("/")[-1], self._root / facts.name]
 
     def _source(self, facts: SetFacts) -> str | Path:
-        if self._root is None:
-            return facts.hub_id
+        if self._root is None:  # `datasets` itself takes a folder of that name before the Hub
+            return Path(facts.hub_id) if Path(facts.hub_id).exists() else facts.hub_id
         candidates = self._candidates(facts)
         for path in candidates:
             if path.exists():
@@ -175,6 +182,8 @@ def _distinct(data: StreamedSet) -> int:
     return len({data.to_label(item[data.label_column]) for _, item in data.share(0, 1)})
 
 
-def _stamp(source: str | Path) -> int:
-    """A number that changes when a file of a local copy does."""
-    return sum(path.stat().st_mtime_ns for path in Path(source).rglob("*")) if isinstance(source, Path) else 0
+def _stamp(folder: Path) -> str:
+    """A text that changes when a file of a local copy does."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else [folder]
+    found = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return sha256_of_facts({"files": found})

@@ -10,20 +10,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 _ORIENTATION = 0x0112  # of EXIF
 _EXIF_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1", "xmp", "XML:com.adobe.xmp")
 MAX_PIXELS = 89_478_485  # PIL's own limit for a warning: 1 GiB / 4 / 3
-DECODING_ERRORS = (
+_DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, IndexError, KeyError),
-    Image.DecompressionBombError,
+    *(RuntimeError, Image.DecompressionBombError),  # the first of PIL's AVIF decoder
 )
+_FILE_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)  # what PIL raises of a damaged file
 _ON_THE_SIDE = (5, 6, 7, 8)  # width and height change places
 
 
 class BadImageError(ValueError):
     """An image that cannot be decoded; the text says why."""
+
+
+class NotAnImageError(TypeError):
+    """Something in the place of an image that no image can be made of, whatever it holds; the text says what."""
 
 
 def read_image(
@@ -44,7 +50,10 @@ def read_image(
         max_pixels: Larger images are refused by their header, before they are decoded.
     Raises:
         BadImageError: If there is no image, it is damaged, or too large.
+        NotAnImageError: If the value is of another kind: then the code that made it is wrong, and no image.
     """
+    if isinstance(value, np.ndarray):
+        _check_array(value)
     try:
         with _strict(), _opened(value) as image:
             if image.width * image.height > max_pixels:
@@ -58,10 +67,24 @@ def read_image(
             if orientation != 1:
                 image = ImageOps.exif_transpose(image)
             return _rgb(image)
-    except BadImageError:
+    except (BadImageError, NotAnImageError):
         raise
-    except (*DECODING_ERRORS, RuntimeError) as error:  # PIL's AVIF decoder raises it
+    except _DECODING_ERRORS as error:
         raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+def is_decoding_error(error: BaseException) -> bool:
+    """Whether an error that foreign code let through says that an image is damaged or missing: PIL raised it of a file.
+
+    Any other error is one of that code.
+    """
+    if isinstance(error, BadImageError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return isinstance(error, _FILE_ERRORS) and module.split(".")[0] == "PIL"
 
 
 def _has_exif(image: Image.Image) -> bool:
@@ -86,8 +109,18 @@ def _opened(value: Any) -> Iterator[Image.Image]:
     elif isinstance(value, str | os.PathLike):
         with Image.open(value) as image:
             yield image
+    elif value is None:
+        raise BadImageError("NoneType in place of an image")
     else:
-        raise BadImageError(f"{type(value).__name__} in place of an image")
+        raise NotAnImageError(f"{type(value).__name__} in place of an image")
+
+
+def _check_array(value: NDArray[Any]) -> None:
+    """Raise unless PIL makes an image of the array: grey values, or 8-bit colours in the last place."""
+    if value.ndim != 2 and not (value.ndim == 3 and value.shape[2] in (3, 4) and value.dtype == np.uint8):
+        raise NotAnImageError(
+            f"an array of shape {value.shape} and {value.dtype} in place of one of shape (h, w, 3) and uint8"
+        )
 
 
 def _rgb(image: Image.Image) -> Image.Image:

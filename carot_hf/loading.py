@@ -6,16 +6,24 @@ number without leading zeros, whose labels a sorted listing permutes.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of httpx or httpx2
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+)
 from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 Rows = Any  # a datasets.Dataset or a datasets.IterableDataset
 
@@ -63,11 +71,20 @@ def open_rows(
         ) from error
 
 
+def newest_commit(source: str) -> str | None:
+    """Return the commit that a data set on the Hub is at now; ``None`` if the Hub does not say it."""
+    try:
+        return huggingface_hub.HfApi().dataset_info(source).sha
+    except (HTTPError, OSError) as error:
+        logger.debug("No commit of '%s': %s", source, error)
+        return None
+
+
 def local_files(folder: Path, split: str) -> tuple[str, list[Path]]:
     """Find the files of a split: the layout (``parquet``, ``webdataset``, ``folders``) and the files, sorted.
 
     For ``folders`` the files are the images. A path names a split if one of its parts, cut at ``/ . - _``, is the name
-    (``data/train-00000-of-00002.parquet``, ``test/0.tar``, ``val/n01440764/1.jpg``).
+    (``data/train-00000-of-00002.parquet``, ``test/0.tar``, ``val/n01440764/1.jpg``); of several the last.
 
     Raises:
         ValueError: If there is none.
@@ -142,6 +159,11 @@ class LabelTable:
             if all(name in self._names for name in own) or all(name.isdecimal() for name in own):
                 self._own = [self._find(name) for name in own]
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether the names of a ``ClassLabel`` are looked up, and not its numbers taken."""
+        return self._own is not None
+
     def __call__(self, value: Any) -> Any:
         """Return the index; what is neither text nor a number passes, for `ShiftSet` to refuse."""
         if isinstance(value, bytes):
@@ -198,6 +220,8 @@ def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArra
         seed: Of the draw; a class's rows depend on nothing else.
     Returns:
         Two sorted arrays of row numbers, disjoint, together all.
+    Raises:
+        ValueError: If no class has two rows.
     """
     classes = np.unique(labels)
     quota = max(1, round(share * len(labels) / len(classes)))
@@ -206,6 +230,11 @@ def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArra
         members = np.flatnonzero(labels == label)
         held.append(np.random.default_rng((seed, label)).permutation(members)[: min(quota, len(members) // 2)])
     chosen = np.sort(np.concatenate(held))
+    if len(chosen) == 0:
+        raise ValueError(
+            f"Expected a class with at least two images to hold a validation set out of, got {len(labels)} images of "
+            f"{len(classes)} classes, one each. Pass a validation set of its own in place of a share, or more images."
+        )
     return np.setdiff1d(np.arange(len(labels)), chosen, assume_unique=True), chosen
 
 
@@ -231,19 +260,27 @@ def _open_local(path: Path, split: str, streaming: bool) -> Rows:
 
 
 def _of_split(folder: Path, files: Sequence[Path], split: str, *, images: bool = False) -> list[Path]:
-    """The files whose path below the folder names the split; of images the folder of their class says nothing."""
+    """The files whose path below the folder names the split; of images the folder of their class says nothing.
 
-    def parts(path: Path) -> set[str]:
+    A path names one split at most, or the same rows would be trained on and judged on: that of the last part of it, the
+    file's name first, which names one and no other.
+    """
+    asked = next((name for name, pattern in _SPLITS.items() if re.fullmatch(pattern, split.lower())), split)
+    patterns = {asked: re.escape(split.lower()), **_SPLITS}
+
+    def named(path: Path) -> str | None:
         inner = path.relative_to(folder)
-        return set(re.split(r"[/._-]", (inner.parent.parent if images else inner).as_posix().lower()))
+        for part in reversed((inner.parent.parent if images else inner).parts):
+            words = re.split(r"[._-]", part.lower())
+            found = [name for name, pattern in patterns.items() if any(re.fullmatch(pattern, word) for word in words)]
+            if len(found) == 1:
+                return found[0]
+        return None
 
-    def named(path: Path, pattern: str) -> bool:
-        return any(re.fullmatch(pattern, part) for part in parts(path))
-
-    found = [path for path in files if named(path, _SPLITS.get(split, re.escape(split.lower())))]
-    if found or any(named(path, "|".join(_SPLITS.values())) for path in files):
-        return found
-    return list(files)
+    names = [named(path) for path in files]
+    if not any(names):
+        return list(files)
+    return [path for path, name in zip(files, names, strict=True) if name == asked]
 
 
 def _undecoded(rows: Rows) -> Rows:

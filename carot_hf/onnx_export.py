@@ -121,7 +121,7 @@ def _facts(classifier: CLIPClassifier, transform: ImageTransform) -> dict[str, s
     names: Any = classifier.config.id2label
     preprocessing = {
         "mode": "RGB",
-        "size": transform.size,
+        "size": transform.crop if transform.size is None else transform.size,
         "crop": transform.crop,
         "resample": Image.Resampling(transform.resample).name.lower(),
         "mean": transform.mean,

@@ -29,11 +29,28 @@ def check_templates(templates: Sequence[str]) -> None:
             f"Expected a list of templates, got {templates!r}. Pass at least one, e.g. ['a photo of a {{}}.']."
         )
     for template in templates:
-        if PLACEHOLDER not in template:
+        if not isinstance(template, str) or PLACEHOLDER not in template:
             raise ValueError(
                 f"Expected `{{}}` in every template, got {template!r}. Mark the place of the class name, "
                 "e.g. 'a photo of a {}.'."
             )
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Raise a ValueError unless there are at least two classes and each one has a name, which is a text."""
+    if not isinstance(class_names, list | tuple):
+        raise ValueError(f"Expected a list of class names, got {class_names!r}. Pass one for each label, in order.")
+    for index, name in enumerate(class_names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(
+                f"Expected a text as the name of class {index}, got {name!r}. Captions are made of the names: pass "
+                "words, e.g. 'three' for 3."
+            )
+    if len(class_names) < 2:
+        raise ValueError(
+            f"Expected at least two classes, got {list(class_names)}. There is nothing to tell apart with one: name "
+            "the others too, e.g. ['cat', 'no cat']."
+        )
 
 
 class CaptionTable:
@@ -47,11 +64,13 @@ class CaptionTable:
         padded: Always pad to the context, on the tokenizer's side, for text towers that read the padding (SigLIP);
             else to the longest caption of the batch, on the right.
         masked: Give an ``attention_mask``; SigLIP's towers were trained without.
+        vocab_size: Tokens that the text tower has an embedding of; ``None``: any.
     Attributes:
         input_ids: ``(K, M, L)`` int32, padded; ``L`` = the longest caption of all, or the context.
         lengths: ``(K, M)`` int64 tokens of each caption, begin and end markers included.
     Raises:
-        ValueError: If a template has no ``{}``, there is no class name, or a caption does not fit the context.
+        ValueError: If a template has no ``{}``, there is no class name, or a caption does not fit the context or holds
+            a token that the text tower does not know.
     """
 
     def __init__(
@@ -63,12 +82,14 @@ class CaptionTable:
         *,
         padded: bool = False,
         masked: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         check_templates(templates)
         if len(class_names) == 0:
             raise ValueError("Expected at least one class name, got none. Pass one name for each label, in order.")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self._tokenizer, self._max_length, self._padded, self._masked = tokenizer, max_length, padded, masked
+        self._vocab_size = vocab_size
         captions = [fill_template(template, name) for name in class_names for template in templates]
         rows: list[NDArray[np.int32]] = []
         for start in range(0, len(captions), _AT_ONCE):
@@ -89,6 +110,7 @@ class CaptionTable:
         for index, row in enumerate(rows):
             start = width - len(row) if self._left else 0
             table[index, start : start + len(row)] = torch.from_numpy(row)
+        self._check_ids(table)
         shape = (len(class_names), len(templates))
         self.input_ids = table.view(*shape, -1)
         self.lengths = lengths.view(shape)
@@ -122,6 +144,8 @@ class CaptionTable:
 
         Returns:
             As `lookup`; the end marker stays.
+        Raises:
+            ValueError: If a token is one that the text tower does not know.
         """
         rows = self._tokenizer(
             list(captions),
@@ -131,7 +155,19 @@ class CaptionTable:
             return_attention_mask=True,
             return_tensors="pt",
         )
+        self._check_ids(rows["input_ids"])
         return {name: rows[name] for name in ("input_ids", "attention_mask") if self._masked or name == "input_ids"}
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Refuse a token without an embedding: on a GPU it would be an assertion of the device, steps later."""
+        largest = int(ids.max())
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"Expected captions of tokens below {self._vocab_size}, the embeddings that the text tower has, got "
+                f"{largest} ({token!r}). Pass the tokenizer of this checkpoint, or call "
+                "`model.text_model.resize_token_embeddings(len(tokenizer))` before."
+            )
 
 
 @torch.no_grad()

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from .content_hash import sha256_of_array, sha256_of_facts
-from .images import DECODING_ERRORS, BadImageError, read_image
-from .prompts import check_templates
+from .images import BadImageError, NotAnImageError, is_decoding_error, read_image
+from .prompts import check_class_names, check_templates
+
+logger = logging.getLogger(__name__)
 
 RESERVED_NAMES = ("id", "ood", "teacher", "validation")
 
@@ -60,10 +66,19 @@ class ShiftSet(Dataset):
         test_only: bool = False,
         content: str | None = None,
     ) -> None:
-        self.data, self.name, self.num_classes = _undecoded(data, image_column), name, num_classes
-        self.columns = None if columns is None else [list(group) for group in columns]
+        for option, number, least in (("num_classes", num_classes, 1), ("crop_border", crop_border, 0)):
+            if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
+                raise ValueError(
+                    f"Expected `{option}` of set '{name}' as a whole number of at least {least}, got {number!r}. "
+                    "Correct it."
+                )
+        transformed = _facts_of(data, "format").get("type") == "custom"
+        encoded = _undecoded(data, image_column)
+        self.data, self.name, self.num_classes = data if transformed else encoded, name, int(num_classes)
+        self._encoded = encoded if transformed else None  # the rows that a transform of the user's sees
+        self.columns = None if columns is None else _checked_columns(name, columns, num_classes)
         self.image_column, self.label_column, self.caption_column = image_column, label_column, caption_column
-        self.exif, self.crop_border, self.test_only, self.content = exif, crop_border, test_only, content
+        self.exif, self.crop_border, self.test_only, self.content = exif, int(crop_border), test_only, content
         if not hasattr(data, "__len__"):
             raise ValueError(
                 f"Expected a data set with a length for '{name}', got {type(data).__name__}. Streamed data cannot be "
@@ -71,11 +86,14 @@ class ShiftSet(Dataset):
             )
         if len(data) == 0:
             raise ValueError(f"Expected at least one sample in set '{name}', got an empty data set. Check its split.")
-        if self.columns is not None:
-            _check_columns(name, self.columns, num_classes)
-        if labels is None and hasattr(data, "column_names") and label_column in data.column_names:
+        if labels is None and not transformed and label_column in _facts_of(data, "features"):
             labels = np.asarray(data.with_format(None)[label_column])
         self.labels = None if labels is None else np.asarray(labels)
+        if self.labels is not None and self.labels.shape != (len(data),):
+            raise ValueError(
+                f"Expected `labels` of shape ({len(data)},), one for each sample of set '{name}', got "
+                f"{self.labels.shape}. Pass class indices in the order of the rows, or leave them out."
+            )
         if self.labels is not None and self.labels.dtype.kind not in "iu":
             self.labels = np.array(
                 [self._check_label(label, f"index {index}") for index, label in enumerate(self.labels)]
@@ -83,6 +101,13 @@ class ShiftSet(Dataset):
         if self.labels is not None:
             for index in np.flatnonzero((self.labels < 0) | (self.labels >= self.num_labels))[:1].tolist():
                 self._check_label(self.labels[index], f"index {index}")
+        names = getattr(_facts_of(data, "features").get(str(label_column)), "names", None)
+        if names is not None and not transformed and len(names) != self.num_labels:
+            raise ValueError(
+                f"Expected a ClassLabel of {self.num_labels} names in set '{name}', one for each of its labels, got "
+                f"one of {len(names)} ({names[:3]} ...). Pass `columns`, which say what each of its labels stands for, "
+                "or cast the column to plain integers if these are the suite's."
+            )
 
     @property
     def num_labels(self) -> int:
@@ -91,6 +116,20 @@ class ShiftSet(Dataset):
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def subset(self, rows: NDArray[np.int64], name: str) -> ShiftSet:
+        """Return a set of some of the rows, of the same class and read in the same way.
+
+        Args:
+            rows: Their numbers, in the order wanted.
+            name: Name of the new set.
+        """
+        part = copy.copy(self)  # whatever a subclass added comes along
+        part.name = name
+        part.data = _selected(self.data, rows)
+        part._encoded = None if self._encoded is None else _selected(self._encoded, rows)
+        part.labels = None if self.labels is None else self.labels[rows]
+        return part
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -115,15 +154,46 @@ class ShiftSet(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index)
 
+    def fetch(self, index: int, *, min_size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return an item as an index gives it: a subclass may have a ``__getitem__`` or a `read` of its own.
+
+        Args:
+            index: Which one.
+            min_size: See `decode`; not known to a ``__getitem__``.
+        """
+        plain = type(self).__getitem__ is ShiftSet.__getitem__
+        return self.read(index, min_size=min_size) if plain else self[index]
+
     def read(self, index: int, *, min_size: tuple[int, int] | None = None) -> dict[str, Any]:
         """Return an item; see `decode` for ``min_size``."""
+        where = f"index {index}"
         try:
             item = self.data[index]
-        except LookupError:  # the end of the set, for one
+        except Exception as error:  # of the data set's own code, which is not ours to judge
+            if self._is_of_the_image(error, index):
+                raise self._unreadable(where, f"{type(error).__name__}: {error}") from error
+            if -len(self) <= index < len(self):  # else it is the end of the set
+                _note(error, f"Raised by the data of set '{self.name}' at {where}, by its own code or transform.")
             raise
-        except DECODING_ERRORS as error:
-            raise self._unreadable(f"index {index}", f"{type(error).__name__}: {error}") from error
-        return self.decode(item, f"index {index}", min_size=min_size)
+        result = self.decode(item, where, min_size=min_size)
+        if "label" in result and self.labels is not None and result["label"] != self.labels[index]:
+            raise ValueError(
+                f"Expected the label {self.labels[index]} that `labels` has of set '{self.name}' at {where}, got "
+                f"{result['label']} from the data. Pass the `labels` in the order of the rows, or none."
+            )
+        return result
+
+    def _is_of_the_image(self, error: Exception, index: int) -> bool:
+        """Whether the image is at fault for an error of the data set: ours does not decode, or PIL raised it."""
+        if self._encoded is None:
+            return is_decoding_error(error)
+        try:
+            read_image(self._encoded[index][self.image_column], exif=self.exif)
+        except BadImageError:
+            return True
+        except LookupError:
+            return False
+        return False
 
     def decode(self, item: Mapping[str, Any], where: str, *, min_size: tuple[int, int] | None = None) -> dict[str, Any]:
         """Turn an item of ``data`` into an RGB image and a label.
@@ -134,6 +204,7 @@ class ShiftSet(Dataset):
             min_size: Width and height that are enough; see :func:`~carot_hf.images.read_image`.
         Raises:
             BadImageError: If the image cannot be decoded.
+            TypeError: If what stands in its place is of no kind that an image can be made of.
             ValueError: If a key is missing or the label is out of range.
         """
         value = self._cell(item, self.image_column, "image_column", where)
@@ -142,7 +213,12 @@ class ShiftSet(Dataset):
             image = read_image(value, min_size=None if border else min_size, exif=self.exif)
             if border:
                 image = image.crop((border, border, image.width - border, image.height - border))
-        except DECODING_ERRORS as error:
+        except NotAnImageError as error:
+            raise TypeError(
+                f"Expected a PIL image, a (h, w, 3) uint8 array, bytes or a path in set '{self.name}' at {where}, got "
+                f"{error}. Return the image itself, before it becomes a tensor; the trainer resizes and normalises it."
+            ) from error
+        except ValueError as error:  # a BadImageError, or a border that leaves nothing
             path = value.get("path") if isinstance(value, Mapping) else value
             file = f" (file {path})" if isinstance(path, str) else ""
             raise self._unreadable(where + file, str(error)) from error
@@ -150,7 +226,13 @@ class ShiftSet(Dataset):
         if self.label_column is not None:
             result["label"] = self._check_label(self._cell(item, self.label_column, "label_column", where), where)
         if self.caption_column is not None:
-            result["caption"] = str(self._cell(item, self.caption_column, "caption_column", where))
+            caption = self._cell(item, self.caption_column, "caption_column", where)
+            if not isinstance(caption, str) or not caption.strip():
+                raise ValueError(
+                    f"Expected a text in the column '{self.caption_column}' of set '{self.name}' at {where}, got "
+                    f"{caption!r}. Drop the samples without a caption."
+                )
+            result["caption"] = caption
         return result
 
     def _cell(self, item: Mapping[str, Any], key: str, option: str, where: str) -> Any:
@@ -182,6 +264,8 @@ class ShiftSet(Dataset):
         return torch.stack([logits[:, group].amax(dim=1) for group in self.columns], dim=1)
 
     def _check_label(self, label: Any, where: str) -> int:
+        if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
+            label = label.item()
         whole = isinstance(label, int | np.integer) or (isinstance(label, float | np.floating) and label == label // 1)
         if isinstance(label, bool) or not whole or not 0 <= label < self.num_labels:
             raise ValueError(
@@ -208,7 +292,8 @@ class ShiftSuite:
         datasets: Ids of its data sets on the Hub, for the card of a pushed model.
         version: Of the suite; ``None``: it has none. Whoever changes what `content_hash` covers gives another one.
     Raises:
-        ValueError: If names, templates or the number of classes do not fit.
+        TypeError: If a set is no ``ShiftSet``.
+        ValueError: If names, templates or the number of classes do not fit, or there is only one class.
     """
 
     name: str
@@ -225,12 +310,22 @@ class ShiftSuite:
 
     def __post_init__(self) -> None:
         check_templates(self.templates)
+        check_class_names(self.class_names)
+        roles = {"train": self.train, "validation": self.validation, "test": self.test}
+        for role, split in {**roles, **self.shifts}.items():
+            if not isinstance(split, ShiftSet):
+                raise TypeError(
+                    f"Expected a ShiftSet as '{role}', got {type(split).__name__}. Wrap the data in "
+                    "carot_hf.ShiftSet(data, name=..., num_classes=...)."
+                )
         names = [self.test.name, *self.shifts]
+        taken = [f"teacher_{name}" for name in (*names, *RESERVED_NAMES)]  # what a teacher's metrics begin with
         for name in names:
-            if name in RESERVED_NAMES or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or names.count(name) > 1:
+            text = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_\-]+", name)
+            if not text or name in (*RESERVED_NAMES, *taken) or names.count(name) > 1:
                 raise ValueError(
-                    f"Expected distinct set names of letters, digits, '_' and '-' other than {RESERVED_NAMES}, got "
-                    f"{name!r}. Metrics are called eval_<set>_<metric>; choose another name."
+                    f"Expected distinct set names of letters, digits, '_' and '-' other than {RESERVED_NAMES} and "
+                    f"teacher_<set>, got {name!r}. Metrics are called eval_<set>_<metric>; choose another name."
                 )
         for split in (self.train, self.validation, self.test, *self.shifts.values()):
             if split.num_classes != len(self.class_names):
@@ -250,6 +345,12 @@ class ShiftSuite:
                     f"Expected set '{split.name}' to be labelled with the training classes, got `columns`. "
                     "Only shifted sets may have labels of their own."
                 )
+        labels = self.train.labels
+        if labels is not None and self.train.caption_column is None and (labels == labels[0]).all():
+            raise ValueError(
+                f"Expected at least two classes among the labels of set '{self.train.name}', got {labels[0]} for "
+                "all of them. There is nothing to tell apart: check the split or the label column."
+            )
 
     @property
     def evaluation_sets(self) -> dict[str, ShiftSet]:
@@ -280,18 +381,43 @@ class ShiftSuite:
         )
 
 
+def _note(error: Exception, note: str) -> None:
+    """Let an error of foreign code say where it happened; it stays what it is."""
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    else:
+        logger.error(note)
+
+
+def _facts_of(data: Any, name: str) -> Mapping[str, Any]:
+    """``features`` or ``format`` of a ``datasets.Dataset``; empty of any other data, whatever it calls so."""
+    found = getattr(data, name, None)
+    return found if isinstance(found, Mapping) and hasattr(data, "cast_column") else {}
+
+
+def _selected(data: Any, rows: NDArray[np.int64]) -> Any:
+    return data.select(rows) if hasattr(data, "select") else Subset(data, rows.tolist())
+
+
 def _undecoded(data: Any, image_column: str) -> Any:
     """A ``datasets.Dataset`` that leaves images encoded: they are decoded here, by other rules. Others as they are."""
-    feature: Any = (getattr(data, "features", None) or {}).get(image_column)
-    if getattr(feature, "decode", False) and hasattr(data, "cast_column"):
+    if _facts_of(data, "format").get("type") is not None:  # of tensors, say
+        data = data.with_format(None)
+    feature: Any = _facts_of(data, "features").get(image_column)
+    if getattr(feature, "decode", False):
         return data.cast_column(image_column, type(feature)(decode=False))
     return data
 
 
-def _check_columns(name: str, columns: list[list[int]], num_classes: int) -> None:
+def _checked_columns(name: str, columns: Sequence[Sequence[int]], num_classes: int) -> list[list[int]]:
+    """Columns as plain integers, or a ValueError."""
+    checked = []
     for label, group in enumerate(columns):
-        if not group or any(not 0 <= column < num_classes for column in group):
+        whole = np.ndim(group) == 1 and all(isinstance(column, int | np.integer) for column in group)
+        if not whole or len(group) == 0 or any(not 0 <= column < num_classes for column in group):
             raise ValueError(
                 f"Expected for label {label} of set '{name}' a list of training classes in [0, {num_classes}), got "
                 f"{group}. Give one non-empty list of class indices for each label."
             )
+        checked.append([int(column) for column in group])
+    return checked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
-from numpy.typing import NDArray
 
 from .loading import LabelTable, check_labels, hold_out, image_column, label_column
 from .sets import ShiftSet
@@ -54,7 +54,20 @@ def as_set(
             raise ValueError(
                 f"Expected a column {column!r} in '{name}', got {sorted(rows.features)}. Correct its name."
             )
+    num_labels = num_classes if columns is None else len(columns)
+    if label_names and len(label_names) != num_labels:
+        raise ValueError(
+            f"Expected {num_labels} `label_names` for '{name}', one for each of its labels, got {len(label_names)}. "
+            "Name all labels in order; for a set with labels of its own pass `columns` too."
+        )
     table = LabelTable(rows.features[label], label_names, f"'{name}', column {label!r},")
+    own = getattr(rows.features[label], "names", None)
+    if own is not None and not table.looks_up and len(own) != num_labels:
+        raise ValueError(
+            f"Expected a ClassLabel of {num_labels} names in '{name}', one for each of its labels, got one of "
+            f"{len(own)} ({own[:3]} ...), not all of them class names. Name all of them in `class_names` in order, or "
+            "pass `columns`."
+        )
     common = {"name": name, "num_classes": num_classes, "columns": columns, "image_column": image, **options}
     if not hasattr(rows, "__len__"):
         size = count_rows(rows.select_columns([label])) if published is None else published[0]
@@ -67,27 +80,22 @@ def as_set(
 
 
 def split_off(data: ShiftSet, share: float, seed: int) -> tuple[ShiftSet, ShiftSet]:
-    """Split a set of a ``datasets.Dataset`` into one to train on and a class-balanced share, ``validation``.
+    """Split a set into one to train on and a class-balanced share, ``validation``.
 
     Args:
         data: The set; its labels are known.
         share: See :func:`~carot_hf.loading.hold_out`.
         seed: See there.
+    Raises:
+        ValueError: If the labels are not known, or no class has two rows.
     """
     if data.labels is None:
         raise ValueError(f"Expected a set whose labels are known, got '{data.name}'. Pass a validation set instead.")
-    labels = data.labels
-
-    def part(name: str, rows: NDArray[np.int64]) -> ShiftSet:
-        return ShiftSet(
-            data.data.select(rows), name=name, num_classes=data.num_classes, labels=labels[rows], **data.reading
-        )
-
-    kept, held = hold_out(labels, share, seed)
-    return part("train", kept), part("validation", held)
+    kept, held = hold_out(data.labels, share, seed)
+    return data.subset(kept, "train"), data.subset(held, "validation")
 
 
-def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: int, key: str) -> ShiftSet:
+def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: int, key: str | None) -> ShiftSet:
     """Take a class-balanced share out of a stream, in place, and return it as a set of its own.
 
     Files are read in an order drawn with the seed until each class has given ``round(share * rows / classes)`` rows,
@@ -99,12 +107,24 @@ def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: i
         share: Of all rows, in (0, 1).
         classes: Labels that the set has.
         seed: Of the order of the files.
-        key: Distinguishes the source from others in the cache.
+        key: Says which rows these are, such as a commit: another one for every change. ``None``: it is not known, and
+            nothing is reused.
     Raises:
-        ValueError: If a class has fewer rows than it must give.
+        ValueError: If a class has fewer rows than it must give, or none would be left to train on.
     """
     image, label = data.image_column, str(data.label_column)
     quota = max(1, round(share * len(data) / classes))
+    if len(data) < 2 * quota * classes:
+        raise ValueError(
+            f"Expected at least {2 * quota * classes} rows to hold {quota} of each of {classes} classes out of "
+            f"'{data.name}', got {len(data)}. Load it without `streaming`, or pass a validation set of its own."
+        )
+    if key is None:
+        logger.warning(
+            "The revision of '%s' could not be learned: its validation set is read anew, now and in the next run.",
+            data.name,
+        )
+        key = uuid.uuid4().hex
     features = datasets.Features(
         {
             "image": datasets.Image(decode=False),
@@ -132,7 +152,7 @@ def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: i
             "so many. Check the labels, or pass a smaller share."
         )
 
-    fingerprint = Hasher.hash([key, quota, classes, seed])
+    fingerprint = Hasher.hash([key, quota, classes, seed, data.rows.num_shards, image, label])
     try:
         held = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:

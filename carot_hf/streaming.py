@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .images import BadImageError
@@ -72,6 +73,10 @@ class StreamedSet(ShiftSet):
         raise TypeError(
             f"Expected set '{self.name}' to be read by an index, but it is a stream. Load it without `streaming`."
         )
+
+    def subset(self, rows: NDArray[np.int64], name: str) -> ShiftSet:
+        """Refuse: a row cannot be had by its number."""
+        raise TypeError(f"Expected set '{self.name}' to have rows by number, but it is a stream. Load it whole.")
 
     def leave_out(self, positions: Mapping[int, set[int]]) -> None:
         """Make rows no part of this set, in place: positions by file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .loading import LABEL_COLUMNS, image_column, open_rows
+from .loading import LABEL_COLUMNS, image_column, label_column, open_rows
 from .sets import ShiftSet, ShiftSuite
 from .splits import as_set, split_off
 
@@ -70,8 +71,13 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
         train, held = _held_out(train, validation, f"{path}: validation")
     shifts = {}
     for name, value in description.get("shifts", {}).items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{path}: shifts: expected names that are text, got {name!r}. YAML reads some words as numbers or "
+                f'booleans; quote them. Example: shifts: {{"{name}": {{path: data/sketch}}}}'
+            )
         _checked({"path": value} if value is None else value, str(path), f"shifts.{name}", _SHIFT_KEYS, ("path",))
-        shifts[str(name)] = reader.read(f"shifts.{name}", _SHIFT_KEYS)
+        shifts[name] = reader.read(f"shifts.{name}", _SHIFT_KEYS)
     test = reader.read("test", _TEST_KEYS)
     return ShiftSuite(
         name=description.get("name", path.stem),
@@ -100,12 +106,18 @@ class _Reader:
         content = self._description[first][second] if second else self._description[first]
         entry = _checked(content, str(self._path), key, keys, _REQUIRED["set"])
         name = entry.get("name", second or first)
-        if first in ("train", "validation") and "objectnet" in Path(entry["path"]).name.lower():
+        words = re.split(r"[^a-z0-9]+", entry["path"].lower())
+        if first in ("train", "validation") and "objectnet" in words:
             raise ValueError(
                 f"{self._path}: {key}: expected data that may be trained and tuned on, got {entry['path']!r}. The "
                 "terms of ObjectNet forbid it; use it under `shifts`. Example: path: data/train"
             )
         local = (self._path.parent / Path(entry["path"]).expanduser()).resolve()
+        if not local.exists() and Path(entry["path"]).exists():  # it would be read in place of a data set on the Hub
+            raise ValueError(
+                f"{self._path}: {key}.path: expected data at {local}, found none, but some at "
+                f"{Path(entry['path']).resolve()}. Paths are relative to the file's folder: correct it."
+            )
         stream = self._streaming and first not in ("train", "validation")
         rows = open_rows(
             local if local.exists() else entry["path"],
@@ -118,14 +130,14 @@ class _Reader:
         if "caption_column" in entry and label is None and not any(name in rows.features for name in LABEL_COLUMNS):
             return self._captioned(rows, name, entry)
         if not self.class_names:
-            self.class_names = _names_of(rows, label, f"{self._path}: class_names")
+            self.class_names = _names_of(rows, label or label_column(rows), f"{self._path}: class_names")
         options = {"caption_column": entry["caption_column"]} if "caption_column" in entry else {}
         options["content"] = _content(entry)
         return as_set(
             rows,
             name=name,
             num_classes=len(self.class_names),
-            label_names=entry.get("label_names", self.class_names),
+            label_names=entry.get("label_names", () if "columns" in entry else self.class_names),
             columns=entry.get("columns"),
             image=entry.get("image_column"),
             label=label,
@@ -156,13 +168,13 @@ def _content(entry: Mapping[str, Any]) -> str | None:
     return f"{entry['path']}@{entry['revision']}" if "revision" in entry else None
 
 
-def _names_of(rows: Any, label: str | None, where: str) -> list[str]:
+def _names_of(rows: Any, label: str, where: str) -> list[str]:
     """Class names as a data set has them: those of a ``ClassLabel``, or the sorted texts of the label column."""
-    feature = rows.features.get(label or "label")
+    feature = rows.features.get(label)
     if hasattr(feature, "names"):
         return list(feature.names)
     if getattr(feature, "dtype", None) == "string":
-        return [str(name) for name in np.unique(rows.with_format(None)[label or "label"])]
+        return [str(name) for name in np.unique(rows.with_format(None)[label])]
     raise ValueError(
         f"{where}: expected a list of names, got none, and the training set has only numbers as labels. "
         "Example: class_names: [cat, dog]"
@@ -184,7 +196,7 @@ def _lines(value: list[Any] | str, path: Path, key: str) -> list[str]:
         if not file.is_file():
             raise ValueError(f"{path}: {key}: expected a list or a file with one a line, found no file {file}.")
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    wrong = [item for item in value if not isinstance(item, str)]
+    wrong = [item for item in value if not isinstance(item, str) or not item.strip()]
     if wrong or not value:
         raise ValueError(
             f"{path}: {key}: expected a list of strings, got {wrong[:1] or value}. YAML reads some words as numbers or "

@@ -63,7 +63,7 @@ from .resume import Change, used_arguments
 from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
-from .transforms import image_transform, normalize_pixels
+from .transforms import check_image_size, check_processor, image_transform, normalize_pixels
 
 logger = logging.get_logger(__name__)
 
@@ -242,6 +242,7 @@ class SuiteTrainer(Trainer):
 
     def _prepare(self, model: Any) -> Any:
         """Make a model ready; from here on it is the one that is trained and evaluated."""
+        check_image_size(model, self._transform)
         self._prepared = prepare_model(model, self.args, self.suite, self._processor)
         self._objective, self._link = self.args.objective, self._prepared.link
         self.captions = self._prepared.captions
@@ -904,6 +905,7 @@ def _check_options(
         )
     if processing_class is None:
         raise ValueError("Expected the processor of the model, got None. Pass it as `processing_class`.")
+    check_processor(processing_class)
     for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise ValueError(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+_LEVELS = 2.0  # of 255 by which the pixels of a processor may differ in the mean: torchvision's do by less than 1
 _TORCH_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's filters: torch's, with antialias
 
 
@@ -21,11 +22,11 @@ class ImageTransform:
     """PIL image to uint8 tensor, for training (random resized crop) and for evaluation (resize, centre crop).
 
     Args:
-        size: Short side after the resize of the evaluation, in pixels; ``None``: the whole image is resized to
-            ``crop``, whatever its shape (SigLIP, ChineseCLIP).
+        size: Short side after the resize of the evaluation, in pixels, or height and width whatever the shape of the
+            image; ``None``: those of ``crop`` (SigLIP, ChineseCLIP).
         crop: Height and width that the model takes, in pixels.
-        mean: Mean of each colour channel, in [0, 1].
-        std: Standard deviation of each colour channel.
+        mean: Of each colour channel, taken off pixels in [0, 1]; a processor's own ``rescale_factor`` is in it.
+        std: What they are then divided by, likewise.
         resample: PIL's filter; 3 is bicubic.
         scale: Range of the area of the training crop, as a share of the image.
         ratio: Range of the aspect ratio of the training crop.
@@ -34,7 +35,7 @@ class ImageTransform:
         processor.
     """
 
-    size: int | None
+    size: int | tuple[int, int] | None
     crop: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -44,46 +45,50 @@ class ImageTransform:
 
     @classmethod
     def from_processor(cls, processor: Any) -> ImageTransform:
-        """Read sizes, filter, mean and standard deviation from a processor or its image processor.
+        """Read all options of a processor or of its image processor, and compare with what it makes of an image.
 
         Raises:
-            ValueError: If the processor does neither resize the short side and crop the centre, as CLIP's does, nor
-                resize to a height and a width, as SigLIP's does.
+            ValueError: If an option is one that cannot act here; the message names it.
         """
-        processor = getattr(processor, "image_processor", processor)
-        size, crop = processor.size or {}, getattr(processor, "crop_size", None) or {}
-        square = size.get("height") if size.get("height") == size.get("width") else None
-        short = size.get("shortest_edge", square)
-        centred = bool(getattr(processor, "do_center_crop", False))
-        whole = not centred and "height" in size and "width" in size
-        if not (processor.do_resize and processor.do_normalize and (whole or (centred and short is not None))):
+        images = getattr(processor, "image_processor", processor)
+        _check_flags(images)
+        centred = bool(getattr(images, "do_center_crop", False))
+        size, crop = _size_of(images), _sides_of(getattr(images, "crop_size", None)) if centred else None
+        if crop is None and (centred or not isinstance(size, tuple)):
+            option = "crop_size" if centred else "do_center_crop"
             raise ValueError(
-                "Expected an image processor that normalises, and resizes the short side and crops the centre or "
-                f"resizes to height and width, got {type(processor).__name__} with size={dict(size)} and "
-                f"do_center_crop={centred}. Pass the processor of the checkpoint."
+                "Expected an image processor that resizes to a height and a width, or crops the centre to `crop_size`, "
+                f"got {type(images).__name__} with `{option}` {getattr(images, option, None)}. Pass the processor of "
+                "the checkpoint."
             )
-        height, width = (crop if centred else size)["height"], (crop if centred else size)["width"]
-        if centred and short < max(height, width):
+        smallest = size if isinstance(size, tuple) else (size, size)
+        height, width = smallest if crop is None else crop
+        if height > smallest[0] or width > smallest[1]:
             raise ValueError(
-                f"Expected a resize to at least the crop, got shortest_edge={short} and a crop of {height} x {width}. "
-                "Correct the processor's `size` or `crop_size`."
+                f"Expected a resize to at least the crop, got `size` {dict(images.size)} and a crop of {height} x "
+                f"{width}. Correct the processor's `size` or `crop_size`."
             )
-        return cls(
-            size=short if centred else None,
+        mean, std = _normalisation_of(images)
+        made = cls(
+            size=None if size == (height, width) else size,
             crop=(height, width),
-            mean=tuple(processor.image_mean),
-            std=tuple(processor.image_std),
-            resample=int(processor.resample),
+            mean=mean,
+            std=std,
+            resample=_filter_of(images),
         )
+        _compare(images, made)
+        return made
 
     def evaluate(self, image: Image.Image) -> Tensor:
         """Resize, and crop the centre unless the whole image is resized: ``(3, height, width)`` uint8."""
         height, width = self.crop
-        if self.size is None:
-            return _to_tensor(image if image.size == (width, height) else image.resize((width, height), self.resample))
-        short, long = sorted(image.size)
-        scaled = (self.size, int(self.size * long / short))
-        target = scaled if image.width <= image.height else scaled[::-1]
+        size = self.crop if self.size is None else self.size
+        if isinstance(size, tuple):
+            target = size[::-1]
+        else:
+            short, long = sorted(image.size)
+            scaled = (size, int(size * long / short))
+            target = scaled if image.width <= image.height else scaled[::-1]
         if target != image.size:
             image = image.resize(target, self.resample)
         left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -120,6 +125,8 @@ class PatchTransform:
         processor: A ``Siglip2Processor`` or its image processor.
         scale: Range of the area of the training crop, as a share of the image.
         ratio: Range of the aspect ratio of the training crop.
+    Raises:
+        ValueError: If an option is one that cannot act here; the message names it.
     """
 
     train_size = None  # how large an image must be decoded follows from its shape: at full size
@@ -128,7 +135,13 @@ class PatchTransform:
         self, processor: Any, scale: tuple[float, float] = (0.9, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
     ) -> None:
         self._processor = getattr(processor, "image_processor", processor)
+        _check_flags(self._processor)
         self.scale, self.ratio = scale, ratio
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch, in pixels."""
+        return int(self._processor.patch_size)
 
     def evaluate(self, image: Image.Image) -> dict[str, Tensor]:
         """Resize to as many patches as the processor allows: what it returns, for one image."""
@@ -144,6 +157,143 @@ def image_transform(processor: Any) -> ImageTransform | PatchTransform:
     """Make the transform that a model's processor asks for."""
     images = getattr(processor, "image_processor", processor)
     return PatchTransform(images) if hasattr(images, "max_num_patches") else ImageTransform.from_processor(images)
+
+
+def check_processor(processor: Any) -> None:
+    """Refuse what is no processor of images and texts, such as a tokenizer or an image processor alone.
+
+    Raises:
+        TypeError: If it lacks either.
+    """
+    held = {name: getattr(processor, name, None) is not None for name in ("image_processor", "tokenizer")}
+    if not all(held.values()):
+        missing = "tokenizer" if held["image_processor"] or hasattr(processor, "image_mean") else "image processor"
+        raise TypeError(
+            f"Expected the processor of the model, with an image processor and a tokenizer, got "
+            f"{type(processor).__name__}, which has no {missing}. Load it with AutoProcessor.from_pretrained(...)."
+        )
+
+
+def check_image_size(model: Any, transform: ImageTransform | PatchTransform) -> None:
+    """Refuse a processor that gives images of another size than the model takes.
+
+    Args:
+        model: With a ``vision_config``; any other passes.
+        transform: Of its processor.
+    Raises:
+        ValueError: If the sizes, or those of the patches, are not the same.
+    """
+    vision = getattr(getattr(model, "config", None), "vision_config", None)
+    takes: Any
+    if isinstance(transform, PatchTransform):
+        what, options, gives = "patches", "`patch_size`", (transform.patch_size, transform.patch_size)
+        takes = getattr(vision, "patch_size", None)
+    else:
+        what, options, gives = "images", "`size` and `crop_size`", transform.crop
+        takes = getattr(vision, "image_size", None)
+    takes = (takes, takes) if isinstance(takes, int) else takes
+    if takes is not None and tuple(takes) != gives:
+        raise ValueError(
+            f"Expected a processor that gives {what} of {takes[0]} x {takes[1]} pixels, which {type(model).__name__} "
+            f"takes, got one that gives {gives[0]} x {gives[1]}. Pass the processor of this checkpoint, or set its "
+            f"{options}."
+        )
+
+
+def _check_flags(images: Any) -> None:
+    """Refuse what no transform here does."""
+    if not getattr(images, "do_resize", True):
+        raise ValueError(
+            "Expected an image processor with `do_resize` True, got False. Images come in any size: leave it True, and "
+            "set `size`."
+        )
+    if not getattr(images, "do_rescale", True):
+        raise ValueError(
+            "Expected an image processor with `do_rescale` True, got False. Images are decoded to values from 0 to 255 "
+            "here: leave it True, and set `rescale_factor` if the model takes another range than 0 to 1."
+        )
+    if getattr(images, "do_pad", False):
+        raise ValueError(
+            "Expected an image processor with `do_pad` False, got True. Images are resized and cropped to one size: "
+            "leave it out, and set `size` and `crop_size`."
+        )
+
+
+def _sides_of(size: Any) -> tuple[int, int] | None:
+    """Height and width, if a mapping of sizes has these."""
+    given = dict(size or {})
+    return (int(given["height"]), int(given["width"])) if {"height", "width"} <= given.keys() else None
+
+
+def _size_of(images: Any) -> int | tuple[int, int]:
+    """What ``size`` says: the short side, or height and width."""
+    given = {name: side for name, side in dict(images.size or {}).items() if side is not None}
+    if given.keys() == {"shortest_edge"}:
+        return int(given["shortest_edge"])
+    if given.keys() != {"height", "width"}:
+        raise ValueError(
+            "Expected an image processor with a `size` of shortest_edge, or of height and width, got "
+            f"{type(images).__name__} with `size` {given}. Pass the processor of the checkpoint."
+        )
+    return int(given["height"]), int(given["width"])
+
+
+def _filter_of(images: Any) -> int:
+    """PIL's number of the filter that ``resample`` names."""
+    try:
+        return int(Image.Resampling(images.resample))
+    except ValueError as error:
+        raise ValueError(
+            f"Expected `resample` of the image processor as one of PIL's filters, got {images.resample!r}. Set it to, "
+            "for example, PIL.Image.Resampling.BICUBIC."
+        ) from error
+
+
+def _normalisation_of(images: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for pixels in [0, 1] that give what ``rescale_factor`` and the processor's own give.
+
+    .. math:: (f x - m) / s = (x / 255 - m / (255 f)) / (s / (255 f))
+    """
+    factor = images.rescale_factor
+    if not (isinstance(factor, int | float) and 0 < factor < math.inf):
+        raise ValueError(
+            f"Expected `rescale_factor` of the image processor as a number above 0, got {factor!r}. Leave it out: the "
+            "default brings pixels to 0 to 1."
+        )
+    options = {"image_mean": images.image_mean, "image_std": images.image_std}
+    if not images.do_normalize:
+        options = {"image_mean": 0.0, "image_std": 1.0}
+    result = []
+    for name, value in options.items():
+        given = [value] * 3 if isinstance(value, int | float) else [] if value is None else value
+        numbers = [float(number) for number in given]
+        if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "image_std" and min(numbers) <= 0):
+            raise ValueError(
+                f"Expected `{name}` of the image processor as three numbers, one a colour, got {value!r}. Pass the "
+                "processor of the checkpoint."
+            )
+        result.append(tuple(number / (255 * factor) for number in numbers))
+    return result[0], result[1]
+
+
+def _compare(images: Any, transform: ImageTransform) -> None:
+    """Raise unless the processor itself gives these pixels: one of another class may do more than its options say."""
+    size = transform.crop if transform.size is None else transform.size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    down, right = np.mgrid[0 : height + height // 4 + 3, 0 : width + width // 2 + 5]
+    shades = np.stack([255 * right / right.max(), 255 * down / down.max(), 127 + 0 * down], axis=-1)
+    image = Image.fromarray(shades.astype(np.uint8))  # smooth: PIL and torchvision agree on it
+    ours = normalize_pixels(transform.evaluate(image)[None], transform.mean, transform.std)
+    theirs = torch.as_tensor(images(images=[image], return_tensors="pt")["pixel_values"]).cpu()
+    same = theirs.shape == ours.shape
+    if same:
+        levels = 255 * (theirs - ours).abs() * torch.tensor(transform.std).view(3, 1, 1)
+        same = bool(levels.mean() <= _LEVELS)
+    if not same:
+        raise ValueError(
+            "Expected an image processor that resizes, crops the centre, rescales and normalises as its options say, "
+            f"got {type(images).__name__}, which makes other pixels of an image. Pass one of CLIP's or SigLIP's kind."
+        )
 
 
 def random_box(

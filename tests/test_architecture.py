@@ -52,7 +52,9 @@ ALLOWED = {
     "sets": {"content_hash", "images", "prompts"},
     "streaming": {"images", "sets"},
     "splits": {"loading", "sets", "streaming"},
-    "imagenet_suite": {"class_names", "corruptions", "imagenet", "loading", "sets", "splits", "streaming"},
+    "imagenet_suite": {
+        "class_names", "content_hash", "corruptions", "imagenet", "loading", "sets", "splits", "streaming",
+    },
     "suite_file": {"loading", "sets", "splits"},
     "suites": {"content_hash", "digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"adapters", "losses", "teacher"},

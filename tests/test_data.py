@@ -184,13 +184,6 @@ def test_training_crop_of_an_extreme_shape_falls_back_to_the_centre():
     assert transform.train(picture(1, 1), np.random.default_rng(0)).shape == (3, 32, 32)
 
 
-def test_unfit_processors_are_refused():
-    with pytest.raises(ValueError, match="crops the centre or"):
-        ImageTransform.from_processor(CLIPImageProcessor(do_center_crop=False))
-    with pytest.raises(ValueError, match="resize to at least the crop, got shortest_edge=16"):
-        ImageTransform.from_processor(CLIPImageProcessor(size={"shortest_edge": 16}))
-
-
 def test_sampler_yields_each_sample_once_an_epoch_in_an_order_of_its_own():
     epoch = 0
     sampler = DrawSampler(50, 7, lambda: epoch)

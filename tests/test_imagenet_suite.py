@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import finetune_imagenet
 import numpy as np
 import pytest
 import torch
-from layouts import content, folders, parquet, tars
+from conftest import ROOT
+from dataset_hub import DatasetHub
+from layouts import content, folders, parquet, picture, tars
 from transformers import CLIPModel
 
 import carot_hf.sets
@@ -126,6 +132,122 @@ def test_objectnet_is_for_testing_only(root, make_trainer):
     objectnet.columns = None
     with pytest.raises(ValueError, match=r"terms forbid it \(ObjectNet\)"):
         type(suite)(suite.name, suite.class_names, suite.templates, suite.train, objectnet, suite.test, {})
+
+
+# ---- held out of a stream of the Hub ----
+
+
+class ReuploadedHub:
+    """Sixty images at a commit; each commit has them in another order. It may keep the commit to itself."""
+
+    def __init__(self, monkeypatch):
+        self.commit, self.silent, self.asked = "a" * 40, False, []
+        monkeypatch.setattr("datasets.load_dataset", self.load)
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda api, name: self.info())
+
+    def info(self):
+        if self.silent:
+            raise ConnectionError("out of reach")
+        return SimpleNamespace(sha=self.commit)
+
+    def load(self, name, *, split, streaming, revision):
+        self.asked.append((split, revision))
+        order = np.random.default_rng(ord(self.commit[0])).permutation(60)
+        images = [{"bytes": picture(int(TRAIN[row]), int(row)), "path": None} for row in order]
+        rows = datasets.Dataset.from_dict({"image": images, "label": TRAIN[order]})
+        return rows.cast_column("image", datasets.Image()).to_iterable_dataset(num_shards=4)
+
+    def suite(self):
+        """The rows that are held out, and those that are trained on."""
+        suite = load_suite(
+            "imagenet", streaming=True, shifts=[], check_counts=False, class_names=NAMES, templates=["a {}"]
+        )
+        held = {row for _, _, row in content(suite.validation)}
+        trained = {suite.train.decode(item, "x")["image"].getpixel((0, 0))[1] for _, item in suite.train.share(0, 1)}
+        return held, trained
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    return ReuploadedHub(monkeypatch)
+
+
+def test_what_is_held_out_of_a_stream_is_that_of_its_commit(hub, caplog):
+    """After a re-upload the rows of the old commit were the validation set, and trained on under their new numbers."""
+    whole = set(range(60))
+    found = []
+    for commit in ("a" * 40, "b" * 40, "a" * 40):
+        hub.commit = commit
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="carot_hf.splits"):
+            held, trained = hub.suite()
+        assert (held | trained, held & trained, len(held)) == (whole, set(), 6)
+        found.append((held, "Reading the stream" in caplog.text))
+    assert hub.asked == [(split, letter * 40) for letter in "aba" for split in ("train", "validation")]
+    assert found[0][0] == found[2][0] != found[1][0]
+    assert [read for _, read in found] == [True, True, False]  # kept for the commit
+
+
+READER = """
+from carot_hf import load_suite
+from layouts import content
+names = [f"name {index}" for index in range(1000)]
+suite = load_suite("imagenet", streaming=True, shifts=[], check_counts=False, class_names=names, templates=["a {}"])
+held = {row for _, _, row in content(suite.validation)}
+trained = {suite.train.decode(item, "x")["image"].getpixel((0, 0))[1] for _, item in suite.train.share(0, 1)}
+print(len(held), len(held | trained), len(held & trained))
+"""
+
+
+@pytest.mark.slow
+def test_so_it_is_over_http(tmp_path):
+    """The clients of `datasets` and huggingface_hub themselves; the second commit has the files in another order."""
+    environment = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, **environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    parquet(tmp_path / "copy", "train", np.random.default_rng(1).permutation(TRAIN), files=3)
+    parquet(tmp_path / "copy", "validation", TRAIN[:1])
+    paths = sorted((tmp_path / "copy").rglob("*.parquet"))
+    names, data = [str(path.relative_to(tmp_path / "copy")) for path in paths], [path.read_bytes() for path in paths]
+    with DatasetHub() as server:
+        for commit, turned in (("a" * 40, data), ("b" * 40, [*data[1:3], data[0], data[3]])):
+            server.commits[commit], server.newest = dict(zip(names, turned, strict=True)), commit
+            result = subprocess.run(
+                [sys.executable, "-c", READER], env={**environment, "HF_ENDPOINT": server.endpoint},
+                capture_output=True, text=True, timeout=300, check=False,
+            )  # fmt: skip
+            assert result.returncode == 0, result.stderr[-3000:]
+            assert result.stdout.split() == ["6", "60", "0"]
+
+
+def test_without_a_commit_nothing_is_reused(hub, caplog):
+    hub.silent = True
+    for commit in ("a", "b", "b"):
+        hub.commit = commit
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="carot_hf.splits"):
+            held, trained = hub.suite()
+        assert (held | trained, held & trained) == (set(range(60)), set())
+        assert "revision of 'train' could not be learned: its validation set is read anew" in caplog.text
+        assert "Reading the stream" in caplog.text
+    assert {revision for _, revision in hub.asked} == {None}
+
+
+def test_what_is_held_out_of_a_local_copy_is_that_of_its_files(tmp_path):
+    """Files that got each other's content, written in place with the times of before: only their sizes tell."""
+    folder = tmp_path / "imagenet"
+    parquet(folder, "train", np.random.default_rng(1).permutation(TRAIN), files=2)
+    parquet(folder, "validation", TRAIN[:1])
+    files = sorted((folder / "data").glob("train*"))
+    contents = [file.read_bytes() for file in files]
+    assert len(contents[0]) != len(contents[1])
+    for given in (contents, contents[::-1]):
+        for file, data in zip(files, given, strict=True):
+            file.write_bytes(data)
+            os.utime(file, ns=(10**18, 10**18))
+        suite = load(tmp_path, streaming=True, shifts=[], class_names=NAMES, templates=["a {}"])
+        held = {row for _, _, row in content(suite.validation)}
+        trained = {suite.train.decode(item, "x")["image"].getpixel((0, 0))[1] for _, item in suite.train.share(0, 1)}
+        assert (held | trained, held & trained) == (set(range(60)), set())
 
 
 class Corrupter:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import struct
+import sys
 import warnings
 import zlib
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import CLASSES
 from PIL import Image
 
@@ -181,12 +184,120 @@ def test_a_crop_of_what_is_decoded_smaller_is_never_enlarged(photo):
         ({"bytes": None, "path": None}, "NoneType in place of an image"),
         ({"bytes": None, "path": "nowhere.jpg"}, "FileNotFoundError"),
         (None, "NoneType in place of an image"),
-        (7, "int in place of an image"),
     ],
 )
 def test_what_is_no_image(data, reason):
     with pytest.raises(BadImageError, match=reason):
         read_image(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (7, "int"),
+        (torch.zeros(3, 8, 8), "Tensor"),
+        (np.zeros((3, 8, 8), np.uint8), r"an array of shape \(3, 8, 8\) and uint8"),
+        (np.zeros((8, 8, 3), np.float32), r"an array of shape \(8, 8, 3\) and float32"),
+    ],
+)
+def test_what_can_be_no_image_is_never_skipped(value, got):
+    """A transform that makes tensors is wrong for every row; it is no damaged image."""
+    data = ShiftSet([{"image": value, "label": 0}] * 3, name="far", num_classes=2)
+    with pytest.raises(TypeError, match=rf"uint8 array, bytes or a path in set 'far' at index 1, got {got} in place"):
+        ReadSet(data, skip=True)[1]
+
+
+# ---- errors that are not ours ----
+
+
+class Broken:
+    """A data set with a bug at row 1, an image that it opens itself and that is damaged at row 2."""
+
+    labels = (0, 1, 0)
+
+    def __init__(self, photo, error):
+        self.data, self.error = encoded(photo, "JPEG"), error
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise self.error
+        with Image.open(io.BytesIO(self.data[:200] if index == 2 else self.data)) as image:
+            return {"image": image.convert("RGB"), "label": self.labels[index]}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [ValueError, TypeError, AttributeError, KeyError, IndexError, OSError, RuntimeError, ZeroDivisionError],
+)
+def test_an_error_of_the_users_data_set_is_his(photo, kind, skip):
+    error = kind("a bug")
+    data = ReadSet(ShiftSet(Broken(photo, error), name="far", num_classes=2), skip=skip)
+    with pytest.raises(kind, match="a bug") as caught:
+        data[1]
+    assert caught.value is error
+    note = "Raised by the data of set 'far' at index 1, by its own code or transform."
+    assert sys.version_info < (3, 11) or error.__notes__ == [note]
+    if skip:
+        assert data[2]["replaced"] == [("far", 2)]
+    else:
+        with pytest.raises(BadImageError, match=r"set 'far' at index 2, got OSError: .*(?i:truncated)"):
+            data[2]
+
+
+def test_the_end_of_a_set_is_no_error(photo):
+    data = ShiftSet([{"image": photo, "label": 0}] * 3, name="far", num_classes=2)
+    assert len(list(data)) == 3
+    with pytest.raises(IndexError) as caught:
+        data[3]
+    assert not getattr(caught.value, "__notes__", [])
+
+
+@pytest.mark.parametrize("way", ["with_transform", "set_transform"])
+def test_a_transform_sees_decoded_images_and_its_errors_are_its_own(photo, way):
+    """It was handed bytes in place of images; what it raised then was said of the image, and `skip` hid it."""
+
+    def transform(batch):
+        if 5 in batch["number"]:
+            raise ValueError("a bug in the transform")
+        return {"image": [image.rotate(180) for image in batch["image"]], "label": [1 - x for x in batch["label"]]}
+
+    rows = spoiled(photo, {3}).remove_columns("label").add_column("label", [0] * 8).add_column("number", [*range(8)])
+    if way == "set_transform":
+        rows.set_transform(transform)
+    data = ShiftSet(rows if way == "set_transform" else rows.with_transform(transform), name="far", num_classes=2)
+    item = data[2]
+    assert item["label"] == 1
+    assert data.labels is None  # the transform makes them
+    assert distance(item["image"], photo.rotate(180)) < 8
+    with pytest.raises(ValueError, match="a bug in the transform") as caught:
+        ReadSet(data, skip=True)[5]
+    assert not isinstance(caught.value, BadImageError)
+    assert sys.version_info < (3, 11) or "'far' at index 5" in caught.value.__notes__[0]
+    with pytest.raises(BadImageError, match="in set 'far' at index 3"):
+        data[3]
+    assert ReadSet(data, skip=True)[3]["replaced"] == [("far", 3)]
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_a_format_of_tensors_is_put_aside(photo, form):
+    rows = spoiled(photo, set())
+    data = ShiftSet(rows.with_format(form), name="far", num_classes=4)
+    assert data[2]["label"] == 2
+    assert distance(data[2]["image"], read_image(rows[2]["image"])) == 0
+
+
+def test_the_error_of_a_transform_stops_a_run_that_skips(photo, make_trainer, suite):
+    def transform(batch):
+        return {**batch, "image": [image.nonsense for image in batch["image"]]}
+
+    train = ShiftSet(spoiled(photo, set()).with_transform(transform), name="train", num_classes=4)
+    trainer = make_trainer(suite=dataclasses.replace(suite, train=train), on_bad_image="skip", dataloader_num_workers=1)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])

@@ -68,6 +68,17 @@ def test_a_class_label_of_wnids_is_looked_up(tmp_path):
     assert opened(tmp_path, "test", names=wnids(), classes=1000).labels.tolist() == [7, 2, 5, 7]
 
 
+def test_a_class_label_of_other_names_has_as_many(tmp_path):
+    """Three of five names are in use: their numbers were taken for the first three classes."""
+    parquet(
+        tmp_path, "test", np.array([0, 1, 2]), feature=datasets.ClassLabel(names=["ant", "bee", "cat", "dog", "eel"])
+    )
+    message = r"a ClassLabel of 3 names in 'far', .* got one of 5 \(\['ant', 'bee', 'cat'\] \.\.\.\), not all of them"
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, "test", names=["cat", "dog", "eel"], classes=3)
+    assert opened(tmp_path, "test", columns=[[0], [1], [2], [0], [1]], classes=3).labels.tolist() == [0, 1, 2]
+
+
 def test_folders_with_unpadded_numbers(tmp_path):
     """ImageNet-V2's folders 0 ... 999: a sorted listing has 0, 1, 10, 11, 2, ..."""
     labels = np.arange(12)
@@ -95,6 +106,20 @@ def test_folders_of_splits(tmp_path):
     folders(tmp_path / "val", [1], ["cat", "dog"])
     assert opened(tmp_path, "train", names=["cat", "dog"], classes=2).labels.tolist() == [0, 1]
     assert opened(tmp_path, "validation", names=["cat", "dog"], classes=2).labels.tolist() == [1]
+
+
+def test_a_path_names_one_split(tmp_path):
+    """The last word counts: a folder that names both says nothing, and one that names another is overruled."""
+    names = ["train_test_split/train-0.tar", "train_test_split/test-0.tar", "test_images/train-1.tar", "val/0.tar",
+             "train/x/valid_1.tar"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = {split: {str(path.relative_to(tmp_path)) for path in local_files(tmp_path, split)[1]}
+             for split in ("train", "validation", "test", "val")}  # fmt: skip
+    assert found["train"] == {names[0], names[2]}
+    assert found["validation"] == found["val"] == {names[3], names[4]}
+    assert found["test"] == {names[1]}
 
 
 def test_what_was_saved_to_disk(tmp_path):
@@ -180,6 +205,13 @@ def test_the_held_out_share_is_balanced_and_disjoint():
     assert not np.array_equal(hold_out(labels, 0.02, seed=1)[1], held)
     few = np.array([0] * 50 + [1])  # a class of one row keeps it
     assert set(few[hold_out(few, 0.2, seed=0)[1]]) == {0}
+
+
+def test_holding_out_needs_a_class_with_two_images():
+    with pytest.raises(
+        ValueError, match=r"at least two images to hold .* got 5 images of 5 classes, one each\. Pass a"
+    ):
+        hold_out(np.arange(5), 0.2, seed=0)
 
 
 # ---- what cannot be opened ----

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import CLASSES, TEMPLATES
+from conftest import CLASSES, TEMPLATES, tiny_clip, tiny_processor
+from families import FAMILIES, model_of, processor_of
 from tolerances import EXACT
 
+from carot_hf.backbones import caption_options
 from carot_hf.prompts import CaptionTable, check_templates, class_embeddings, fill_template
 
 
@@ -84,6 +86,54 @@ def test_captions_must_fit_the_context(processor):
         CaptionTable(processor, CLASSES, TEMPLATES, 4)
     with pytest.raises(ValueError, match="at least one class name"):
         CaptionTable(processor, [], TEMPLATES, 32)
+
+
+# ---- tokens that the model does not know ----
+
+
+@pytest.mark.parametrize("preset", ["carot", "ft"])
+def test_added_tokens_need_embeddings(make_trainer, preset):
+    """It was an IndexError out of the embedding; on a GPU an assertion of the device."""
+    processor = tiny_processor()
+    model = tiny_clip(processor.tokenizer)
+    known = len(processor.tokenizer)
+    processor.tokenizer.add_tokens(["two"])
+    message = (
+        rf"tokens below {known}, the embeddings that the text tower has, got {known} \('two'\)\. Pass the tokenizer"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model, processing_class=processor, preset=preset)
+    model.text_model.resize_token_embeddings(known + 1)
+    trainer = make_trainer(model, processing_class=processor, preset=preset, max_steps=1)
+    trainer.train()
+    assert int(trainer.captions.input_ids.max()) == known
+
+
+def test_so_does_the_padding(processor):
+    tokenizer = tiny_processor().tokenizer
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    with pytest.raises(ValueError, match=r"got \d+ \('<pad>'\)"):
+        CaptionTable(tokenizer, CLASSES, TEMPLATES, 32, vocab_size=size)
+
+
+def test_captions_of_ones_own_are_checked_too(processor):
+    tokenizer = tiny_processor().tokenizer
+    size = len(tokenizer)
+    table = CaptionTable(tokenizer, CLASSES, TEMPLATES, 32, vocab_size=size)
+    tokenizer.add_tokens(["quagga"])
+    table.tokenize(["a photo of two"])
+    with pytest.raises(ValueError, match=rf"tokens below {size}, .* got {size} \('quagga'\)"):
+        table.tokenize(["a photo of a quagga"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_says_how_many_tokens_it_knows(family):
+    tokenizer = processor_of(family).tokenizer
+    model = model_of(family, tokenizer)
+    assert caption_options(model.config, tokenizer)["vocab_size"] == len(tokenizer)
+    model.text_model.resize_token_embeddings(len(tokenizer) + 3)
+    assert caption_options(model.config, tokenizer)["vocab_size"] == len(tokenizer) + 3
 
 
 def test_duplicate_class_names_keep_their_own_rows(processor, model):

@@ -157,6 +157,16 @@ def test_holding_out_needs_enough_rows_of_each_class(root):
         hold_out_of_stream(load(root, "home", "train", True), share=0.2, classes=5, seed=0, key="home")
 
 
+def test_holding_out_leaves_rows_to_train_on(root):
+    """One row of each class was all that there was, and the stream was empty."""
+    with pytest.raises(
+        ValueError, match=r"at least 82 rows to hold 1 of each of 41 classes out of 'home', got 41\. Load"
+    ):
+        hold_out_of_stream(load(root, "home", "train", True), share=0.02, classes=41, seed=0, key="home")
+    with pytest.raises(TypeError, match="'home' to have rows by number, but it is a stream"):
+        load(root, "home", "train", True).subset(np.arange(2), "part")
+
+
 # ---- the trainer ----
 
 

@@ -158,6 +158,20 @@ def test_captions_of_ones_own(pets, tmp_path, labelled):
             {"class_names": ["cat", False, "no"]},
             r"class_names: expected a list of strings, got \[False\]\. YAML reads.*quote",
         ),
+        (
+            {"class_names": [0, 1, 2]},
+            r"class_names: expected a list of strings, got \[0\]\. YAML reads some words as num",
+        ),
+        ({"class_names": ["cat", "", "rabbit"]}, r"class_names: expected a list of strings, got \[''\]"),
+        ({"class_names": ["cat", None, "rabbit"]}, r"class_names: expected a list of strings, got \[None\]"),
+        ({"class_names": 3}, r"class_names: expected a list or text, got 3\. Example"),
+        (
+            {"shifts": {2024: {"path": "pets/zoo"}}},
+            r"shifts: expected names that are text, got 2024\. YAML .* Example: shifts: \{\"2024\": \{path",
+        ),
+        ({"shifts__zoo__label_names": ["other"]}, r"Expected 2 `label_names` for 'zoo', .* got 1\. Name all"),
+        ({"shifts__zoo__columns": None}, r"Expected 3 `label_names` for 'zoo', .* got 2\..* pass `columns` too"),
+        ({"shifts__zoo__label_names": None}, r"numbers or one of 0 names .*, got 'feline'"),
         ({"class_names": "nowhere.txt"}, r"class_names: expected a list or a file with one a line, found no file"),
         (
             {"class_names": None},
@@ -190,6 +204,53 @@ def test_files_that_are_no_suite(tmp_path):
         load_suite(tmp_path / "c.yaml")
     with pytest.raises(ValueError, match=r"Expected options out of \['streaming'\] for the suite"):
         load_suite(tmp_path / "c.yaml", root="x")
+
+
+def test_one_class_is_refused(pets, tmp_path):
+    folders(tmp_path / "alone/train", [0] * 6, ["cat"])
+    one = {"path": "alone", "split": "train"}
+    with pytest.raises(
+        ValueError, match=r"Expected at least two classes, got \['cat'\]\. There is nothing to tell apart"
+    ):
+        load_suite(changed(pets, class_names=None, train=one, test={**one, "name": "home"}, shifts=None))
+
+
+def test_classes_of_one_image_need_a_validation_set(pets, tmp_path):
+    folders(tmp_path / "shot/train", [0, 1, 2], ["cat", "dog", "rabbit"])
+    changed(pets, train={"path": "shot"})
+    with pytest.raises(ValueError, match=r"two images to hold a validation set out of, got 3 images of 3 classes, one"):
+        load_suite(pets)
+    suite = load_suite(changed(pets, validation={"path": "pets/home", "split": "test"}))
+    assert (len(suite.train), len(suite.validation)) == (3, 7)  # one shot
+
+
+def test_names_of_a_label_column_that_is_called_otherwise(pets, tmp_path):
+    (tmp_path / "named").mkdir()
+    images = [{"bytes": picture(label, row), "path": None} for row, label in enumerate([0, 1] * 4)]
+    features = {"image": datasets.Image(), "labels": datasets.ClassLabel(names=["cat", "dog"])}
+    rows = datasets.Dataset.from_dict({"image": images, "labels": [0, 1] * 4}, datasets.Features(features))
+    rows.to_parquet(tmp_path / "named/all.parquet")
+    suite = load_suite(changed(pets, class_names=None, train={"path": "named"}, test={"path": "named"}, shifts=None))
+    assert suite.class_names == ["cat", "dog"]
+
+
+def test_paths_are_relative_to_the_file_and_to_nothing_else(pets, tmp_path, monkeypatch):
+    """A folder of that name where one stood was taken in silence."""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(pets, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"train\.path: expected data at .*elsewhere/pets/home, found none, but some at "
+    ):
+        load_suite(tmp_path / "elsewhere/pets.yaml")
+
+
+def test_a_name_that_only_holds_objectnets_is_another(pets, tmp_path):
+    shutil.copytree(tmp_path / "pets/home", tmp_path / "notobjectnets")
+    assert len(load_suite(changed(pets, train__path="notobjectnets")).train) == 24
+    shutil.copytree(tmp_path / "pets/home", tmp_path / "ObjectNet-1.0/images")
+    with pytest.raises(ValueError, match="terms of ObjectNet forbid it"):
+        load_suite(changed(pets, train__path="ObjectNet-1.0/images"))
 
 
 def test_objectnet_is_refused_as_training_data(pets, tmp_path):
