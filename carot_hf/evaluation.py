@@ -12,17 +12,13 @@ from torch import Tensor
 
 from .calibration import LogitRows, calibration_metrics, fit_temperature, top_label
 from .ece.binning import CalibrationBins, calibration_bins
+from .metric_names import SCALED
 from .sets import ShiftSet, ShiftSuite
 from .sigmoid import fit_sigmoid
 
 Metrics = dict[str, float]
 Head = tuple[Tensor, Tensor]  # weight (K, D) and bias (K,) of the training classes
 Scaling = dict[str, float]  # "temperature" and, for the sigmoid, "bias"
-SCALED = ("ece", "nll")  # reported with a fitted temperature as well, under <name>_ts
-METRICS = (
-    "accuracy", "top5_accuracy", "ece", "ece_batch_mean", "adaptive_ece", "classwise_ece", "mce", "nll", "brier",
-    "auroc", "overconfidence",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class CardFacts:
         suite_version: Of the suite, if it has one.
         suite_hash: :attr:`~carot_hf.ShiftSuite.content_hash`.
         changes: What was another from a step on, a sentence each.
+        chosen_by: The metric of the test set that chose these weights; ``None``: none did.
     """
 
     name: str
@@ -94,6 +95,7 @@ class CardFacts:
     suite_version: str | None = None
     suite_hash: str | None = None
     changes: Sequence[str] = field(default_factory=tuple)
+    chosen_by: str | None = None
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -238,6 +240,11 @@ def _table(facts: CardFacts) -> str:
         f"ECE is the expected calibration error of the whole set, {facts.n_bins} bins of equal width of the top-label "
         "confidence; 0 is calibrated. Fractions, not per cent; NLL in nats."
     ]
+    if facts.chosen_by is not None:
+        notes.append(
+            f"**These weights were chosen by `{facts.chosen_by}`**, a figure of the test set: its figures here are too "
+            "good."
+        )
     if other:
         notes.append("ECE and NLL with the temperature that is in the weights were not measured.")
     elif scaled and facts.calibration is None:

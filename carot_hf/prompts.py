@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .modes import evaluating
 from .precision import at_least_float32
 
 PLACEHOLDER = "{}"
@@ -177,8 +178,8 @@ def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 10
     Captions go through the text tower in large batches of similar length.
 
     Args:
-        model: A ``CLIPModel`` or one of its relatives; its training mode and the autocast of the caller are left as
-            they are.
+        model: A ``CLIPModel`` or one of its relatives, in whatever mode: dropout is off inside, and the mode is the
+            same after. The autocast of the caller acts.
         captions: The table of captions.
         batch_size: Captions at a time.
     Returns:
@@ -190,10 +191,12 @@ def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 10
     order = captions.lengths.flatten().argsort(stable=True)  # (K M,)
     device = model.logit_scale.device
     parts = []
-    for flat in order.split(batch_size):
-        tokens = captions.lookup(flat // captions.n_templates, flat % captions.n_templates)
-        features = model.get_text_features(**{name: value.to(device) for name, value in tokens.items()}).pooler_output
-        parts.append(F.normalize(at_least_float32(features), dim=-1))
+    with evaluating(model):
+        for flat in order.split(batch_size):
+            tokens = captions.lookup(flat // captions.n_templates, flat % captions.n_templates)
+            tokens = {name: value.to(device) for name, value in tokens.items()}
+            features = model.get_text_features(**tokens).pooler_output
+            parts.append(F.normalize(at_least_float32(features), dim=-1))
     embeds = torch.empty(len(order), parts[0].shape[-1], dtype=parts[0].dtype, device=device)
     embeds[order.to(device)] = torch.cat(parts)
     return F.normalize(embeds.view(*captions.lengths.shape, -1).mean(dim=1), dim=-1)

@@ -6,7 +6,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,6 @@ from .data import (
 from .distributed import gather_uneven
 from .ece.binning import CalibrationBins
 from .evaluation import (
-    METRICS,
-    SCALED,
     Comparison,
     Head,
     Metrics,
@@ -54,6 +52,18 @@ from .evaluation import (
     with_aggregates,
 )
 from .fingerprint import fingerprint
+from .metric_names import (
+    DEFAULT_BEST_METRIC,
+    HOME,
+    METRICS,
+    SCALED,
+    SHIFTED,
+    SPLIT,
+    check_selection,
+    chosen_by,
+    greater_is_better,
+    set_of,
+)
 from .model_card import CLASSIFICATION, TEACHER_FOLDER, ZERO_SHOT, CardFacts, command_line, model_card, versions
 from .precision import at_least_float32, wide_dtype
 from .prepare import Prepared, prepare_model
@@ -62,7 +72,7 @@ from .reporting import can_draw, diagram_tables, diagrams_path, send_diagrams, w
 from .resume import Change, used_arguments
 from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
-from .training_args import DEFAULT_BEST_METRIC, CaRotTrainingArguments, raise_selection_on_shift
+from .training_args import CaRotTrainingArguments
 from .transforms import check_image_size, check_processor, image_transform, normalize_pixels
 
 logger = logging.get_logger(__name__)
@@ -619,7 +629,7 @@ class SuiteTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        config = self.model.config
+        config, metric = self.model.config, self.args.metric_for_best_model
         start = finetuned_from or getattr(config, "_name_or_path", "")
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -652,6 +662,7 @@ class SuiteTrainer(Trainer):
                 language=language,
                 diagram=None if diagram is None else diagram.name,
                 teacher=(folder / TEACHER_FOLDER / "config.json").is_file(),
+                chosen_by=metric if chosen_by(metric, self.suite.test.name) else None,
                 datasets=_listed(dataset) or self.suite.datasets,
                 tags=_listed(tags),
                 suite_version=self.suite.version,
@@ -661,6 +672,45 @@ class SuiteTrainer(Trainer):
         )
         card.save(folder / "README.md")
 
+    def hyperparameter_search(
+        self,
+        hp_space: Any = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Search as ``Trainer.hyperparameter_search`` does, for the best `metric_for_best_model`.
+
+        Args:
+            hp_space: As there.
+            compute_objective: Default: `metric_for_best_model`, or ``eval_validation_nll``. One of your own is called
+                without the metrics of shifted sets: chosen by them, a model would spoil them as tests.
+            n_trials: As there.
+            direction: Default: that of the metric; "minimize" for an objective of your own.
+            **kwargs: As there.
+        Raises:
+            ValueError: If the direction is not the metric's.
+        """
+        metric = str(self.args.metric_for_best_model or DEFAULT_BEST_METRIC)
+        if compute_objective is None:
+            better = "maximize" if greater_is_better(metric) else "minimize"
+            if direction not in (None, better):
+                raise ValueError(
+                    f"Expected `direction` '{better}' for {metric!r}, got {direction!r}. Leave it out, or pass a "
+                    "`compute_objective`."
+                )
+            direction = better
+        shifts = (*self.suite.shifts, SHIFTED)
+        homes = (SPLIT, HOME, self.suite.test.name)
+
+        def objective(metrics: dict[str, float]) -> float:
+            """From the metrics of all sets but the shifted ones."""
+            kept = {name: value for name, value in metrics.items() if set_of(name, (*homes, *shifts)) not in shifts}
+            return kept[metric] if compute_objective is None else compute_objective(kept)
+
+        return super().hyperparameter_search(hp_space, objective, n_trials, direction or "minimize", **kwargs)
+
     def export_classifier(self) -> CLIPClassifier:
         """Return the model as a classifier of the suite's classes, with its head and its temperature.
 
@@ -669,7 +719,8 @@ class SuiteTrainer(Trainer):
         """
         network = merged(self.accelerator.unwrap_model(self.model))
         if isinstance(network, CLIPClassifier):
-            return copy.deepcopy(network)
+            twin: CLIPClassifier = copy.deepcopy(network).eval()
+            return twin
         if not backbone_of(network).classifier:
             raise TypeError(
                 f"Expected a CLIPModel to export as a classifier, got {type(network).__name__}. Use the model itself; "
@@ -917,17 +968,27 @@ def _check_options(
             f"Expected one process a device, got one process with {args.n_gpu} GPUs. nn.DataParallel would split the "
             "contrastive batch; start with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
-    metric = args.metric_for_best_model
-    if metric is None:
-        return
-    bare = metric.removeprefix("eval_")
-    if any(bare.removeprefix("teacher_").startswith(f"{name}_") for name in suite.shifts):
-        raise_selection_on_shift(metric)
-    sets = ("id", "validation", suite.test.name)
-    known = {f"{name}_{key}" for name in sets for key in METRICS}
-    known |= {f"{name}_{key}_ts" for name in sets if name != "validation" for key in SCALED}
-    if bare not in known and compute_metrics is None and "eval_dataset" not in kwargs:
+    if args.metric_for_best_model is not None:
+        _check_best_metric(args, suite, others=compute_metrics is not None or "eval_dataset" in kwargs)
+
+
+def _check_best_metric(args: CaRotTrainingArguments, suite: ShiftSuite, *, others: bool) -> None:
+    """Refuse a metric that cannot choose a model; ``others``: there may be metrics and sets beside the suite's."""
+    metric = str(args.metric_for_best_model)
+    homes, test = (SPLIT, HOME, suite.test.name), suite.test.name
+    check_selection(metric, args.greater_is_better, homes, (SHIFTED, *suite.shifts))
+    known = {f"{name}_{key}" for name in homes for key in METRICS}
+    known |= {f"{name}_{key}_ts" for name in homes[1:] for key in SCALED}
+    if metric.removeprefix("eval_") not in known and not others:
         raise ValueError(
-            f"Expected `metric_for_best_model` as eval_<set>_<metric> with a set of {sets} and a metric of {METRICS}, "
+            f"Expected `metric_for_best_model` as eval_<set>_<metric> with a set of {homes} and a metric of {METRICS}, "
             f"got {metric!r}. Use for example '{DEFAULT_BEST_METRIC}'; there is no evaluation loss."
+        )
+    if chosen_by(metric, test):
+        logger.warning(
+            "`metric_for_best_model` %s chooses the model by the test set '%s', which is reported: its figures will be "
+            "too good. Use '%s' to choose by the held-out split.",
+            metric,
+            test,
+            DEFAULT_BEST_METRIC,
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,31 @@ from transformers import TrainingArguments
 
 from .adapters import check_lora_options, check_penalties
 from .losses import SAME_CLASS
+from .metric_names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, greater_is_better
 from .teacher import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
 ON_BAD_IMAGE = ("raise", "skip")
 _WEIGHTS = ("distillation_weight", "feature_distillation_weight", "orthogonality_weight", "cross_norm_weight")
+_SECRET = re.compile("token|key|secret|password")  # in names of a user's arguments: cards are published
 _STOCK = ("max_steps", "gradient_accumulation_steps", "bf16", "fp16", "tf32", "optim", "label_smoothing_factor", "seed")
-
-_LOWER_IS_BETTER = ("loss", "nll", "ece", "ece_ts", "nll_ts", "ece_batch_mean", "mce", "brier", "overconfidence")
-DEFAULT_BEST_METRIC = "eval_validation_nll"
+# Arguments of transformers that would be ignored here or break the method: what they may be, and what to do instead.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "auto_find_batch_size": (
+        (False,),
+        "It would make the contrastive batch smaller. Set `contrastive_batch_size`, and lower "
+        "`per_device_train_batch_size` until it fits.",
+    ),
+    "include_for_metrics": (([], None), "`compute_metrics` gets the logits and the labels of each set."),
+    "prediction_loss_only": ((False,), "There is no evaluation loss: embeddings are what is evaluated."),
+    "label_names": ((None, ["labels"]), "Labels are called `labels` here."),
+    "remove_unused_columns": ((False,), "It would drop images and labels."),
+    "include_num_input_tokens_seen": (("no", False), "The tokens of captions say nothing about images."),
+    "neftune_noise_alpha": ((None, 0, 0.0), "Its noise is made for language models."),
+    "use_liger_kernel": ((False,), "It has no kernels for these models."),
+    "parallelism_config": ((None,), "Use DDP: `accelerate launch --multi_gpu`."),
+    "train_sampling_strategy": (("random", "sequential"), "Captions are trimmed to the batch as they are."),
+}
 
 
 @dataclass(frozen=True)
@@ -344,6 +362,9 @@ class CaRotTrainingArguments(TrainingArguments):
         super().__post_init__()
         self._check_adapters()
         self._set_accumulation()
+        self._check_batch()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("Expected a GPU for `fp16`, got none. Use `bf16`, which works on a CPU too, or neither.")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
@@ -356,6 +377,7 @@ class CaRotTrainingArguments(TrainingArguments):
         self._check_ranges()
         self._check_adapters()
         self._set_accumulation(before=self._of_cache)
+        self._check_batch()
 
     def _check_adapters(self) -> None:
         if self.lora_rank:
@@ -374,9 +396,16 @@ class CaRotTrainingArguments(TrainingArguments):
 
     def changed(self) -> dict[str, Any]:
         """The arguments of the method that differ from the defaults, for the card of a model; no folder, no token."""
-        own = [item for item in fields(self) if item.name in {*vars(type(self))["__annotations__"], *_STOCK}]
-        values = {item.name: (getattr(self, item.name), item.default) for item in own}
-        return {name: value for name, (value, default) in values.items() if value != default}
+        own = set(_STOCK)
+        for kind in type(self).__mro__[: type(self).__mro__.index(TrainingArguments)]:
+            own |= get_annotations(kind).keys()
+        found = {}
+        for item in fields(self):
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            value = getattr(self, item.name)
+            if item.name in own and value != default and not _SECRET.search(item.name):
+                found[item.name] = value
+        return found
 
     @property
     def needs_teacher(self) -> bool:
@@ -414,8 +443,21 @@ class CaRotTrainingArguments(TrainingArguments):
         self.gradient_accumulation_steps = whole // at_once
         self._of_cache = self.gradient_accumulation_steps  # not the user's own
 
+    def _check_batch(self) -> None:
+        """Refuse a contrastive loss of one pair: it is 0 whatever the model does, and only the decay would act."""
+        pairs = max(self.contrastive_batch_size, self.per_device_train_batch_size * self.world_size)
+        if self.objective == "contrastive" and pairs < 2:
+            raise ValueError(
+                f"Expected two pairs or more in the contrastive loss, got {pairs}. Raise "
+                "`per_device_train_batch_size`, or set `contrastive_batch_size`, which embeds them a few at a time."
+            )
+
     def _check_ranges(self) -> None:
         self._check_objective()
+        self._check_penalised()
+        for name, (accepted, cure) in _REFUSED.items():
+            if getattr(self, name, None) not in accepted:
+                raise ValueError(f"Expected `{name}` {accepted[0]!r}, got {getattr(self, name)!r}. {cure}")
         for name in (*_WEIGHTS, "max_logit_multiplier"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"Expected `{name}` >= 0 and finite, got {getattr(self, name)}. 0 switches it off.")
@@ -492,16 +534,30 @@ class CaRotTrainingArguments(TrainingArguments):
                 f"got {self.same_class!r} and {self.freeze!r}. A linear head knows no pairs and no text tower."
             )
 
+    def _check_penalised(self) -> None:
+        """Refuse a penalty on the projection of a frozen tower: it would act on a part of what it names, or nothing."""
+        sides = {"orthogonality_weight": ("vision",), "cross_norm_weight": ("vision", "text")}
+        for name, towers in sides.items():
+            if getattr(self, name) and self.freeze in towers:
+                raise ValueError(
+                    f"Expected `{name}` 0 with `freeze` '{self.freeze}', whose projection it would move, got "
+                    f"{getattr(self, name)}. Set it to 0, or train both towers."
+                )
+
     def _set_best_metric(self) -> None:
-        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+        if self.metric_for_best_model is None and (
+            self.load_best_model_at_end
+            or self.save_strategy == "best"
+            or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        ):
             self.metric_for_best_model = DEFAULT_BEST_METRIC
         metric = self.metric_for_best_model
         if metric is None:
             return
-        if metric.removeprefix("eval_").startswith(("ood_", "teacher_ood_")):
-            raise_selection_on_shift(metric)
+        # the names of other sets are known to the trainer, which checks the rest
+        check_selection(metric, self.greater_is_better, homes=(SPLIT, HOME), shifts=(SHIFTED,), all_sets=False)
         if self.greater_is_better is None:
-            self.greater_is_better = not any(metric == name or metric.endswith(f"_{name}") for name in _LOWER_IS_BETTER)
+            self.greater_is_better = greater_is_better(metric)
 
 
 def preset_arguments(preset: str) -> dict[str, Any]:
@@ -509,14 +565,6 @@ def preset_arguments(preset: str) -> dict[str, Any]:
     if preset not in PRESETS:
         raise ValueError(f"Expected a preset of {sorted(PRESETS)}, got {preset!r}. Correct the name.")
     return dict(PRESETS[preset].arguments)
-
-
-def raise_selection_on_shift(metric: str) -> None:
-    """Refuse to choose a model by a metric of the shifted test sets."""
-    raise ValueError(
-        f"Expected `metric_for_best_model` of the in-distribution or the validation set, got {metric!r}. Choosing a "
-        f"model by shifted test sets spoils them as tests; use '{DEFAULT_BEST_METRIC}' or 'eval_id_accuracy'."
-    )
 
 
 def _refuse_sharding(args: CaRotTrainingArguments) -> None:

@@ -9,12 +9,11 @@ CLIPClassifier (presets ft, ft-ls, lp-ft) is taken as it is and needs no suite. 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from finetune_imagenet import suite_options
+from finetune_imagenet import run, suite_options
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
 from carot_hf import CLIPClassifier, export_classifier, export_onnx, load_suite
@@ -66,7 +65,4 @@ def classifier_of(options: argparse.Namespace, processor: CLIPProcessor) -> CLIP
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ImportError, TypeError, ValueError) as error:
-        sys.exit(f"export_onnx.py: {error}")
+    run(main)

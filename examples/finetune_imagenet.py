@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,13 @@ def _of_set(metrics: dict[str, float], name: str) -> dict[str, float]:
     return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
 
 
-if __name__ == "__main__":
+def run(main: Callable[[list[str]], Any]) -> None:
+    """Run the ``main`` of a script; end with one line, not a traceback, on what the user can mend."""
     try:
         main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"finetune_imagenet.py: {error}")
+    except (ImportError, OSError, TypeError, ValueError) as error:  # OSError: a model that is not there, a full disk
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -20,14 +20,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from demo import COLUMNS
-from finetune_imagenet import start_model_of, suite_options
+from finetune_imagenet import run, start_model_of, suite_options
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.trainer_callback import PrinterCallback
 
@@ -144,7 +143,4 @@ def write(rows: Sequence[dict[str, float]], argv: Sequence[str], folder: Path) -
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, TypeError) as error:
-        sys.exit(f"interpolate.py: {error}")
+    run(main)

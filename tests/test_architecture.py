@@ -24,6 +24,8 @@ ALLOWED = {
     "ece.ece": {"ece.binning", "ece.inputs", "ece.rows", "ece.uncertainty"},
     "metric": set(),  # loads ece.ece through evaluate, by its folder
     "precision": set(),
+    "modes": set(),
+    "metric_names": set(),
     "losses": {"precision"},
     "sigmoid": {"calibration", "losses", "precision"},
     "backbones": set(),
@@ -44,7 +46,7 @@ ALLOWED = {
     "adapters": set(),  # LoRA; the only one that knows peft
     "classifier": {"precision"},
     "convert": set(),
-    "prompts": {"precision"},
+    "prompts": {"modes", "precision"},
     "class_names": {"prompts"},
     "transforms": set(),
     "data": {"images", "prompts", "transforms"},
@@ -57,14 +59,14 @@ ALLOWED = {
     },
     "suite_file": {"loading", "sets", "splits"},
     "suites": {"content_hash", "digits", "imagenet_suite", "sets", "suite_file"},
-    "training_args": {"adapters", "losses", "teacher"},
+    "training_args": {"adapters", "losses", "metric_names", "teacher"},
     "resume": {"training_args"},
     "onnx_export": {"classifier", "transforms"},
     "prepare": {"adapters", "backbones", "classifier", "prompts", "sets"},
     # floor 2: when and what to show
     "teacher_file": {"teacher"},
     "callbacks": {"teacher", "teacher_file"},
-    "evaluation": {"calibration", "ece.binning", "sets", "sigmoid"},
+    "evaluation": {"calibration", "ece.binning", "metric_names", "sets", "sigmoid"},
     "plots": {"ece.binning"},
     "model_card": set(),
     "reporting": {"ece.binning", "plots"},
@@ -73,8 +75,8 @@ ALLOWED = {
     # floor 3: the trainer
     "suite_trainer": {
         "adapters", "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation",
-        "fingerprint", "model_card", "precision", "prepare", "prompts", "reporting", "resume", "sets", "streaming",
-        "training_args", "transforms",
+        "fingerprint", "metric_names", "model_card", "precision", "prepare", "prompts", "reporting", "resume", "sets",
+        "streaming", "training_args", "transforms",
     },
     "trainer": {
         "adapters", "backbones", "callbacks", "checkpoints", "classifier", "content_hash", "distributed", "evaluation",
@@ -92,6 +94,8 @@ THIRD_PARTY = {
     "metric": {"evaluate"},
     "losses": {"torch"},
     "precision": {"torch"},
+    "modes": {"torch"},
+    "metric_names": set(),
     "sigmoid": {"torch"},
     "backbones": {"safetensors", "torch", "transformers"},
     "transforms": {"numpy", "PIL", "torch"},

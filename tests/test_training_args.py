@@ -130,7 +130,8 @@ def test_best_metric_is_a_validation_metric_unless_named(tmp_path):
     args = make(tmp_path, **both, metric_for_best_model="eval_id_accuracy")
     assert args.greater_is_better is True
     assert make(tmp_path, **both, metric_for_best_model="eval_id_ece_ts").greater_is_better is False
-    assert make(tmp_path, **both, metric_for_best_model="eval_id_ece", greater_is_better=True).greater_is_better is True
+    with pytest.raises(ValueError, match="Expected `greater_is_better` False for"):
+        make(tmp_path, **both, metric_for_best_model="eval_id_ece", greater_is_better=True)
 
 
 def test_command_line(tmp_path):

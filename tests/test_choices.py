@@ -1,0 +1,292 @@
+"""What is asked for acts, or is refused by name: arguments, metrics that choose, subclasses, modes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, noise_set, tiny_clip, tiny_processor
+from transformers import trainer as module
+from transformers.trainer_utils import BestRun
+
+from carot_hf import CaRotTrainer, CaRotTrainingArguments, CLIPClassifier, Teacher, TeacherCallback, export_classifier
+from carot_hf.calibration import calibration_metrics
+from carot_hf.metric_names import DIRECTIONS, METRICS, SCALED, greater_is_better, parse_metric, set_of
+from carot_hf.prompts import class_embeddings
+
+
+def make(tmp_path, preset="carot", **options):
+    return CaRotTrainingArguments.from_preset(preset, output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+# ---- subclasses of users ----
+
+
+class Plain(CaRotTrainingArguments):
+    pass
+
+
+@dataclasses.dataclass(repr=False)
+class Longer(CaRotTrainingArguments):
+    note: str = "none"
+    tags: list[str] = dataclasses.field(default_factory=list)
+    wandb_api_key: str = ""
+
+
+def test_arguments_of_a_subclass_say_what_changed(tmp_path):
+    expected = make(tmp_path, seed=7, same_class="ignore").changed()
+    assert {"seed": 7, "same_class": "ignore"}.items() <= expected.items()
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "seed": 7, "same_class": "ignore"}
+    for kind in (Plain, Longer):
+        assert kind.from_preset("carot", **options).changed() == expected
+    longer = Longer.from_preset("carot", **options, note="x", tags=["a"], wandb_api_key="secret")
+    assert longer.changed() == expected | {"note": "x", "tags": ["a"]}
+
+
+def test_subclasses_of_trainer_callback_teacher_and_classifier_work(make_trainer, model, suite, processor, tmp_path):
+    class Mine(CaRotTrainer):
+        def compute_loss(self, *args, **kwargs):
+            calls.append(1)
+            return super().compute_loss(*args, **kwargs)
+
+    class MyTeacher(Teacher):
+        pass
+
+    class MyCallback(TeacherCallback):
+        def on_step_end(self, *args, **kwargs):
+            calls.append(2)
+            super().on_step_end(*args, **kwargs)
+
+    class MyClassifier(CLIPClassifier):
+        pass
+
+    calls = []
+    args = Longer.from_preset("carot", **{**make_trainer().args.to_dict(), "distillation_weight": 0.75, "note": "x"})
+    second = MyTeacher(model)
+    callback = MyCallback(second, lambda step, total: 0.5, 1, save_as="second.safetensors")
+    trainer = Mine(model=model, args=args, suite=suite, processing_class=processor, callbacks=[callback])
+    trainer.train()
+    assert calls.count(1) == calls.count(2) == 4
+    assert not torch.equal(second.model.logit_scale, model.logit_scale)
+    made = MyClassifier.from_clip(model.eval(), class_embeddings(model, trainer.captions))
+    made.save_pretrained(tmp_path / "made")
+    assert type(MyClassifier.from_pretrained(tmp_path / "made")) is MyClassifier
+
+
+# ---- the mode that a model was left in ----
+
+
+def dropping():
+    """Text dropout that acts in training mode."""
+    model = tiny_clip(tiny_processor().tokenizer)
+    for layer in model.text_model.encoder.layers:
+        layer.self_attn.dropout = 0.5
+    return model
+
+
+def test_exports_do_not_depend_on_the_mode_the_model_was_left_in(make_trainer):
+    trainer = make_trainer(dropping())
+    trainer.model.eval()
+    expected = trainer.export_classifier()
+    trainer.model.train()
+    for _ in range(2):
+        made = trainer.export_classifier()
+        assert torch.equal(made.head.weight, expected.head.weight)
+        assert not any(module.training for module in made.modules())
+    assert all(module.training for module in trainer.model.modules())
+    embeds = class_embeddings(trainer.model, trainer.captions)
+    assert torch.equal(export_classifier(trainer.model, embeds).head.weight, expected.head.weight)
+    part = trainer.model.text_model.eval()  # modes are put back one by one
+    class_embeddings(trainer.model, trainer.captions)
+    assert not part.training
+    assert trainer.model.vision_model.training
+
+
+@pytest.mark.parametrize("preset", ["carot", "ft", "lp-ft"])
+def test_nothing_that_evaluates_depends_on_the_mode(make_trainer, preset):
+    found = []
+    for mode in (False, True):
+        start = dropping().train(mode)
+        trainer = make_trainer(start, preset=preset, max_steps=1, learning_rate=0.0)
+        trainer.model.train(mode)
+        metrics = {k: v for k, v in trainer.evaluate().items() if "second" not in k and "runtime" not in k}
+        trainer.model.train(mode)
+        predictions = trainer.predict(trainer.suite.test).predictions
+        trainer.model.train(mode)
+        trainer.train()
+        trainer.model.train(mode)
+        found.append((metrics, predictions.tolist(), trainer.calibrate()))
+        if preset != "carot":
+            trainer.model.train()
+            assert not trainer.export_classifier().training
+    assert repr(found[0]) == repr(found[1])
+
+
+# ---- metrics that choose a model ----
+
+
+def test_each_metric_has_a_direction():
+    logits, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
+    assert set(DIRECTIONS) == set(METRICS) == set(calibration_metrics(logits, labels))
+    higher = {name for name in METRICS if name != "overconfidence" and greater_is_better(f"eval_id_{name}")}
+    assert higher == {"accuracy", "top5_accuracy", "auroc"}
+    assert not any(greater_is_better(f"eval_id_{name}_ts") for name in SCALED)
+    assert greater_is_better("eval_my_own")
+    assert not greater_is_better("eval_my_loss")
+
+
+@pytest.mark.parametrize("name", ["eval_validation_overconfidence", "eval_id_overconfidence", "overconfidence"])
+def test_a_signed_metric_chooses_no_model(tmp_path, name):
+    for greater in (None, True, False):
+        with pytest.raises(ValueError, match=r"which is signed and best at 0\. Use 'eval_validation_nll'"):
+            make(tmp_path, metric_for_best_model=name, greater_is_better=greater)
+
+
+def renamed(suite, test, shift):
+    data = suite.shifts["far"]
+    data.name = shift
+    return dataclasses.replace(suite, test=noise_set(test, 19, 2), shifts={shift: data})
+
+
+@pytest.mark.parametrize(("test", "shift"), [("pets_home", "pets"), ("ood_x", "far"), ("id_x", "x")])
+def test_names_of_sets_are_matched_whole(make_trainer, suite, test, shift):
+    own = renamed(suite, test, shift)
+    for metric in (f"eval_{test}_ece", f"{test}_nll_ts", "eval_id_ece"):
+        assert make_trainer(suite=own, metric_for_best_model=metric).args.greater_is_better is False
+    for metric in (f"eval_{shift}_ece", f"{shift}_accuracy", f"eval_{shift}_nll_ts", f"teacher_{shift}_ece", "ood_ece"):
+        with pytest.raises(ValueError, match="of the in-distribution or the validation set, got"):
+            make_trainer(suite=own, metric_for_best_model=metric)
+    with pytest.raises(ValueError, match="Choosing a model by shifted test sets"):  # one of their own metrics
+        make_trainer(
+            suite=own, metric_for_best_model=f"eval_{shift}_mine", trainer={"compute_metrics": lambda _: {"mine": 1}}
+        )
+    make_trainer(
+        suite=own, metric_for_best_model=f"eval_{test}_mine", trainer={"compute_metrics": lambda _: {"mine": 1}}
+    )
+
+
+def test_names_are_parsed_whole():
+    assert parse_metric("eval_pets_home_ece", ["pets", "pets_home"]) == [("pets_home", "ece")]
+    assert parse_metric("eval_pets_ece_batch_mean", ["pets", "pets_ece"]) == [("pets", "ece_batch_mean")]
+    assert parse_metric("eval_pets_ecex", ["pets"]) == []
+    assert set_of("eval_pets_home_mine", ["pets", "pets_home"]) == "pets_home"
+    assert set_of("eval_petshome_mine", ["pets"]) is None
+
+
+def test_a_choice_by_the_test_set_is_said_and_stands_in_the_card(make_trainer, caplog):
+    both = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    cards = {}
+    for metric in ("eval_id_nll", "eval_home_nll", "eval_validation_nll"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            trainer = make_trainer(**both, load_best_model_at_end=True, metric_for_best_model=metric)
+        said = (
+            f"`metric_for_best_model` {metric} chooses the model by the test set 'home', which is reported"
+            in caplog.text
+        )
+        assert said == (metric != "eval_validation_nll")
+        trainer.evaluate()
+        trainer.create_model_card()
+        cards[metric] = Path(trainer.args.output_dir, "README.md").read_text()
+        assert (f"**These weights were chosen by `{metric}`**" in cards[metric]) == said
+
+
+def test_a_search_is_for_the_metric_that_chooses_and_sees_no_shift(make_trainer, monkeypatch):
+    class Backend:
+        default_hp_space = staticmethod(lambda trial: {})
+
+        def ensure_available(self):
+            pass
+
+        def run(self, trainer, n_trials, direction, **kwargs):
+            metrics = trainer.evaluate()
+            return BestRun("0", trainer.compute_objective(metrics), {"direction": direction, "metrics": metrics})
+
+    monkeypatch.setitem(module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, module.HPSearchBackend.OPTUNA, Backend)
+    seen = []
+    for metric, direction in ((None, "minimize"), ("eval_validation_accuracy", "maximize")):
+        trainer = make_trainer(metric_for_best_model=metric)
+        trainer.model_init = lambda: None
+        best = trainer.hyperparameter_search(backend="optuna")
+        assert best.objective == best.hyperparameters["metrics"][metric or "eval_validation_nll"]
+        assert best.hyperparameters["direction"] == direction
+        other = {"minimize": "maximize", "maximize": "minimize"}[direction]
+        with pytest.raises(ValueError, match=f"Expected `direction` '{direction}' for"):
+            trainer.hyperparameter_search(backend="optuna", direction=other)
+    best = trainer.hyperparameter_search(
+        backend="optuna", compute_objective=lambda metrics: seen.append(metrics) or 1.0, direction="maximize"
+    )
+    assert {"eval_home_nll", "eval_id_nll", "eval_validation_nll", "eval_temperature"} <= seen[0].keys()
+    assert not [name for name in seen[0] if "_far_" in name or "_part_" in name or "_ood_" in name]
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` False, got True.*Set `contrastive_batch_size`"),
+        ({"include_for_metrics": ["inputs"]}, r"`include_for_metrics` \[\], got \['inputs'\]"),
+        ({"prediction_loss_only": True}, "`prediction_loss_only` False"),
+        ({"label_names": ["label"]}, "`label_names` None"),
+        ({"remove_unused_columns": True}, "`remove_unused_columns` False"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` None"),
+        ({"use_liger_kernel": True}, "`use_liger_kernel` False"),
+        ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` 'random'"),
+        ({"per_device_train_batch_size": 1}, "two pairs or more in the contrastive loss, got 1"),
+        ({"fp16": True}, "a GPU for `fp16`, got none. Use `bf16`"),
+        ({"preset": "carot-2024", "freeze": "vision"}, "`orthogonality_weight` 0 with `freeze` 'vision'"),
+        ({"preset": "carot-2024", "freeze": "text"}, "`cross_norm_weight` 0 with `freeze` 'text'"),
+        ({"preset": "tracer", "freeze": "vision"}, "`cross_norm_weight` 0 with `freeze` 'vision'"),
+    ],
+)
+def test_arguments_that_would_do_something_else_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=f"Expected.*{message}"):
+        make(tmp_path, **options)
+
+
+def test_one_pair_at_a_time_is_no_contrastive_batch_of_one(tmp_path):
+    assert make(tmp_path, per_device_train_batch_size=1, contrastive_batch_size=4).gradient_accumulation_steps == 4
+    assert make(tmp_path, preset="ft", per_device_train_batch_size=1).per_device_train_batch_size == 1
+    assert make(tmp_path, preset="carot-2024", freeze="text", cross_norm_weight=0.0).freeze == "text"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_compiled_model_is_refused(make_trainer, model, inside):
+    if inside:
+        model.compile()
+    else:
+        model = torch.compile(model)
+    with pytest.raises(TypeError, match=r"Expected a model that is not compiled, got a .*`torch_compile` True"):
+        make_trainer(model)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["finetune_imagenet.py", "--suite", "digits", "--use_cpu", "--model_name_or_path", "no/such/model"],
+        ["finetune_imagenet.py", "--suite", "digits", "--fp16"],
+        ["interpolate.py", "--suite", "digits", "--fine_tuned", "no/such/model"],
+        ["export_onnx.py", "--suite", "digits", "--model", "no/such/model", "--output", "x.onnx"],
+    ],
+)
+def test_scripts_end_with_a_line_on_what_the_user_can_mend(command, tmp_path):
+    script, *options = command
+    if script != "export_onnx.py":
+        options += ["--output_dir", str(tmp_path / "out")]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *options], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{script}: ")
+    assert "GPU for `fp16`" in last or "no/such/model" in last
+    assert not (tmp_path / "out").exists()
