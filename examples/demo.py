@@ -42,7 +42,9 @@ COLUMNS = [
 def main(argv: Sequence[str]) -> None:
     """Run the methods, print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="made anew each time")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("out/demo"), help="made anew each time; default: out/demo"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="seeds 42, 43, ... for each trained method")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # the model is small: a second thread only gets in the way

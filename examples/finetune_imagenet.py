@@ -7,8 +7,9 @@ that was fitted on the validation split. Any flag of TrainingArguments works. Wh
 before what the suite recommends, which goes before the preset. An interrupted run goes on, to the same weights bit for
 bit, with the same command and --resume_from_checkpoint.
 
-In the output folder: the calibrated model and its processor (load them with AutoModel.from_pretrained, or in the stock
-pipeline "zero-shot-image-classification"), metrics.json, eval_reliability.png, and checkpoint-<step> folders.
+In the output folder (default: out/<preset>, out/zero_shot): the calibrated model and its processor (load them with
+AutoModel.from_pretrained, or in the stock pipeline "zero-shot-image-classification"), metrics.json,
+eval_reliability.png, and checkpoint-<step> folders.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, CaRotTrainingArguments, Shi
     parser = HfArgumentParser(
         (ScriptArguments, CaRotTrainingArguments), allow_abbrev=False, description=__doc__.split("\n")[0]
     )
+    parser.set_defaults(output_dir=str(Path("out", "zero_shot" if script.zero_shot else script.preset)))
     parser.set_defaults(**preset_arguments(script.preset))
     parser.parse_args_into_dataclasses(argv)  # a bad option fails here, before anything is loaded
     suite = load_suite(script.suite, **suite_options(script))

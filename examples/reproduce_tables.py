@@ -4,7 +4,7 @@
     python examples/reproduce_tables.py --suite digits --seeds 1 --quick      # shorter runs: about 4 minutes
     python examples/reproduce_tables.py --suite imagenet --seeds 1            # with the published figures beside ours
 
-writes report/README.md with Table 1 (methods), Table 2 (how often the teacher moves), the reliability diagrams of
+writes out/report/README.md with Table 1 (methods), Table 2 (how often the teacher moves), the reliability diagrams of
 Figures 1, 2, 4 and 5, the ID-OOD scatter with WiSE-FT's curve, and the paired comparison of CaRot and FLYP; and
 results.csv.
 
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="checkpoint to start from; default: the suite's")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 42, 43, ... of each trained method")
     parser.add_argument("--quick", action="store_true", help="half as long runs, smoothing 0.1, three alphas")
-    parser.add_argument("--output_dir", type=Path, default=Path("report"), help="default: report/")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/report"), help="default: out/report")
     parser.add_argument(
         "--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1, help="runs at a time"
     )

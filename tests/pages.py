@@ -28,6 +28,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("carot_hf", "examples", "benchmarks", "docs", "setup.cfg", "Makefile")
+# What pages leave where they are run, beside `out`: data and suites that the reader makes.
+OF_PAGES = ("mine", "mine.yaml", "pets", "pets.yaml", "captioned.yaml")
 CUT = {
     "finetune_imagenet": ["--max_steps", "4", "--save_steps", "2", "--use_cpu"],
     "interpolate": ["--alphas", "0", "1", "--use_cpu"],

@@ -81,6 +81,8 @@ def test_page_runs(page, tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "pages.py"), str(PAGES[page]), *exempt]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    left = {path.name for path in tmp_path.iterdir()} - {"home", *docs.LINKED, "__pycache__"}
+    assert left <= {"out", *docs.OF_PAGES}  # the places that git ignores and test_leftovers.py looks at
 
 
 def test_the_tree_in_the_readme_names_every_file():
