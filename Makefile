@@ -3,8 +3,10 @@
 # make test    ruff, mypy, bandit and the tests
 # make lint    ruff, mypy and bandit
 # make docs    the site in build/docs
-# make test-all  the slow checks: the site, the demo, the slow tests, the Space of the metric, the built package, the
-#                lowest and newest versions, the quick report of the tables
+# make test-all  the slow checks: the site, the slow tests, the numerical tests as on other processors, the rehearsal, the
+#                Space of the metric, the built package, the lowest and newest versions, the quick report of the tables
+# make test-cpus      the numerical tests with other kernels and other numbers of threads
+# make rehearsal      the main job at full shape, with real names and tokens and few images
 # make test-package   the built wheel in an empty environment, used from elsewhere
 # make test-versions  the lowest and the newest versions of the libraries underneath, each in an environment of its own
 # make newest         write tests/versions/newest.txt anew from the package index, before a release
@@ -16,17 +18,19 @@ READY := .venv/.ready
 SPACE := .venv-space
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
+REHEARSAL := .venv-rehearsal
+ALL := docs test-cpus rehearsal test-space test-package test-versions test-slow report
 PIP := -m pip install --quiet --disable-pip-version-check
 # The tests that touch transformers, datasets, accelerate, evaluate, huggingface_hub and Pillow.
 VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture classifier content_hash data ece evaluation hub \
-	images imagenet_suite loading model_card resume security streaming suite_file suites training training_args))
+	choices images imagenet_suite loading model_card prepare processors resume resume_facts security streaming suite_file suites training training_args))
 
 # One thread: the models of the demo and of the tests are small. Offline: nothing here needs a network.
 export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all test-space test-package test-versions newest audit docs lint clean
+.PHONY: setup demo test test-all test-slow test-cpus rehearsal report test-space test-package test-versions newest audit docs lint clean
 
 setup: $(READY)
 
@@ -37,6 +41,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+	@test -s out/demo/reliability.png -a -s out/demo/carot/metrics.json
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,13 +52,26 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -q
 
-# Slow suites, run by .ci/run after `make test`.
-test-all: $(READY) docs test-space test-package test-versions
-	$(BIN)/python examples/demo.py --output_dir build/demo
-	test -s build/demo/reliability.png -a -s build/demo/carot/metrics.json
+# What .ci/run runs after `make demo` and `make test`; each part is a target of its own, its time is printed at the end.
+test-all: $(READY)
+	$(BIN)/python tests/parts.py $(ALL)
+
+test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
-	$(BIN)/python examples/reproduce_tables.py --suite digits --seeds 1 --quick --output_dir build/report
-	test -s build/report/README.md -a -s build/report/results.csv -a -s build/report/figure5.png
+
+test-cpus: $(READY)
+	$(BIN)/python tests/cpus.py
+
+rehearsal: $(READY) $(REHEARSAL)/.ready
+	$(BIN)/python -m pytest -q -m rehearsal tests/rehearsal
+
+$(REHEARSAL)/.ready: tests/rehearsal/requirements.txt $(READY)
+	$(BIN)/python $(PIP) --no-deps --upgrade --target $(REHEARSAL) --requirement tests/rehearsal/requirements.txt
+	touch $@
+
+report: $(READY)
+	$(BIN)/python examples/reproduce_tables.py --suite digits --seeds 1 --quick --output_dir out/report-quick
+	test -s out/report-quick/README.md -a -s out/report-quick/results.csv -a -s out/report-quick/figure5.png
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -456,7 +456,7 @@ class CaRotTrainingArguments(TrainingArguments):
         self._check_objective()
         self._check_penalised()
         for name, (accepted, cure) in _REFUSED.items():
-            if getattr(self, name, None) not in accepted:
+            if hasattr(self, name) and getattr(self, name) not in accepted:
                 raise ValueError(f"Expected `{name}` {accepted[0]!r}, got {getattr(self, name)!r}. {cure}")
         for name in (*_WEIGHTS, "max_logit_multiplier"):
             if not 0 <= getattr(self, name) < float("inf"):
