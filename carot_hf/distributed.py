@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_KEPT: list[Any] = []
+
 
 def gather_rows(local: Tensor, *, with_grad: bool, counts: Sequence[int] | None = None) -> Tensor:
     """Stack the rows of all processes in the order of their ranks; one process gets its own rows back.
@@ -28,6 +30,17 @@ def gather_rows(local: Tensor, *, with_grad: bool, counts: Sequence[int] | None 
         gathered: Tensor = _GatherRows.apply(local, counts)  # type: ignore[no-untyped-call]
         return gathered
     return _stacked(local, counts)
+
+
+def keep_group() -> None:
+    """Hold on to the default process group until the interpreter ends.
+
+    When the last reference to a gloo group goes with DDP's reducer, torch 2.13 holds the interpreter's lock while it
+    waits for the group's threads, and one of these may be waiting for that lock to let go of its last tensors: the
+    process hangs after all is done. With this reference the group goes later, when its threads have nothing left.
+    """
+    if _several() and not any(group is dist.group.WORLD for group in _KEPT):
+        _KEPT.append(dist.group.WORLD)
 
 
 def row_counts(rows: int, device: torch.device) -> list[int]:

@@ -37,7 +37,7 @@ from .data import (
     ReplacedCollator,
     ShareSampler,
 )
-from .distributed import gather_uneven
+from .distributed import gather_uneven, keep_group
 from .ece.binning import CalibrationBins
 from .evaluation import (
     Comparison,
@@ -142,6 +142,7 @@ class SuiteTrainer(Trainer):
             **kwargs,
         )
         _check_launch(args)
+        keep_group()
         self._check_optimizer()
         self._collates = data_collator is None
         self._make_collator()

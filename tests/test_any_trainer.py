@@ -485,6 +485,7 @@ def run_and_save(folder, resume=None):
     found = {"teacher": teacher.state_dict(), "wrapped": type(trainer.model_wrapped).__name__, "loss": loss}
     torch.save(found, f"{folder}/result-{os.environ.get('RANK', '0')}.pt")
     trainer.accelerator.end_training()
+    return trainer
 
 
 WORKER = """
@@ -492,7 +493,8 @@ import os, sys
 sys.path.insert(0, {tests!r})
 from test_any_trainer import run_and_save
 
-run_and_save({folder!r}, {resume!r})
+# Kept: what torch does when DDP lets the last reference to a gloo group go may hang (carot_hf.distributed.keep_group).
+trainer = run_and_save({folder!r}, {resume!r})
 os._exit(0)  # all is saved: whatever threads are left need not be waited for
 """
 

@@ -233,7 +233,7 @@ trainer.train()
 if trainer.is_world_process_zero():
     Path({out!r}, "metrics.json").write_text(json.dumps(metrics))
 trainer.accelerator.end_training()
-os._exit(0)  # threads of a stream that are alive at the interpreter's end abort it, once in a while
+os._exit(0)  # a thread that asks for the interpreter's lock while it ends aborts the process
 """
 
 
