@@ -10,6 +10,7 @@ import finetune_imagenet
 import interpolate
 import pytest
 import torch
+from tolerances import float32_bound
 from transformers import CLIPModel, CLIPProcessor
 
 from carot_hf import bake_temperature
@@ -51,7 +52,7 @@ def test_rows_files_and_saved_model(ends, make_trainer, tmp_path, capsys):
     zero_shot = CLIPModel.from_pretrained(ends[0])
     for row, model in zip(rows, (zero_shot, merge(zero_shot, ends[2], 0.3), ends[2]), strict=True):
         for name, value in direct(make_trainer, model).items():
-            assert row[name] == pytest.approx(value, abs=1e-5, nan_ok=True), name
+            assert row[name] == pytest.approx(value, abs=float32_bound(14.3, 12), nan_ok=True), name
     temperatures = [row["eval_temperature"] for row in rows]
     assert len(set(temperatures)) == 3  # fitted anew for each
     assert all(0.5 < temperature < 10 for temperature in temperatures[1:])  # and not stuck at a bound
@@ -104,7 +105,7 @@ def test_a_classifier_as_fine_tuned_end(ends, make_trainer, processor, tmp_path)
         strict=True,
     ):
         for name, value in metrics.items():
-            assert row[name] == pytest.approx(value, abs=1e-5, nan_ok=True), name
+            assert row[name] == pytest.approx(value, abs=float32_bound(14.3, 12), nan_ok=True), name
     saved = CLIPClassifier.from_pretrained(tmp_path / "wise" / "model")
     temperature = saved.config.calibration["temperature"]
     torch.testing.assert_close(saved.head.weight * temperature, fine_tuned.head.weight, rtol=1e-5, atol=1e-6)
