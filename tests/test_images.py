@@ -296,7 +296,7 @@ def test_the_error_of_a_transform_stops_a_run_that_skips(photo, make_trainer, su
 
     train = ShiftSet(spoiled(photo, set()).with_transform(transform), name="train", num_classes=4)
     trainer = make_trainer(suite=dataclasses.replace(suite, train=train), on_bad_image="skip", dataloader_num_workers=1)
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+    with pytest.raises(AttributeError, match="nonsense"):
         trainer.train()
 
 

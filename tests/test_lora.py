@@ -230,6 +230,13 @@ def test_the_saved_folder_gives_calibrated_probabilities_in_the_stock_pipeline(m
     torch.testing.assert_close(theirs, features @ trainer._head()[0].T, atol=EXACT, rtol=0)
 
 
+def test_an_optimizer_of_the_plain_model_is_refused(make_trainer, model):
+    """It holds the frozen weights and no adapter: nothing would be trained."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.raises(ValueError, match="got one with 0 that are not the model's and 0 of the"):
+        make_trainer(model, trainer={"optimizers": (optimizer, None)}, **RANK)
+
+
 def test_saving_in_the_middle_changes_nothing(make_trainer, tmp_path):
     class Saver(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
