@@ -30,7 +30,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from conftest import Noise, noise_suite, tiny_clip, tiny_processor
 from families import model_of, processor_of
-from carot_hf import CaRotTrainer, CaRotTrainingArguments
+from carot_hf import CaRotTrainer, CaRotTrainingArguments, distributed
 
 processor = processor_of({family!r}) if {family!r} else tiny_processor()
 model = model_of({family!r}, processor.tokenizer) if {family!r} else tiny_clip(processor.tokenizer)
@@ -51,7 +51,8 @@ metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
     teacher = {{}} if trainer.teacher is None else trainer.teacher.state_dict()
     torch.save({{"student": trainer.model.state_dict(), "teacher": teacher,
-                "log": trainer.state.log_history, "metrics": metrics}}, {out!r} + "/result.pt")
+                "log": trainer.state.log_history, "metrics": metrics, "held": len(distributed._KEPT)}},
+               {out!r} + "/result.pt")
 trainer.accelerator.end_training()
 """
 
@@ -171,6 +172,7 @@ def assert_alike(one, two, exact=EXACT):
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, preset, options):
     """45 samples in batches of 8: where the last is not dropped, its 5 are split into 3 and 2."""
     one, two = launch(tmp_path, 1, 8, preset, options), launch(tmp_path, 2, 4, preset, options)
+    assert (one["held"], two["held"]) == (0, 1)  # torch may hang where DDP lets go of a gloo group last
     exact = PROBED if preset == "lp-ft" else EXACT
     assert_alike(one, two, exact)
     for key, value in one["metrics"].items():
