@@ -42,6 +42,12 @@ def parse_metric(name: str, sets: Iterable[str]) -> list[tuple[str, str]]:
     return []
 
 
+def common_name(sets: Iterable[str]) -> str | None:
+    """Return a name that metrics of two sets would share, as ``a_top5_accuracy`` of the sets "a" and "a_top5"."""
+    names = [f"{data}_{metric}" for data in sets for metric in _DIRECTIONS]
+    return next((name for name in names if names.count(name) > 1), None)
+
+
 def set_of(name: str, sets: Iterable[str]) -> str | None:
     """Return the set of a metric that somebody's ``compute_metrics`` made: the longest name that it begins with."""
     bare, known = name.removeprefix("eval_"), sorted(sets, key=len, reverse=True)

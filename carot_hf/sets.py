@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from .content_hash import sha256_of_array, sha256_of_facts
 from .images import BadImageError, NotAnImageError, is_decoding_error, read_image
+from .metric_names import common_name
 from .prompts import check_class_names, check_templates
 
 logger = logging.getLogger(__name__)
@@ -327,6 +328,11 @@ class ShiftSuite:
                     f"Expected distinct set names of letters, digits, '_' and '-' other than {RESERVED_NAMES} and "
                     f"teacher_<set>, got {name!r}. Metrics are called eval_<set>_<metric>; choose another name."
                 )
+        if (twice := common_name((*names, *RESERVED_NAMES))) is not None:
+            raise ValueError(
+                f"Expected set names that give one name for each metric, got {twice!r} for two of {names}. Choose "
+                "another name."
+            )
         for split in (self.train, self.validation, self.test, *self.shifts.values()):
             if split.num_classes != len(self.class_names):
                 raise ValueError(

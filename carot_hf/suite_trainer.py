@@ -242,6 +242,7 @@ class SuiteTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and self.accelerator.device.type == "cuda",
             persistent_workers=workers > 0 and args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None) if workers else None,
         )
 
     def call_model_init(self, trial: Any = None) -> Any:

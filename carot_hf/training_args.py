@@ -40,6 +40,9 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_num_input_tokens_seen": (("no", False), "The tokens of captions say nothing about images."),
     "neftune_noise_alpha": ((None, 0, 0.0), "Its noise is made for language models."),
     "use_liger_kernel": ((False,), "It has no kernels for these models."),
+    "enable_jit_checkpoint": ((False,), "On SIGTERM the step is finished and saved anyway."),
+    "eval_use_gather_object": ((False,), "Embeddings are tensors of one shape."),
+    "dataloader_in_order": ((True,), "Runs would not repeat."),
     "parallelism_config": ((None,), "Use DDP: `accelerate launch --multi_gpu`."),
     "train_sampling_strategy": (("random", "sequential"), "Captions are trimmed to the batch as they are."),
 }
@@ -363,6 +366,13 @@ class CaRotTrainingArguments(TrainingArguments):
         self._check_adapters()
         self._set_accumulation()
         self._check_batch()
+        config = self.accelerator_config
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(config, name, None):
+                raise ValueError(
+                    f"Expected `{name}` of `accelerator_config` unset, got {getattr(config, name)}. Each process loads "
+                    "its own `per_device_train_batch_size` pairs: the whole batch is part of the method."
+                )
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("Expected a GPU for `fp16`, got none. Use `bf16`, which works on a CPU too, or neither.")
         if self.device.type == "cpu":
@@ -403,7 +413,8 @@ class CaRotTrainingArguments(TrainingArguments):
         for item in fields(self):
             default = item.default if item.default_factory is MISSING else item.default_factory()
             value = getattr(self, item.name)
-            if item.name in own and value != default and not _SECRET.search(item.name):
+            published = item.name != "resume_from_checkpoint" and not _SECRET.search(item.name)
+            if item.name in own and value != default and published:
                 found[item.name] = value
         return found
 
@@ -548,7 +559,7 @@ class CaRotTrainingArguments(TrainingArguments):
         if self.metric_for_best_model is None and (
             self.load_best_model_at_end
             or self.save_strategy == "best"
-            or self.lr_scheduler_type == "reduce_lr_on_plateau"
+            or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         ):
             self.metric_for_best_model = DEFAULT_BEST_METRIC
         metric = self.metric_for_best_model

@@ -51,7 +51,7 @@ ALLOWED = {
     "transforms": set(),
     "data": {"images", "prompts", "transforms"},
     "loading": set(),  # rows from the Hub or from disk
-    "sets": {"content_hash", "images", "prompts"},
+    "sets": {"content_hash", "images", "metric_names", "prompts"},
     "streaming": {"images", "sets"},
     "splits": {"loading", "sets", "streaming"},
     "imagenet_suite": {

@@ -44,6 +44,7 @@ def test_arguments_of_a_subclass_say_what_changed(tmp_path):
     options = {"output_dir": str(tmp_path), "use_cpu": True, "seed": 7, "same_class": "ignore"}
     for kind in (Plain, Longer):
         assert kind.from_preset("carot", **options).changed() == expected
+    assert Plain.from_preset("carot", **options, resume_from_checkpoint="/home/me/run").changed() == expected
     longer = Longer.from_preset("carot", **options, note="x", tags=["a"], wandb_api_key="secret")
     assert longer.changed() == expected | {"note": "x", "tags": ["a"]}
 
@@ -170,6 +171,12 @@ def test_names_of_sets_are_matched_whole(make_trainer, suite, test, shift):
     )
 
 
+def test_two_sets_whose_metrics_would_have_one_name_are_refused(suite):
+    with pytest.raises(ValueError, match="one name for each metric, got 'pets_top5_accuracy' for two"):
+        renamed(suite, "pets", "pets_top5")
+    assert renamed(suite, "pets", "pets_home").shifts
+
+
 def test_names_are_parsed_whole():
     assert parse_metric("eval_pets_home_ece", ["pets", "pets_home"]) == [("pets_home", "ece")]
     assert parse_metric("eval_pets_ece_batch_mean", ["pets", "pets_ece"]) == [("pets", "ece_batch_mean")]
@@ -236,6 +243,11 @@ def test_a_search_is_for_the_metric_that_chooses_and_sees_no_shift(make_trainer,
         ({"prediction_loss_only": True}, "`prediction_loss_only` False"),
         ({"label_names": ["label"]}, "`label_names` None"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` False"),
+        ({"enable_jit_checkpoint": True}, "`enable_jit_checkpoint` False"),
+        ({"eval_use_gather_object": True}, "`eval_use_gather_object` False"),
+        ({"dataloader_in_order": False}, "`dataloader_in_order` True"),
+        ({"accelerator_config": {"split_batches": True}}, "`split_batches` of `accelerator_config` unset, got True"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches` of `accelerator_config` unset"),
         ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` None"),
         ({"use_liger_kernel": True}, "`use_liger_kernel` False"),
         ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` 'random'"),
