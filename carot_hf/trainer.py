@@ -207,12 +207,25 @@ class CaRotTrainer(SuiteTrainer):
             if isinstance(error, RuntimeError) and (cause := lost_process(error)) is not None:
                 raise RuntimeError(f"{cause} {self._kept()}") from error
             raise
+        finally:
+            self._let_workers_go()
         self.report_bad_images()
         self._check_weights()
         if self._termination.stopped:
             logger.warning("Stopped by SIGTERM after step %d, which is saved.", self.state.global_step)
             raise SystemExit(128 + signal.SIGTERM)
         return output
+
+    def _let_workers_go(self) -> None:
+        """End the workers of the training loader, which would stay as long as the trainer.
+
+        When the garbage collector finds a trainer with its loader, it closes the queues first: torch then waits 5
+        seconds for each worker, which is never told to end.
+        """
+        loader = self.callback_handler.train_dataloader
+        for part in (loader, getattr(loader, "base_dataloader", None)):
+            if part is not None and getattr(part, "_iterator", None) is not None:
+                part._iterator = None
 
     def _run_facts(self) -> dict[str, Any]:
         """What this run is, by the arguments and the model of this moment."""

@@ -284,8 +284,8 @@ def test_a_compiled_model_is_refused(make_trainer, model, inside):
     "command",
     [
         ["finetune_imagenet.py", "--suite", "digits", "--use_cpu", "--model_name_or_path", "no/such/model"],
-        ["finetune_imagenet.py", "--suite", "digits", "--fp16"],
-        ["interpolate.py", "--suite", "digits", "--fine_tuned", "no/such/model"],
+        pytest.param(["finetune_imagenet.py", "--suite", "digits", "--fp16"], marks=pytest.mark.slow),
+        pytest.param(["interpolate.py", "--suite", "digits", "--fine_tuned", "no/such/model"], marks=pytest.mark.slow),
         ["export_onnx.py", "--suite", "digits", "--model", "no/such/model", "--output", "x.onnx"],
     ],
 )

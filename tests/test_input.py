@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import multiprocessing
 import time
 
 import datasets
@@ -106,6 +107,15 @@ def test_bad_images_of_a_stream(make_trainer, suite, caplog, workers, tmp_path):
         labelled = rows(()).select(order)
         expected = trainer.evaluate({"far": ShiftSet(labelled, name="far", num_classes=4)})
         assert metrics["eval_far_nll"] == pytest.approx(expected["eval_far_nll"], abs=1e-12)
+
+
+def test_workers_end_with_the_training(make_trainer):
+    """They were left to the garbage collector, which closes their queues before it tells them to end."""
+    before = set(multiprocessing.active_children())
+    trainer = make_trainer(dataloader_num_workers=2, max_steps=2)
+    trainer.train()
+    assert set(multiprocessing.active_children()) <= before
+    trainer.train()
 
 
 def test_options_are_checked(make_trainer):

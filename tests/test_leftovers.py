@@ -72,6 +72,7 @@ def test_ruff_looks_at_all_of_ours(clone):
     assert shown == {path for name in OURS for path in (clone / name).rglob("*.py")}
 
 
+@pytest.mark.slow
 def test_pytest_collects_nothing_of_it(clone):
     status, said = output(clone, sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
     collected = [line for line in said.splitlines() if "::" in line]
