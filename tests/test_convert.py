@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from reference_layouts import CustomTextClip, FlypClassifier, FlypEncoder, reference_clip
 from safetensors.torch import save_file
+from tolerances import EXACT
 from transformers import CLIPModel
 
 from carot_hf.convert import clip_from_state_dict, load_clip_checkpoint
@@ -58,7 +59,8 @@ LAYOUTS = list(layouts(reference_clip()))
 
 
 @torch.no_grad()
-def assert_same_features(model, plain, pixels, ids, atol=1e-5):
+def assert_same_features(model, plain, pixels, ids, atol=EXACT):
+    model, plain, pixels = copy.deepcopy(model).double(), copy.deepcopy(plain).double(), pixels.double()
     torch.testing.assert_close(
         model.get_image_features(pixel_values=pixels).pooler_output, plain.encode_image(pixels), atol=atol, rtol=0
     )
@@ -91,16 +93,17 @@ def test_the_wrong_activation_shows_in_the_features(pixels):
 def test_text_of_each_length_and_either_filling(ids):
     """Short rows alone, filled with 0 or with the end marker: the reference pools at the largest id each time."""
     plain = reference_clip()
-    model = clip_from_state_dict(plain.state_dict(), hidden_act="quick_gelu")
+    model = clip_from_state_dict(plain.state_dict(), hidden_act="quick_gelu").double()
+    plain.double()
     with torch.no_grad():
         expected = plain.encode_text(ids)
         for row, length in enumerate((3, 12, 7, 5)):
             features = model.get_text_features(input_ids=ids[row : row + 1, :length]).pooler_output
-            torch.testing.assert_close(features, expected[row : row + 1], atol=1e-5, rtol=0)
+            torch.testing.assert_close(features, expected[row : row + 1], atol=EXACT, rtol=0)
         filled = ids.masked_fill(ids == 0, END)
         mask = (ids != 0).long()
         features = model.get_text_features(input_ids=filled, attention_mask=mask).pooler_output
-    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(features, expected, atol=EXACT, rtol=0)
 
 
 def test_config_follows_from_the_shapes():

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from ports import reserved_port
 from tolerances import EXACT, LOGGED
 
 TERMS = (
@@ -91,22 +89,6 @@ def test_a_bad_image_on_one_process_ends_both(tmp_path):
     assert "in set 'train' at index 30, got no bytes" in result.stderr
 
 
-@contextmanager
-def reserved_port():
-    """A port for a server that is started later: none that the system gives out, and ours alone while this lasts."""
-    folder = Path(tempfile.gettempdir())
-    for port in range(20000, 30000):
-        with (folder / f"carot_hf-port-{port}").open("w") as lock, socket.socket() as probe:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                probe.bind(("127.0.0.1", port))
-            except OSError:  # another test has it, or a server that is none of ours
-                continue
-            probe.close()
-            yield port
-            return
-
-
 def launch(tmp_path, processes, batch, preset, options, resume=None, nodes=1, family=None):
     """Run the worker; with two nodes, from two launchers that know of each other by an address only.
 
@@ -127,7 +109,7 @@ def launch(tmp_path, processes, batch, preset, options, resume=None, nodes=1, fa
         commands = [[*torchrun, "--standalone", f"--nproc_per_node={processes}", str(script)]]
     else:
         commands = [[sys.executable, str(script)]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with ports, ThreadPoolExecutor() as pool:
         run = partial(subprocess.run, capture_output=True, text=True, env=environment, timeout=240)
         results = list(pool.map(run, commands))

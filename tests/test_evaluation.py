@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_clip
 from PIL import Image
-from tolerances import float32_bound
+from tolerances import EXACT, float32_bound
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import SequentialSampler
 from transformers import CLIPModel, CLIPProcessor, EarlyStoppingCallback, TrainerCallback, pipeline
@@ -402,8 +402,9 @@ class LargestTensor(TorchDispatchMode):
 def test_metrics_and_temperature_never_hold_the_whole_matrix():
     """4,000 rows of 1,000 classes: the matrix has 4 million values; embeddings have 32,000, a chunk 131,072."""
     generator = torch.Generator().manual_seed(0)
-    embeds = torch.nn.functional.normalize(torch.randn(4000, 8, generator=generator), dim=-1)
-    head = (4 * torch.randn(1000, 8, generator=generator), torch.randn(1000, generator=generator))
+    double = {"generator": generator, "dtype": torch.float64}
+    embeds = torch.nn.functional.normalize(torch.randn(4000, 8, **double), dim=-1)
+    head = (4 * torch.randn(1000, 8, **double), torch.randn(1000, **double))
     whole = embeds @ head[0].T + head[1]
     labels = torch.multinomial((whole / 2).softmax(1), 1, generator=generator)[:, 0]
     data = ShiftSet([0] * 4000, name="far", num_classes=1000)
@@ -415,8 +416,8 @@ def test_metrics_and_temperature_never_hold_the_whole_matrix():
         temperatures = {name: fit_temperature(rows, labels, criterion=name) for name in fitted}
         bins = label_bins(rows, labels, n_bins=10)
     assert largest.values <= 131_072
-    assert metrics == pytest.approx(expected, rel=1e-5)
-    assert temperatures == pytest.approx(fitted, rel=1e-4)
+    assert metrics == pytest.approx(expected, rel=EXACT)
+    assert temperatures == pytest.approx(fitted, rel=EXACT)
     assert bins.n == 4000
 
 

@@ -7,7 +7,6 @@ import os
 import pathlib
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, Noise, noise_suite, tiny_clip, tiny_processor
+from ports import reserved_port
 from torch.utils.data import get_worker_info
 
 import carot_hf.trainer
@@ -177,10 +177,13 @@ def test_a_killed_worker_of_the_loader_ends_the_run(tmp_path, persistent):
     assert "checkpoint" in last
 
 
-def start_ranks(tmp_path, call):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+@pytest.fixture
+def port():
+    with reserved_port() as found:
+        yield str(found)
+
+
+def start_ranks(tmp_path, call, port):
     place = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     ranks = []
     for rank in "01":
@@ -192,11 +195,13 @@ def start_ranks(tmp_path, call):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
-def test_a_rank_that_is_lost_ends_the_other(tmp_path, fault):
+def test_a_rank_that_is_lost_ends_the_other(tmp_path, fault, port):
     """One that is killed breaks the connection; one that hangs is given up after ``ddp_timeout``."""
     out = tmp_path / "run"
     options = "trainer=Faulty, save_steps=3, ddp_backend='gloo', ddp_timeout=15"
-    ranks = start_ranks(tmp_path, f"Faulty.fault, Faulty.rank = signal.{fault}, '1'; train({str(out)!r}, {options})")
+    ranks = start_ranks(
+        tmp_path, f"Faulty.fault, Faulty.rank = signal.{fault}, '1'; train({str(out)!r}, {options})", port
+    )
     try:
         ranks[0].wait(timeout=90)  # the start takes a part of it
     finally:
@@ -222,11 +227,11 @@ def test_sigterm_to_torchrun_saves_and_ends_all(tmp_path):
     with log.open("w") as file:
         process = subprocess.Popen(torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
     try:
-        give_up = time.monotonic() + 90
-        while "step 3" not in log.read_text() and time.monotonic() < give_up:
+        while "step 3" not in log.read_text():
+            assert process.poll() is None, log.read_text()
             time.sleep(0.1)
         process.terminate()
-        assert process.wait(timeout=60) != 0
+        assert process.wait() != 0
     finally:
         process.kill()
     saved = newest_complete_checkpoint(out)

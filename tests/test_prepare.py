@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, noise_set, tiny_clip
+from tolerances import EXACT
 from transformers.trainer_utils import HPSearchBackend
 
 from carot_hf import CaRotTrainer, bake_temperature
@@ -253,14 +254,14 @@ def test_training_and_other_sets_are_seen_by_a_calibration(make_trainer, suite, 
     assert other.calibrate()["n"] == 13
 
 
-def test_every_picture_is_drawn_from_one_table(make_trainer, monkeypatch):
+def test_every_picture_is_drawn_from_one_table(make_trainer, model, monkeypatch):
     """Calibrated or not: the file and the reporters show the same, under the same titles."""
     from carot_hf import suite_trainer
 
     written, sent = [], []
     monkeypatch.setattr(suite_trainer, "write_diagrams", lambda path, tables: written.append(tables))
     monkeypatch.setattr(suite_trainer, "send_diagrams", lambda callbacks, tables, **_: sent.append(tables))
-    trainer = make_trainer(reliability_diagrams=True)
+    trainer = make_trainer(model.double(), reliability_diagrams=True)
     before = trainer.evaluate()
     temperature = trainer.calibrate()["temperature"]
     after = trainer.evaluate()
@@ -269,8 +270,8 @@ def test_every_picture_is_drawn_from_one_table(make_trainer, monkeypatch):
     titles = {"as trained", f"T = {temperature:.3f}"}
     for tables in written:
         assert tables["home"].keys() == titles
-        assert tables["home"]["as trained"].ece == pytest.approx(before["eval_home_ece"], abs=1e-5)
-        assert tables["home"][f"T = {temperature:.3f}"].ece == pytest.approx(after["eval_home_ece"], abs=1e-5)
+        assert tables["home"]["as trained"].ece == pytest.approx(before["eval_home_ece"], abs=EXACT)
+        assert tables["home"][f"T = {temperature:.3f}"].ece == pytest.approx(after["eval_home_ece"], abs=EXACT)
 
 
 def test_a_temperature_of_few_rows_is_said_with_its_interval(make_trainer, suite, caplog):

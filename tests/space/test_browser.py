@@ -9,15 +9,16 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import ExitStack
 
 import pytest
 from conftest import ROOT
 from PIL import Image
+from ports import reserved_port
 
 pytestmark = pytest.mark.space
 
@@ -38,9 +39,8 @@ def url(tmp_path_factory):
     """The folder copied as a Space has it, run from a directory that has nothing to do with it."""
     folder = tmp_path_factory.mktemp("space") / "flat"
     shutil.copytree(ROOT / "carot_hf" / "ece", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    ports = ExitStack()
+    port = ports.enter_context(reserved_port())
     log = folder.parent / "log"
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("GRADIO", "PYTHONPATH"))
@@ -73,6 +73,7 @@ def url(tmp_path_factory):
     finally:
         server.terminate()
         server.wait(PATIENCE)
+        ports.close()
 
 
 # ---- the API ----
