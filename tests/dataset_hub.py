@@ -5,46 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-
-class DatasetHub(ThreadingHTTPServer):
-    """Files by path for each commit; ``newest`` is the commit of ``main``. Every name is that of the data set."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.commits: dict[str, dict[str, bytes]] = {}
-        self.newest = ""
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *args):
-        self.shutdown()
-        self.server_close()
+from loopback import Answering, Loopback
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(Answering):
     server: DatasetHub
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, value, status=200, **headers):
-        body = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        for name, text in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), text)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def do_GET(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -87,6 +54,17 @@ class Handler(BaseHTTPRequestHandler):
             return
         first, last = int(part[1]), min(int(part[2] or len(data) - 1), len(data) - 1)
         self.answer(data[first : last + 1], 206, Content_Range=f"bytes {first}-{last}/{len(data)}", **headers)
+
+
+class DatasetHub(Loopback):
+    """Files by path for each commit; ``newest`` is the commit of ``main``. Every name is that of the data set."""
+
+    handler = Handler
+
+    def __init__(self):
+        super().__init__()
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.newest = ""
 
 
 def entries(files, path):

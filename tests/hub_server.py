@@ -6,59 +6,17 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from huggingface_hub import ModelCard
+from loopback import Answering, Loopback
 
 GOOD_TOKEN = "hf_good"
 COMMIT = "0" * 39 + "1"
 LARGE = (".safetensors", ".png", ".bin")
 
 
-class Hub(ThreadingHTTPServer):
-    """Repositories by name, each with its files by path; ``failures`` uploads of large files fail at first.
-
-    POST to ``/recover`` ends the failures.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, failures=0):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.objects: dict[str, bytes] = {}
-        self.commits: list[str] = []
-        self.history: list[tuple[str, dict[str, bytes]]] = []  # name and files after each commit
-        self.validated: list[dict[str, object]] = []  # metadata of cards
-        self.created: list[dict[str, object]] = []  # what was asked for each repository
-        self.failures, self.failed = failures, 0
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *args):
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(Answering):
     server: Hub
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, value, status=200, **headers):
-        body = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        for name, text in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), text)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def body(self):
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -162,3 +120,22 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"error": "no such entry"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
+
+
+class Hub(Loopback):
+    """Repositories by name, each with its files by path; ``failures`` uploads of large files fail at first.
+
+    POST to ``/recover`` ends the failures.
+    """
+
+    handler = Handler
+
+    def __init__(self, failures=0):
+        super().__init__()
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.objects: dict[str, bytes] = {}
+        self.commits: list[str] = []
+        self.history: list[tuple[str, dict[str, bytes]]] = []  # name and files after each commit
+        self.validated: list[dict[str, object]] = []  # metadata of cards
+        self.created: list[dict[str, object]] = []  # what was asked for each repository
+        self.failures, self.failed = failures, 0
