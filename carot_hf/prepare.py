@@ -52,7 +52,8 @@ def prepare_model(model: Any, args: Any, suite: ShiftSuite, processor: Any) -> P
         TypeError: If the model is of no family that is known.
         ValueError: If model, arguments and suite do not fit each other.
     """
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    parts = model.modules()
+    if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts):
         raise TypeError(
             f"Expected a model that is not compiled, got a compiled {type(model).__name__}. Pass the model itself "
             "and set `torch_compile` True: student and teacher are then compiled alike."

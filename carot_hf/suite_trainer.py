@@ -177,6 +177,11 @@ class SuiteTrainer(Trainer):
                 f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. "
                 "Lower `per_device_train_batch_size`, or set `dataloader_drop_last` False."
             )
+        if self._objective == "contrastive" and not self.args.dataloader_drop_last and len(data) % whole_batch == 1:
+            raise ValueError(
+                f"Expected two pairs or more in every batch, got a last one of 1 from the {len(data)} samples of set "
+                f"'{data.name}' in batches of {whole_batch}. Choose another batch size, or set `dataloader_drop_last`."
+            )
         drawn = DrawnSet(ReadSet(data, skip=self._skips, min_size=self._transform.train_size))
         if self.args.world_size > 1 and not self.args.dataloader_drop_last:
             return self._share_loader(drawn)
@@ -632,6 +637,7 @@ class SuiteTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         config, metric = self.model.config, self.args.metric_for_best_model
+        chose = self.state.global_step > 0 and self.state.best_model_checkpoint is not None
         start = finetuned_from or getattr(config, "_name_or_path", "")
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -664,7 +670,7 @@ class SuiteTrainer(Trainer):
                 language=language,
                 diagram=None if diagram is None else diagram.name,
                 teacher=(folder / TEACHER_FOLDER / "config.json").is_file(),
-                chosen_by=metric if chosen_by(metric, self.suite.test.name) else None,
+                chosen_by=metric if chose and chosen_by(metric, self.suite.test.name) else None,
                 datasets=_listed(dataset) or self.suite.datasets,
                 tags=_listed(tags),
                 suite_version=self.suite.version,
@@ -694,7 +700,7 @@ class SuiteTrainer(Trainer):
         Raises:
             ValueError: If the direction is not the metric's.
         """
-        metric = str(self.args.metric_for_best_model or DEFAULT_BEST_METRIC)
+        metric = f"eval_{str(self.args.metric_for_best_model or DEFAULT_BEST_METRIC).removeprefix('eval_')}"
         if compute_objective is None:
             better = "maximize" if greater_is_better(metric) else "minimize"
             if direction not in (None, better):

@@ -410,8 +410,10 @@ class CaRotTrainingArguments(TrainingArguments):
         for kind in type(self).__mro__[: type(self).__mro__.index(TrainingArguments)]:
             own |= get_annotations(kind).keys()
         found = {}
+        ours = {item.name: item for item in fields(CaRotTrainingArguments)}
         for item in fields(self):
-            default = item.default if item.default_factory is MISSING else item.default_factory()
+            known = ours.get(item.name, item)  # a subclass may have another default
+            default = known.default if known.default_factory is MISSING else known.default_factory()
             value = getattr(self, item.name)
             published = item.name != "resume_from_checkpoint" and not _SECRET.search(item.name)
             if item.name in own and value != default and published:

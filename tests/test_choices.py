@@ -36,17 +36,18 @@ class Longer(CaRotTrainingArguments):
     note: str = "none"
     tags: list[str] = dataclasses.field(default_factory=list)
     wandb_api_key: str = ""
+    teacher_beta: float = 0.25
 
 
 def test_arguments_of_a_subclass_say_what_changed(tmp_path):
     expected = make(tmp_path, seed=7, same_class="ignore").changed()
     assert {"seed": 7, "same_class": "ignore"}.items() <= expected.items()
     options = {"output_dir": str(tmp_path), "use_cpu": True, "seed": 7, "same_class": "ignore"}
-    for kind in (Plain, Longer):
-        assert kind.from_preset("carot", **options).changed() == expected
+    for kind, more in ((Plain, {}), (Longer, {"teacher_beta": 0.25})):
+        assert kind.from_preset("carot", **options).changed() == expected | more
     assert Plain.from_preset("carot", **options, resume_from_checkpoint="/home/me/run").changed() == expected
     longer = Longer.from_preset("carot", **options, note="x", tags=["a"], wandb_api_key="secret")
-    assert longer.changed() == expected | {"note": "x", "tags": ["a"]}
+    assert longer.changed() == expected | {"note": "x", "tags": ["a"], "teacher_beta": 0.25}
 
 
 def test_subclasses_of_trainer_callback_teacher_and_classifier_work(make_trainer, model, suite, processor, tmp_path):
@@ -197,6 +198,9 @@ def test_a_choice_by_the_test_set_is_said_and_stands_in_the_card(make_trainer, c
             in caplog.text
         )
         assert said == (metric != "eval_validation_nll")
+        trainer.create_model_card()
+        assert "were chosen by" not in Path(trainer.args.output_dir, "README.md").read_text()  # nothing was yet
+        trainer.train()
         trainer.evaluate()
         trainer.create_model_card()
         cards[metric] = Path(trainer.args.output_dir, "README.md").read_text()
@@ -216,11 +220,16 @@ def test_a_search_is_for_the_metric_that_chooses_and_sees_no_shift(make_trainer,
 
     monkeypatch.setitem(module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, module.HPSearchBackend.OPTUNA, Backend)
     seen = []
-    for metric, direction in ((None, "minimize"), ("eval_validation_accuracy", "maximize")):
+    for metric, direction in (
+        (None, "minimize"),
+        ("validation_nll", "minimize"),
+        ("eval_validation_accuracy", "maximize"),
+    ):
         trainer = make_trainer(metric_for_best_model=metric)
         trainer.model_init = lambda: None
         best = trainer.hyperparameter_search(backend="optuna")
-        assert best.objective == best.hyperparameters["metrics"][metric or "eval_validation_nll"]
+        name = f"eval_{(metric or 'validation_nll').removeprefix('eval_')}"
+        assert best.objective == best.hyperparameters["metrics"][name]
         assert best.hyperparameters["direction"] == direction
         other = {"minimize": "maximize", "maximize": "minimize"}[direction]
         with pytest.raises(ValueError, match=f"Expected `direction` '{direction}' for"):
@@ -269,11 +278,20 @@ def test_one_pair_at_a_time_is_no_contrastive_batch_of_one(tmp_path):
     assert make(tmp_path, preset="carot-2024", freeze="text", cross_norm_weight=0.0).freeze == "text"
 
 
+def test_a_last_batch_of_one_pair_is_refused(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=5, dataloader_drop_last=False)  # of 26 samples
+    with pytest.raises(ValueError, match="two pairs or more in every batch, got a last one of 1 from the 26 samples"):
+        trainer.train()
+    make_trainer(preset="ft", per_device_train_batch_size=5, dataloader_drop_last=False, max_steps=1).train()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_compiled_model_is_refused(make_trainer, model, inside):
-    if inside:
+@pytest.mark.parametrize("how", ["wrapped", "inside", "tower"])
+def test_a_compiled_model_is_refused(make_trainer, model, how):
+    if how == "inside":
         model.compile()
+    elif how == "tower":
+        model.vision_model = torch.compile(model.vision_model)
     else:
         model = torch.compile(model)
     with pytest.raises(TypeError, match=r"Expected a model that is not compiled, got a .*`torch_compile` True"):
