@@ -113,4 +113,4 @@ audit: $(READY)
 	HF_HUB_OFFLINE=0 $(BIN)/pip-audit --local --skip-editable
 
 clean:
-	rm -rf .venv $(SPACE) $(LOWEST) $(NEWEST) $(REHEARSAL) out build dist demo report runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SPACE) $(LOWEST) $(NEWEST) $(REHEARSAL) out/demo out/report out/report-quick build dist demo report runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _KEPT: list[Any] = []
+_LAST_MOMENT = 0.5  # seconds
 
 
 def gather_rows(local: Tensor, *, with_grad: bool, counts: Sequence[int] | None = None) -> Tensor:
@@ -37,9 +40,12 @@ def keep_group() -> None:
 
     When the last reference to a gloo group goes with DDP's reducer, torch 2.13 holds the interpreter's lock while it
     waits for the group's threads, and one of these may be waiting for that lock to let go of its last tensors: the
-    process hangs after all is done. With this reference the group goes later, when its threads have nothing left.
+    process hangs after all is done. With this reference the group goes later, when its threads have nothing left. One
+    that still asks for the lock while the interpreter ends aborts the process: so it is left to them for a moment.
     """
     if _several() and not any(group is dist.group.WORLD for group in _KEPT):
+        if not _KEPT:
+            atexit.register(time.sleep, _LAST_MOMENT)
         _KEPT.append(dist.group.WORLD)
 
 

@@ -48,6 +48,8 @@ if trainer.is_world_process_zero():
 trainer.calibrate()
 trainer.push_to_hub()
 trainer.accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)  # a thread of gloo that asks for the interpreter's lock while it ends aborts the process
 """
 USE = """
 import json, sys
@@ -117,6 +119,7 @@ args = CaRotTrainingArguments.from_preset(
 trainer = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=noise_suite(), processing_class=processor)
 trainer.train(resume_from_checkpoint={resume!r})
 trainer.accelerator.end_training()
+os._exit(0)  # a thread of gloo that asks for the interpreter's lock while it ends aborts the process
 """
 
 
