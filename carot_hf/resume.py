@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
-from .training_args import CaRotTrainingArguments
+from .training_args import SECRET, CaRotTrainingArguments
 
 RUN_NAME = "run.json"
 _STATE_NAME = "trainer_state.json"
@@ -37,7 +36,6 @@ _OF_THE_OPTIMIZER = (
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "contrastive_batch_size", "world_size")
 _BY_MEASUREMENT = ("reduce_lr_on_plateau", "greedy")  # schedules that are no function of the step
 _HYPERPARAMETERS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps"}
-_SECRET = re.compile("token|key|secret|password")  # in names of a user's arguments: checkpoints may be published
 _SET_BACK = (
     "Set it back, or start a new run from these weights: load the model from that folder and train without "
     "`resume_from_checkpoint`."
@@ -142,7 +140,7 @@ def run_facts(
         name for name in (*_names(CaRotTrainingArguments), *_REFUSED) if name not in (*_OF_EVALUATION, *_ELSEWHERE)
     ]
     ours = _names(CaRotTrainingArguments)
-    own = [name for name in _names(type(args)) if name not in ours and not _SECRET.search(name)]
+    own = [name for name in _names(type(args)) if name not in ours and not SECRET.search(name)]
     at_once = args.per_device_train_batch_size * args.world_size
     contrastive = args.objective == "contrastive"
     facts = {

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm.auto import tqdm
-from transformers import CLIPModel, EvalPrediction, Trainer
+from transformers import CLIPModel, EarlyStoppingCallback, EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
 from transformers.utils import logging
@@ -177,7 +177,8 @@ class SuiteTrainer(Trainer):
                 f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. "
                 "Lower `per_device_train_batch_size`, or set `dataloader_drop_last` False."
             )
-        if self._objective == "contrastive" and not self.args.dataloader_drop_last and len(data) % whole_batch == 1:
+        plain = self._objective == "contrastive" and not self.args.contrastive_batch_size  # the cache leaves a rest out
+        if plain and not self.args.dataloader_drop_last and len(data) % whole_batch == 1:
             raise ValueError(
                 f"Expected two pairs or more in every batch, got a last one of 1 from the {len(data)} samples of set "
                 f"'{data.name}' in batches of {whole_batch}. Choose another batch size, or set `dataloader_drop_last`."
@@ -637,7 +638,8 @@ class SuiteTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         config, metric = self.model.config, self.args.metric_for_best_model
-        chose = self.state.global_step > 0 and self.state.best_model_checkpoint is not None
+        stops = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
+        chose = self.state.global_step > 0 and (self.args.load_best_model_at_end or stops)
         start = finetuned_from or getattr(config, "_name_or_path", "")
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -715,7 +717,14 @@ class SuiteTrainer(Trainer):
         def objective(metrics: dict[str, float]) -> float:
             """From the metrics of all sets but the shifted ones."""
             kept = {name: value for name, value in metrics.items() if set_of(name, (*homes, *shifts)) not in shifts}
-            return kept[metric] if compute_objective is None else compute_objective(kept)
+            if compute_objective is not None:
+                return compute_objective(kept)
+            if metric not in kept:
+                raise ValueError(
+                    f"Expected the metric {metric!r} of the evaluation, got {sorted(kept)}. Name one of these as "
+                    "`metric_for_best_model`, or pass a `compute_objective`."
+                )
+            return kept[metric]
 
         return super().hyperparameter_search(hp_space, objective, n_trials, direction or "minimize", **kwargs)
 
@@ -797,9 +806,8 @@ class SuiteTrainer(Trainer):
         known = self._known_of_weights() if known is None else known
         network = self._network
         if isinstance(network, CLIPClassifier):
-            return at_least_float32(network.head.weight.detach()).cpu(), at_least_float32(
-                network.head.bias.detach()
-            ).cpu()
+            head = network.head
+            return at_least_float32(head.weight.detach()).cpu(), at_least_float32(head.bias.detach()).cpu()
         if known.get("classes", (None,))[0] is not self.captions:
             with self.accelerator.autocast():
                 known["classes"] = (self.captions, class_embeddings(network, self.captions).cpu())

@@ -148,7 +148,7 @@ class CaRotTrainer(SuiteTrainer):
         """A teacher of the model; the one that there is if it was made of the same parameters, some of them frozen."""
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
-        # half-precision parameters of a tower stay the student's: in the teacher's float32 forward they do not fit
+        # a tower in half precision is copied: it does not fit into the teacher's forward pass, which is float32
         share = is_adapted(student) or all(wide_dtype(value.dtype) == value.dtype for value in frozen)
         names = frozenset(
             name

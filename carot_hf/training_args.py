@@ -24,7 +24,7 @@ from .teacher import check_momentum
 TEACHERS = ("ema", "frozen", "beta")
 ON_BAD_IMAGE = ("raise", "skip")
 _WEIGHTS = ("distillation_weight", "feature_distillation_weight", "orthogonality_weight", "cross_norm_weight")
-_SECRET = re.compile("token|key|secret|password")  # in names of a user's arguments: cards are published
+SECRET = re.compile("token|key|secret|password")  # in names of a user's arguments: cards and checkpoints are published
 _STOCK = ("max_steps", "gradient_accumulation_steps", "bf16", "fp16", "tf32", "optim", "label_smoothing_factor", "seed")
 # Arguments of transformers that would be ignored here or break the method: what they may be, and what to do instead.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -415,7 +415,7 @@ class CaRotTrainingArguments(TrainingArguments):
             known = ours.get(item.name, item)  # a subclass may have another default
             default = known.default if known.default_factory is MISSING else known.default_factory()
             value = getattr(self, item.name)
-            published = item.name != "resume_from_checkpoint" and not _SECRET.search(item.name)
+            published = item.name != "resume_from_checkpoint" and not SECRET.search(item.name)
             if item.name in own and value != default and published:
                 found[item.name] = value
         return found

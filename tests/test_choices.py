@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, noise_set, tiny_clip, tiny_processor
+from transformers import EarlyStoppingCallback
 from transformers import trainer as module
 from transformers.trainer_utils import BestRun
 
@@ -278,11 +279,25 @@ def test_one_pair_at_a_time_is_no_contrastive_batch_of_one(tmp_path):
     assert make(tmp_path, preset="carot-2024", freeze="text", cross_norm_weight=0.0).freeze == "text"
 
 
+def test_a_card_says_who_chose_only_where_something_did(make_trainer):
+    """A metric that is only followed, with checkpoints of its best step, chooses nothing."""
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    for callbacks, chooses in (([], False), ([EarlyStoppingCallback(3)], True)):
+        trainer = make_trainer(**steps, metric_for_best_model="eval_id_nll", trainer={"callbacks": callbacks})
+        trainer.train()
+        trainer.evaluate()
+        trainer.create_model_card()
+        card = Path(trainer.args.output_dir, "README.md").read_text()
+        assert ("**These weights were chosen by `eval_id_nll`**" in card) == chooses
+
+
 def test_a_last_batch_of_one_pair_is_refused(make_trainer):
     trainer = make_trainer(per_device_train_batch_size=5, dataloader_drop_last=False)  # of 26 samples
     with pytest.raises(ValueError, match="two pairs or more in every batch, got a last one of 1 from the 26 samples"):
         trainer.train()
     make_trainer(preset="ft", per_device_train_batch_size=5, dataloader_drop_last=False, max_steps=1).train()
+    cache = {"per_device_train_batch_size": 5, "contrastive_batch_size": 25}  # which leaves the last one out
+    make_trainer(**cache, dataloader_drop_last=False, max_steps=1).train()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
