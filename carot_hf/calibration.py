@@ -189,6 +189,7 @@ def fit_temperature(
     *,
     criterion: str = "nll",
     bounds: tuple[float, float] = (0.5, 10.0),
+    warn: bool = True,
 ) -> float:
     r"""The temperature within ``bounds`` whose ``softmax(logits / temperature)`` is best calibrated.
 
@@ -201,7 +202,8 @@ def fit_temperature(
         logits: ``(N, K)`` float, before the softmax, of rows held out of training. Not probabilities.
         labels: ``(N,)`` integer class indices in ``[0, K)``.
         criterion: ``"nll"`` or ``"ece"``.
-        bounds: Lowest and highest temperature, ``0 < low < high``. An optimum at a bound is logged as a warning.
+        bounds: Lowest and highest temperature, ``0 < low < high``.
+        warn: Log a warning if the optimum is at a bound.
 
     Returns:
         The temperature, dimensionless; divide logits by it.
@@ -221,7 +223,8 @@ def fit_temperature(
     temperature = _fit_nll(logits, labels, low, high)
     if criterion == "ece":
         temperature = _fit_ece(logits, labels, low, high, temperature)
-    warn_at_bound(temperature, low, high)
+    if warn:
+        warn_at_bound(temperature, low, high)
     return temperature
 
 

@@ -3,15 +3,15 @@
 Names and templates are looked for, each on its own, in this order:
 
 1. given by the user;
-2. the names of the data set's ``ClassLabel`` (it has no templates);
-3. ``classnames.txt`` and ``zeroshot_classification_templates.txt`` in a local folder, or beside a data set
+2. ``classnames.txt`` and ``zeroshot_classification_templates.txt`` in a local folder, or beside a data set
    ``clip-benchmark/wds_*`` on the Hub (offline: in its cache);
-4. an installed ``open_clip_torch``: its file of names is read by path, neither imported nor executed.
+3. an installed ``open_clip_torch``: its file of names is read by path, neither imported nor executed;
+4. the names of the data set's ``ClassLabel`` (it has no templates), with a warning.
 
-Published numbers are of OpenAI's 1000 names and 80 templates: those of 3 and 4. The ``ClassLabel`` of
+Published numbers are of OpenAI's 1000 names and 80 templates: those of 2 and 3. The ``ClassLabel`` of
 ``ILSVRC/imagenet-1k`` has WordNet's synonyms ("tench, Tinca tinca") instead; the first of each is taken, because a
-caption that lists synonyms is unlike those CLIP was trained on. To have OpenAI's names for that data set, leave
-``"ClassLabel"`` out of ``sources``. Names are never keys: two pairs of OpenAI's names are equal.
+caption that lists synonyms is unlike those CLIP was trained on, and the figures are not comparable with published ones.
+Names are never keys: two pairs of OpenAI's names are equal.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from .prompts import PLACEHOLDER, check_templates
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("ClassLabel", "files", "open_clip")
+SOURCES = ("files", "open_clip", "ClassLabel")
 DEFAULT_TEMPLATE = "a photo of a {}."
 HUB_ID = "clip-benchmark/wds_imagenetv2"
 NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
 _IMAGENET_CLASSES = 1000
+_CLASS_LABEL = "ClassLabel"
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,13 @@ def resolve_names(
             "; ".join(missing),
             DEFAULT_TEMPLATE,
         )
+    if found[1].startswith(_CLASS_LABEL):
+        logger.warning(
+            "Class names are those of the %s, WordNet's synonyms: figures do not compare with published ones. The "
+            "names of the papers could not be had (%s).",
+            found[1],
+            "; ".join(missing) or "no other source was asked",
+        )
     logger.info("%d class names from: %s.", num_classes, found[1])
     logger.info("%d templates from: %s.", len(found_templates[0]), found_templates[1])
     return ResolvedNames(found[0], found_templates[0], found[1], found_templates[1])
@@ -151,7 +159,7 @@ def _offers(
 
 
 def _from_class_label(label_names: Sequence[str] | None, of: str) -> _Offer:
-    source = f"ClassLabel of {of}"
+    source = f"{_CLASS_LABEL} of {of}"
     if not label_names:
         return _Offer(source, missing=f"{of} has no ClassLabel with names")
     if all(re.fullmatch(r"n\d{8}", name) for name in label_names):

@@ -18,6 +18,8 @@ from .images import BadImageError
 from .prompts import CaptionTable
 from .transforms import ImageTransform, PatchTransform, image_batch
 
+_CAPTION = 1  # beside seed and number of the draw: crops and templates stay those of samples with one caption
+
 
 class ReadSet(Dataset):  # type: ignore[type-arg]
     """The items of a set; one whose image cannot be decoded is an error, or replaced by the next that can be.
@@ -164,6 +166,14 @@ class CaRotCollator:
             batch["labels"] = torch.tensor([sample["label"] for sample in samples])
         return batch
 
+    def _caption(self, sample: Mapping[str, Any]) -> str:
+        """A sample's own caption; of several one that is drawn by its number."""
+        caption = sample["caption"]
+        if isinstance(caption, str):
+            return caption
+        generator = np.random.default_rng((self.seed, sample["draw"], _CAPTION))
+        return str(caption[int(generator.integers(len(caption)))])
+
     def _drawn(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Random crops, and each sample's own caption or a template with its class name."""
         pixels, templates = [], []
@@ -172,7 +182,7 @@ class CaRotCollator:
             templates.append(int(generator.integers(self.captions.n_templates)))
             pixels.append(self.transform.train(sample["image"], generator))
         if "caption" in samples[0]:
-            tokens = self.captions.tokenize([sample["caption"] for sample in samples])
+            tokens = self.captions.tokenize([self._caption(sample) for sample in samples])
         else:
             labels = torch.tensor([sample["label"] for sample in samples])
             tokens = self.captions.lookup(labels, torch.tensor(templates))

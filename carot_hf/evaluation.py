@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from .sigmoid import fit_sigmoid
 Metrics = dict[str, float]
 Head = tuple[Tensor, Tensor]  # weight (K, D) and bias (K,) of the training classes
 Scaling = dict[str, float]  # "temperature" and, for the sigmoid, "bias"
+BOUNDS = {"softmax": (0.5, 10.0), "sigmoid": (0.05, 20.0)}  # of the temperature
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,42 @@ class SetLogits(LogitRows):
         return self._data.select(F.linear(self._embeds[rows], *self._head))
 
 
-def fit_scaling(logits: Tensor | LogitRows, labels: Tensor, *, link: str, criterion: str) -> Scaling:
+def scaling_bounds(bounds: Sequence[float] | None, link: str) -> tuple[float, float]:
+    """Lowest and highest temperature to look for; ``None``: those that are usual for the link."""
+    low, high = BOUNDS[link] if bounds is None else bounds
+    return float(low), float(high)
+
+
+def fit_scaling(
+    logits: Tensor | LogitRows,
+    labels: Tensor,
+    *,
+    link: str,
+    criterion: str,
+    bounds: Sequence[float] | None = None,
+    warn: bool = True,
+) -> Scaling:
     """Fit what calibrates the logits of a held-out set: a temperature and, for the sigmoid, a bias.
 
+    Args:
+        logits: ``(n, K)`` float, before the link.
+        labels: ``(n,)`` int64.
+        link: "softmax" or "sigmoid".
+        criterion: "nll", or with the softmax "ece".
+        bounds: Lowest and highest temperature; ``None``: see `scaling_bounds`.
+        warn: Log a warning if the temperature is at one of them.
     Raises:
         ValueError: If the link is the sigmoid and the criterion not "nll".
     """
+    between = scaling_bounds(bounds, link)
     if link == "softmax":
-        return {"temperature": fit_temperature(logits, labels, criterion=criterion)}
+        return {"temperature": fit_temperature(logits, labels, criterion=criterion, bounds=between, warn=warn)}
     if criterion != "nll":
         raise ValueError(
             f"Expected `calibration_criterion` 'nll' for a model with SigLIP's sigmoid, got {criterion!r}. Scale and "
             "bias are fitted together, by their likelihood."
         )
-    temperature, bias = fit_sigmoid(logits, labels)
+    temperature, bias = fit_sigmoid(logits, labels, bounds=between, warn=warn)
     return {"temperature": temperature, "bias": bias}
 
 

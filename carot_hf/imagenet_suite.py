@@ -106,7 +106,8 @@ class _Loader:
         source = self._source(facts)
         commit = newest_commit(source) if streaming and isinstance(source, str) else None
         self._commits[facts.name, split] = commit
-        return open_rows(source, split, layout=facts.layout, streaming=streaming, revision=commit)
+        layout = facts.layout if isinstance(source, str) else None  # a local copy may be kept in another way
+        return open_rows(source, split, layout=layout, streaming=streaming, revision=commit)
 
     def as_set(self, rows: Any, facts: SetFacts, split: str) -> ShiftSet:
         """Make the set of a split."""
@@ -116,6 +117,7 @@ class _Loader:
             num_classes=NUM_CLASSES,
             label_names=facts.label_names(),
             columns=facts.columns(),
+            in_order=True,
             published=(facts.rows[split], facts.num_labels) if self._check_counts else None,
             exif=facts.exif,
             crop_border=facts.crop_border,
@@ -132,7 +134,7 @@ class _Loader:
             classes = facts.num_labels if self._check_counts else _distinct(train)
             held = hold_out_of_stream(train, share=HOLD_OUT_SHARE, classes=classes, seed=seed, key=key)
             return train, held
-        return split_off(train, HOLD_OUT_SHARE, seed)
+        return split_off(train, HOLD_OUT_SHARE, seed, balanced=True)
 
     def names_folder(self) -> Path | None:
         """The local folder that may hold the files of names: that of ImageNet-V2, whose classes are ImageNet's."""

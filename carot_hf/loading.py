@@ -1,16 +1,16 @@
-"""Rows of images and labels, from the Hub or from a local copy: parquet files, webdataset tars, folders of images.
+"""Rows of images and labels, from the Hub or from a local copy, in whatever layout they are kept.
 
-What `datasets` guesses wrong for image sets is said explicitly here: tars beside a text file, and folders named by
-number without leading zeros, whose labels a sorted listing permutes.
+What `datasets` guesses wrong for image sets is said explicitly here: tars beside a text file, folders named by number
+without leading zeros, whose labels a sorted listing permutes, and paths with brackets, which it takes for patterns.
 """
 
 from __future__ import annotations
 
+import difflib
+import glob
 import logging
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import huggingface_hub
@@ -23,26 +23,54 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from numpy.typing import NDArray
 
+from .columns import image_column
+from .folders import Found, asked_split, files_of_split, images_in, images_of_split, split_of, walk
+from .tables import METADATA, SUFFIXES, read_tables, with_folders
+
 logger = logging.getLogger(__name__)
 
 Rows = Any  # a datasets.Dataset or a datasets.IterableDataset
 
-LABEL_COLUMNS = ("label", "labels", "cls", "wnid")
-_SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-_SPLITS = {"train": "train", "validation": "validation|valid|val", "test": "test"}
+LAYOUTS = ("parquet", "arrow", "webdataset", "table", "metadata", "folders")
+_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", **dict.fromkeys(SUFFIXES, "table")}
+_ALONE = {**_SUFFIXES, ".json": "table"}  # in a folder a .json may be anything
+_NEARLY = 0.8  # alike enough for a slip of the pen
+_CONTENT = "parquet, arrow, CSV, TSV, JSON lines, tars, or one folder of images for each class"
+
+
+class Opened(NamedTuple):
+    """Rows, and where they are from.
+
+    Attributes:
+        rows: Images undecoded.
+        files: What was read, of a local copy; two sets with a file in common share rows.
+        root: Relative paths of images are relative to it; ``None``: rows from the Hub.
+        named: Whether the split was asked for by name: on the Hub always, in a local copy if it names splits.
+    """
+
+    rows: Rows
+    files: tuple[str, ...]
+    root: Path | None
+    named: bool
 
 
 def open_rows(
     source: str | Path, split: str, *, layout: str | None = None, streaming: bool = False, revision: str | None = None
 ) -> Rows:
+    """Open one split: the rows of `open_source`."""
+    return open_source(source, split, layout=layout, streaming=streaming, revision=revision).rows
+
+
+def open_source(
+    source: str | Path, split: str, *, layout: str | None = None, streaming: bool = False, revision: str | None = None
+) -> Opened:
     """Open one split.
 
     Args:
         source: A local folder or file, or else the id of a data set on the Hub.
         split: Its name there. In a folder: the files whose path names it, or all files if none names any split.
-        layout: ``"parquet"`` or ``"webdataset"``: how the Hub holds it; ``None``: as `datasets` finds out. The layout
-            of a local copy is seen from its files.
+        layout: How it is kept, one of `LAYOUTS`; ``None``: as `datasets` finds out on the Hub, as the files say in a
+            local copy.
         streaming: Return an ``IterableDataset`` and download nothing in advance.
         revision: Commit, tag or branch of the data set on the Hub; ``None``: the newest.
     Returns:
@@ -54,21 +82,23 @@ def open_rows(
     if path.exists():
         if revision is not None:
             raise ValueError(f"Expected no `revision` of a local copy, got {revision!r} for {path}. Leave it out.")
-        return _undecoded(_open_local(path, split, streaming))
+        opened = _open_local(path, split, layout, streaming)
+        return opened._replace(rows=_undecoded(opened.rows))
     at = "" if revision is None else f"@{revision}"
     files = {split: f"hf://datasets/{source}{at}/{split}/*.tar"} if layout == "webdataset" else None
     options = {"split": split, "streaming": streaming}
     try:
         if files is not None:
             rows = datasets.load_dataset("webdataset", data_files=files, **options)  # nosec B615  # `at`
-            return _undecoded(rows)
-        return _undecoded(datasets.load_dataset(str(source), revision=revision, **options))
+        else:
+            rows = datasets.load_dataset(str(source), revision=revision, **options)
     except (DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(
             f"Expected to load split '{split}' of '{source}' from the Hub, got {type(error).__name__}: {error} If the "
             f"data set is gated, accept its terms on https://huggingface.co/datasets/{source} and run `hf auth login`; "
             "if the machine has no network, copy the data set and pass the folder as `root`."
         ) from error
+    return Opened(_undecoded(rows), (f"{source}{at}#{split}",), None, True)
 
 
 def newest_commit(source: str) -> str | None:
@@ -80,123 +110,51 @@ def newest_commit(source: str) -> str | None:
         return None
 
 
-def local_files(folder: Path, split: str) -> tuple[str, list[Path]]:
-    """Find the files of a split: the layout (``parquet``, ``webdataset``, ``folders``) and the files, sorted.
-
-    For ``folders`` the files are the images. A path names a split if one of its parts, cut at ``/ . - _``, is the name
-    (``data/train-00000-of-00002.parquet``, ``test/0.tar``, ``val/n01440764/1.jpg``); of several the last.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    inside = sorted(path for path in folder.rglob("*") if path.is_file())
-    for layout, suffix in _SUFFIXES.items():
-        found = _of_split(folder, [path for path in inside if path.suffix == suffix], split)
-        if found:
-            return layout, found
-    images = [path for path in inside if path.suffix.lower() in _IMAGE_SUFFIXES and path.parent != folder]
-    found = _of_split(folder, images, split, images=True)
-    if found:
-        return "folders", found
-    raise ValueError(
-        f"Expected .parquet or .tar files, or one folder of images for each class, of split '{split}' in {folder}, got "
-        f"{[path.name for path in inside[:3]]} ... ({len(inside)} files). Name the right folder or split."
-    )
-
-
-def image_column(rows: Rows) -> str:
-    """Return the name of the one column of images.
-
-    Raises:
-        ValueError: If there is none, or more than one.
-    """
-    features = rows.features or {}
-    found: list[str] = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if len(found) != 1:
-        raise ValueError(
-            f"Expected one column of images, got {found} among {sorted(features)}. Name it with `image_column`."
-        )
-    return found[0]
-
-
-def label_column(rows: Rows) -> str:
-    """Return the first of ``label``, ``labels``, ``cls``, ``wnid`` that there is.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    features = rows.features or {}
-    for name in LABEL_COLUMNS:
-        if name in features:
-            return name
-    raise ValueError(
-        f"Expected a label column called {', '.join(LABEL_COLUMNS)}, got {sorted(features)}. Name it with "
-        "`label_column`."
-    )
-
-
-class LabelTable:
-    """From what stands in a label column to the index of a class.
-
-    Numbers are indices. Text is looked up among the names; text of digits is the number it spells. The names of a
-    ``ClassLabel`` are looked up in the same way, so that one made from a sorted listing of "0", "1", "10", ... gives
-    the numbers and not the places in that listing; if its names are others than ours its numbers stand.
+def local_files(folder: Path, split: str, layout: str | None = None) -> Found:
+    """Find the files of a split, and how they are kept.
 
     Args:
-        feature: The column's feature.
-        names: The names that text may hold, in the order of the indices, e.g. wnids.
-        where: What is read, for errors.
+        folder: Where to look.
+        split: A path names it if one of its parts does: ``data/train-00000-of-00002.parquet``, ``test/0.tar``,
+            ``val/n01440764/1.jpg``; see :mod:`carot_hf.folders`.
+        layout: One of `LAYOUTS` to look for; ``None``: any, images in folders last.
     Raises:
-        ValueError: When called with text that is neither a name nor a number.
+        ValueError: If there is none, or tables lie beside folders of images.
     """
-
-    def __init__(self, feature: Any, names: Sequence[str], where: str) -> None:
-        self._where = where
-        self._names = {name: index for index, name in reversed(list(enumerate(names)))}
-        self._own: list[int] | None = None
-        if isinstance(feature, datasets.ClassLabel):
-            own = list(feature.names)
-            if all(name in self._names for name in own) or all(name.isdecimal() for name in own):
-                self._own = [self._find(name) for name in own]
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether the names of a ``ClassLabel`` are looked up, and not its numbers taken."""
-        return self._own is not None
-
-    def __call__(self, value: Any) -> Any:
-        """Return the index; what is neither text nor a number passes, for `ShiftSet` to refuse."""
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace").strip()
-        if isinstance(value, str):
-            return self._find(value)
-        if self._own is not None and isinstance(value, int | np.integer) and 0 <= value < len(self._own):
-            return self._own[value]
-        return value
-
-    def all(self, values: Sequence[Any] | NDArray[Any]) -> NDArray[np.int64]:
-        """``(N,)`` indices of a whole column."""
-        try:
-            distinct, places = np.unique(np.asarray(values), return_inverse=True)
-            indices = [self(value) for value in distinct.tolist()]
-            whole = [int(index) for index in indices]
-        except TypeError as error:  # None among them, for one
-            raise ValueError(f"Expected labels of {self._where} to be numbers or names, got {error}.") from error
-        if whole != indices:
-            wrong = next(index for index in indices if int(index) != index)
-            raise ValueError(f"Expected labels of {self._where} to be whole numbers, got {wrong}. Correct them.")
-        return np.asarray(whole, dtype=np.int64)[places.reshape(-1)]
-
-    def _find(self, name: str) -> int:
-        if name in self._names:
-            return self._names[name]
-        if name.strip().isdecimal():
-            return int(name)
-        known = list(reversed(self._names))[:3]
-        raise ValueError(
-            f"Expected labels of {self._where} to be numbers or one of {len(self._names)} names ({known} ...), got "
-            f"{name!r}. Correct the class names, or name another label column."
-        )
+    inside = walk(folder)
+    groups: dict[str, list[Path]] = {}
+    for path in inside:
+        kind = "metadata" if path.name.lower() in METADATA else _SUFFIXES.get(path.suffix.lower())
+        if kind is not None:
+            groups.setdefault(kind, []).append(path)
+    tried = []
+    for kind in ("metadata", "parquet", "arrow", "webdataset"):
+        if kind in groups and layout in (None, kind):
+            files, named = files_of_split(folder, groups[kind], split)
+            if files:
+                return Found(kind, files, [], named)
+            tried += groups[kind]
+    images = images_in(inside) if layout in (None, "folders") or "table" in groups else []
+    found = images_of_split(folder, images, split) if layout in (None, "folders") else None
+    if "table" in groups and layout in (None, "table"):
+        if found is not None and len(set(found.classes)) > 1 and layout is None:
+            raise ValueError(
+                f"Expected a table, or folders of images, in {folder}, got {groups['table'][0].name} beside folders "
+                f"such as {found.classes[0]!r}. Name the table itself as the path, or say `layout: folders`."
+            )
+        files, named = files_of_split(folder, groups["table"], split)
+        if files:
+            return Found("table", files, [], named)
+        tried += groups["table"]
+    if found is not None and found.files:
+        return found
+    splits = sorted({name for path in [*tried, *images] for part in path.relative_to(folder).parts
+                     if (name := split_of(part)) is not None})  # fmt: skip
+    seen = f"{[path.name for path in inside[:3]]} ... ({len(inside)} files)"
+    raise ValueError(
+        f"Expected {_CONTENT}, of split '{split}' in {folder}, got {seen}"
+        f"{f', which name the splits {splits}' if splits else ''}. Name the right folder or split."
+    )
 
 
 def check_labels(name: str, labels: NDArray[np.int64], rows: int, classes: int) -> None:
@@ -210,14 +168,17 @@ def check_labels(name: str, labels: NDArray[np.int64], rows: int, classes: int) 
         )
 
 
-def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split rows into those to train on and a class-balanced share that is held out.
+def hold_out(
+    labels: NDArray[np.int64], share: float, seed: int, *, balanced: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split rows into those to train on and a share that is held out.
 
     Args:
         labels: ``(N,)`` class indices.
-        share: Of all rows, in (0, 1): each class gives ``round(share * N / classes)`` rows, at least one and at most
-            half of its own.
+        share: In (0, 1): each class gives ``round(share * n)`` of its ``n`` rows, and at least one, but never its last.
         seed: Of the draw; a class's rows depend on nothing else.
+        balanced: Each class gives ``round(share * N / classes)`` rows, at least one and at most half of its own: the
+            protocol of ImageNet here.
     Returns:
         Two sorted arrays of row numbers, disjoint, together all.
     Raises:
@@ -228,7 +189,9 @@ def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArra
     held = []
     for label in classes.tolist():
         members = np.flatnonzero(labels == label)
-        held.append(np.random.default_rng((seed, label)).permutation(members)[: min(quota, len(members) // 2)])
+        most = len(members) // 2 if balanced else len(members) - 1
+        wanted = quota if balanced else max(1, round(share * len(members)))
+        held.append(np.random.default_rng((seed, label)).permutation(members)[: min(wanted, most)])
     chosen = np.sort(np.concatenate(held))
     if len(chosen) == 0:
         raise ValueError(
@@ -238,49 +201,116 @@ def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> tuple[NDArra
     return np.setdiff1d(np.arange(len(labels)), chosen, assume_unique=True), chosen
 
 
-def _open_local(path: Path, split: str, streaming: bool) -> Rows:
+def _open_local(path: Path, split: str, layout: str | None, streaming: bool) -> Opened:
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"Expected `layout` to be one of {LAYOUTS}, got {layout!r}. Leave it out to have it found.")
     if path.is_file():
-        layout = {suffix: name for name, suffix in _SUFFIXES.items()}.get(path.suffix)
-        if layout is None:
-            raise ValueError(f"Expected a .parquet or .tar file or a folder, got {path}. Convert it to one of these.")
-        files = [path]
-    elif (path / "state.json").exists():  # save_to_disk
-        saved = datasets.load_from_disk(str(path))
-        return saved.to_iterable_dataset(num_shards=min(16, len(saved))) if streaming else saved
+        kind = _ALONE.get(path.suffix.lower())
+        if kind is None:
+            raise ValueError(f"Expected a .parquet, .arrow, .csv, .tsv, .jsonl or .tar file or a folder, got {path}. "
+                             "Convert it to one of these.")  # fmt: skip
+        found = Found(kind, [path], [], False)
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # save_to_disk
+        return _open_saved(path, split, streaming)
     else:
-        layout, files = local_files(path, split)
-    if layout != "folders":
-        names = [str(file) for file in files]
+        found = local_files(path, split, layout)
+    files, root, named = tuple(str(file.resolve()) for file in found.files), found.files[0].parent, found.named
+    if found.layout in ("parquet", "webdataset"):
+        names = [glob.escape(str(file)) for file in found.files]
         options = {"split": split, "streaming": streaming}
-        return datasets.load_dataset(layout, data_files={split: names}, **options)  # nosec B615  # local files
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
-    columns = {"image": [str(file) for file in files], "label": [file.parent.name for file in files]}
-    listing = datasets.Dataset.from_dict(columns, features=features)
-    return listing.to_iterable_dataset(num_shards=min(16, len(files))) if streaming else listing
+        rows = datasets.load_dataset(found.layout, data_files={split: names}, **options)  # nosec B615  # local files
+        if len({file.parent for file in found.files}) > 1:
+            root = path
+        return Opened(rows, files, root, named)
+    if found.layout == "arrow":
+        rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in found.files])
+    elif found.layout == "folders":
+        features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
+        columns = {"image": [str(file) for file in found.files], "label": found.classes}
+        rows = datasets.Dataset.from_dict(columns, features=features)
+    else:
+        root = path if path.is_dir() and len({file.parent for file in found.files}) > 1 else root
+        rows = _read_rows(found, root)
+        if not named and (chosen := _rows_of_split(rows, split)) is not None:
+            rows, files, named = chosen, tuple(f"{file}#{asked_split(split)}" for file in files), True
+    shards = min(16, len(rows))
+    return Opened(rows.to_iterable_dataset(num_shards=shards) if streaming else rows, files, root, named)
 
 
-def _of_split(folder: Path, files: Sequence[Path], split: str, *, images: bool = False) -> list[Path]:
-    """The files whose path below the folder names the split; of images the folder of their class says nothing.
+def _open_saved(path: Path, split: str, streaming: bool) -> Opened:
+    """What ``save_to_disk`` wrote: one data set, or one for each split."""
+    saved, named, at = datasets.load_from_disk(str(path)), False, path
+    if isinstance(saved, datasets.DatasetDict):
+        found = [name for name in saved if name == split] or [
+            name for name in saved if asked_split(name) == asked_split(split)
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"Expected the split '{split}' in {path}, got {sorted(saved)}. Name one of these as `split`."
+            )
+        saved, named, at = saved[found[0]], True, path / found[0]
+    rows = saved.to_iterable_dataset(num_shards=min(16, len(saved))) if streaming else saved
+    return Opened(rows, (str(at.resolve()),), path, named)
 
-    A path names one split at most, or the same rows would be trained on and judged on: that of the last part of it, the
-    file's name first, which names one and no other.
-    """
-    asked = next((name for name, pattern in _SPLITS.items() if re.fullmatch(pattern, split.lower())), split)
-    patterns = {asked: re.escape(split.lower()), **_SPLITS}
 
-    def named(path: Path) -> str | None:
-        inner = path.relative_to(folder)
-        for part in reversed((inner.parent.parent if images else inner).parts):
-            words = re.split(r"[._-]", part.lower())
-            found = [name for name, pattern in patterns.items() if any(re.fullmatch(pattern, word) for word in words)]
-            if len(found) == 1:
-                return found[0]
+def _read_rows(found: Found, root: Path) -> datasets.Dataset:
+    """The rows of tables; of an ImageFolder's ``metadata`` with the folders as labels if it has none."""
+    if found.files[0].suffix == ".parquet":
+        rows = datasets.load_dataset("parquet", data_files=[glob.escape(str(path)) for path in found.files],  # nosec B615
+                                     split="train")  # fmt: skip
+    else:
+        rows = read_tables(found.files, root)
+    return with_folders(rows, image_column(rows)) if found.layout == "metadata" else rows
+
+
+def _rows_of_split(rows: datasets.Dataset, split: str) -> datasets.Dataset | None:
+    """The rows whose image lies in a folder that names the split, if each of them lies in one that names some."""
+    try:
+        paths = rows[image_column(rows)]
+    except ValueError:  # whoever reads the rows will say so, or knows the column
         return None
+    if not all(isinstance(path, str) for path in paths):
+        return None
+    splits = [next((name for part in reversed(Path(path).parts[:-1]) if (name := split_of(part))), None)
+              for path in paths]  # fmt: skip
+    if not all(splits):
+        return None
+    return rows.select([row for row, name in enumerate(splits) if name == asked_split(split)])
 
-    names = [named(path) for path in files]
-    if not any(names):
-        return list(files)
-    return [path for path, name in zip(files, names, strict=True) if name == asked]
+
+def refuse_local_look(source: str, base: Path) -> None:
+    """Raise a ValueError if the id of a data set on the Hub was meant for a path below ``base`` that is not there.
+
+    So looks what has a suffix of data, more parts than an id or a mark of a path, or begins with a folder that there
+    is, or nearly is.
+    """
+    path = Path(source).expanduser()
+    first = path.parts[0] if path.parts else ""
+    beside = [] if path.is_absolute() or not base.is_dir() else [entry.name for entry in base.iterdir()]
+    near = {name.casefold() for name in beside}
+    marked = source.startswith((".", "/", "~")) or "\\" in source or len(path.parts) > 2
+    close = difflib.get_close_matches(first.casefold(), near, n=1, cutoff=_NEARLY)
+    if marked or path.suffix.lower() in _ALONE or close:
+        raise ValueError(_missing(path, base))
+
+
+def _missing(path: Path, base: Path) -> str:
+    """Say that there is no such file or folder, and which one was meant."""
+    place = Path(path.anchor) if path.is_absolute() else base
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    for number, part in enumerate(parts):
+        if not (place / part).exists():
+            there = sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
+            near = {name.casefold(): name for name in there}
+            match = difflib.get_close_matches(part.casefold(), near, n=1)
+            if match:
+                before = path.parts[: len(path.parts) - len(parts) + number]
+                hint = f"Did you mean {Path(*before, near[match[0]], *parts[number + 1 :])}?"
+            else:
+                hint = f"In {place} there are {there[:8]}; correct the path."
+            return f"expected data at {place.joinpath(*parts[number:])}, found no such folder as {place / part}. {hint}"
+        place = place / part
+    return f"expected data at {place}, found none. Correct the path."
 
 
 def _undecoded(rows: Rows) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,16 @@ def check_class_names(class_names: Sequence[str]) -> None:
         )
 
 
+def check_distinct(class_names: Sequence[str]) -> None:
+    """Raise a ValueError if two classes have the same name."""
+    for index, name in enumerate(class_names):
+        if name in class_names[:index]:
+            raise ValueError(
+                f"Expected a name of its own for each class, got {name!r} for the classes {class_names.index(name)} "
+                f"and {index}. Their captions would be the same, and no model could tell them apart: rename one."
+            )
+
+
 class CaptionTable:
     """The tokens of every class in every template, made once and looked up for each batch.
 
@@ -91,6 +101,7 @@ class CaptionTable:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self._tokenizer, self._max_length, self._padded, self._masked = tokenizer, max_length, padded, masked
         self._vocab_size = vocab_size
+        self._own: dict[str, NDArray[np.int32]] = {}  # tokens of captions that are not made of class names
         captions = [fill_template(template, name) for name in class_names for template in templates]
         rows: list[NDArray[np.int32]] = []
         for start in range(0, len(captions), _AT_ONCE):
@@ -115,6 +126,7 @@ class CaptionTable:
         shape = (len(class_names), len(templates))
         self.input_ids = table.view(*shape, -1)
         self.lengths = lengths.view(shape)
+        self._check_alike(class_names)
 
     @property
     def n_templates(self) -> int:
@@ -143,21 +155,60 @@ class CaptionTable:
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Tokenise captions that are not made of class names, padded as in `lookup`, cut at the model's context.
 
+        Those of `remember` are looked up.
+
         Returns:
             As `lookup`; the end marker stays.
         Raises:
             ValueError: If a token is one that the text tower does not know.
         """
-        rows = self._tokenizer(
-            list(captions),
+        unknown = [caption for caption in dict.fromkeys(captions) if caption not in self._own]
+        found = {**dict(zip(unknown, self._rows(unknown), strict=True)), **self._own} if unknown else self._own
+        rows = self._tokenizer.pad(
+            {"input_ids": [found[caption].tolist() for caption in captions]},
             padding="max_length" if self._padded else True,
-            truncation=True,
-            max_length=self._max_length,
+            max_length=self._max_length if self._padded else None,
             return_attention_mask=True,
             return_tensors="pt",
         )
-        self._check_ids(rows["input_ids"])
         return {name: rows[name] for name in ("input_ids", "attention_mask") if self._masked or name == "input_ids"}
+
+    def remember(self, captions: Iterable[str]) -> int:
+        """Tokenise captions once, for all batches in which they will be.
+
+        Returns:
+            How many of them are longer than the model's context, and cut.
+        """
+        texts = list(dict.fromkeys(captions))
+        self._own = {}
+        cut = 0
+        for start in range(0, len(texts), _AT_ONCE):
+            part = texts[start : start + _AT_ONCE]
+            whole = self._tokenizer(part, padding=False, truncation=False, return_attention_mask=False, verbose=False)
+            cut += sum(len(row) > self._max_length for row in whole["input_ids"])
+            self._own.update(zip(part, self._rows(part), strict=True))
+        return cut
+
+    def _rows(self, captions: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Tokens of each caption, cut at the model's context, not padded."""
+        encoded = self._tokenizer(
+            list(captions), padding=False, truncation=True, max_length=self._max_length, return_attention_mask=False
+        )
+        rows = [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
+        self._check_ids(torch.from_numpy(np.concatenate(rows)))
+        return rows
+
+    def _check_alike(self, class_names: Sequence[str]) -> None:
+        """Refuse classes of different names whose captions are the same tokens: no model could tell them apart."""
+        first: dict[bytes, int] = {}
+        for index, row in enumerate(self.input_ids):
+            other = first.setdefault(row.numpy().tobytes(), index)
+            if class_names[other] != class_names[index]:
+                raise ValueError(
+                    f"Expected class names that the tokenizer tells apart, got {class_names[other]!r} and "
+                    f"{class_names[index]!r} (classes {other} and {index}), which give the same tokens. Rename one, or "
+                    "join the classes."
+                )
 
     def _check_ids(self, ids: Tensor) -> None:
         """Refuse a token without an embedding: on a GPU it would be an assertion of the device, steps later."""

@@ -21,7 +21,13 @@ _STATE_NAME = "trainer_state.json"
 _FORMAT = 1
 
 # Arguments of ours that change no step of the training. LoRA is read off the model, the batch has facts of its own.
-_OF_EVALUATION = ("n_bins", "calibration_criterion", "reliability_diagrams")
+_OF_EVALUATION = (
+    "n_bins",
+    "calibration_criterion",
+    "calibration_bounds",
+    "reliability_diagrams",
+    "overwrite_output_dir",
+)
 _ELSEWHERE = ("lora_rank", "lora_alpha", "contrastive_batch_size", "on_bad_image")
 # Arguments of Trainer without which it is another run, and those that a user may want to change.
 _REFUSED = ("label_smoothing_factor", "optim", "seed")

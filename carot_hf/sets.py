@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from .columns import found_label_column, image_column
 from .content_hash import sha256_of_array, sha256_of_facts
 from .images import BadImageError, NotAnImageError, is_decoding_error, read_image
+from .labels import ClassNames, LabelNames, LabelTable, not_a_label
 from .metric_names import common_name
-from .prompts import check_class_names, check_templates
+from .prompts import check_class_names, check_distinct, check_templates
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +32,12 @@ RESERVED_NAMES = ("id", "ood", "teacher", "validation")
 class ShiftSet(Dataset):
     """A sized data set of ``{"image": RGB PIL image, "label": int}``.
 
+    Labels are class indices, or names: those of a ``ClassLabel``, or text. A :class:`ShiftSuite` matches names with its
+    own, in whatever order the data have them; until then the numbers of a ``ClassLabel`` stand.
+
     Args:
-        data: Anything with a length whose items are mappings, e.g. a ``datasets.Dataset`` with an ``Image`` feature.
+        data: Anything with a length whose items are mappings, e.g. a ``datasets.Dataset`` with an ``Image`` feature, or
+            pairs of image and label, as torchvision's data sets have them.
         name: Short name; the metrics of the set carry it.
         num_classes: Number of training classes, ``K``.
         columns: For each label of the set the training classes it stands for, one list a label; ``None``: all classes,
@@ -39,16 +46,17 @@ class ShiftSet(Dataset):
             ``datasets.Dataset``. They are checked at once; otherwise each label is checked when it is read.
         image_column: Key of the image.
         label_column: Key of the label; ``None``: the items have none (for prediction only).
-        caption_column: Key of a caption of the image's own; training then takes it in place of a template with the
-            class name.
+        caption_column: Key of a caption of the image's own, or of a list of them, of which one is drawn anew in each
+            epoch; training then takes it in place of a template with the class name.
         exif: Turn images as their EXIF orientation says.
         crop_border: Pixels cut off at each side before anything else.
         test_only: The set's terms forbid to train, to tune or to select on it.
         content: What says which images these are, such as the commit on the Hub or a checksum; it is part of
             :attr:`ShiftSuite.content_hash`.
+        image_root: Folder that relative paths of images are relative to.
     Raises:
-        ValueError: If the set is empty, a label or a column is out of range, or, when an item is read, its image
-            cannot be decoded (the set and the index are named).
+        ValueError: If the set is empty, a label or a column is out of range, a label or a caption is missing, or, when
+            an item is read, its image cannot be decoded (the set and the index are named).
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class ShiftSet(Dataset):
         crop_border: int = 0,
         test_only: bool = False,
         content: str | None = None,
+        image_root: str | Path | None = None,
     ) -> None:
         for option, number, least in (("num_classes", num_classes, 1), ("crop_border", crop_border, 0)):
             if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
@@ -87,28 +96,119 @@ class ShiftSet(Dataset):
             )
         if len(data) == 0:
             raise ValueError(f"Expected at least one sample in set '{name}', got an empty data set. Check its split.")
-        if labels is None and not transformed and label_column in _facts_of(data, "features"):
-            labels = np.asarray(data.with_format(None)[label_column])
-        self.labels = None if labels is None else np.asarray(labels)
-        if self.labels is not None and self.labels.shape != (len(data),):
-            raise ValueError(
-                f"Expected `labels` of shape ({len(data)},), one for each sample of set '{name}', got "
-                f"{self.labels.shape}. Pass class indices in the order of the rows, or leave them out."
-            )
-        if self.labels is not None and self.labels.dtype.kind not in "iu":
-            self.labels = np.array(
-                [self._check_label(label, f"index {index}") for index, label in enumerate(self.labels)]
-            )
-        if self.labels is not None:
-            for index in np.flatnonzero((self.labels < 0) | (self.labels >= self.num_labels))[:1].tolist():
-                self._check_label(self.labels[index], f"index {index}")
-        names = getattr(_facts_of(data, "features").get(str(label_column)), "names", None)
-        if names is not None and not transformed and len(names) != self.num_labels:
+        features = {} if transformed else _facts_of(data, "features")
+        self.image_root = None if image_root is None else Path(image_root)
+        if labels is None and label_column in features:
+            labels = _column(data, str(label_column))
+        self.own_names: tuple[str, ...] | None = _names_of(features.get(str(label_column)))
+        self._classes: ClassNames | None = None  # that the labels were matched with
+        self._table: LabelTable | None = None  # from what the data have to the label
+        self._raw = None if labels is None else self._checked_column(labels, len(data))
+        self.labels: NDArray[Any] | None = None if self._raw is None else self._indices(self._raw)
+        if self.own_names is not None and self.columns is not None and len(self.own_names) != self.num_labels:
             raise ValueError(
                 f"Expected a ClassLabel of {self.num_labels} names in set '{name}', one for each of its labels, got "
-                f"one of {len(names)} ({names[:3]} ...). Pass `columns`, which say what each of its labels stands for, "
-                "or cast the column to plain integers if these are the suite's."
+                f"one of {len(self.own_names)} ({list(self.own_names[:3])} ...). Pass `columns`, which say what each "
+                "of its labels stands for, or cast the column to plain integers if these are the suite's."
             )
+        self.captions = self._checked_captions(data) if caption_column in features else None
+
+    @classmethod
+    def of(cls, data: Any, *, name: str, classes: ClassNames, **options: Any) -> ShiftSet:
+        """Make a set of anything with rows, its columns found by kind and name, its labels matched with the classes.
+
+        Args:
+            data: As for `ShiftSet`; a ``ShiftSet`` keeps its columns.
+            name: Short name.
+            classes: Of the suite.
+            **options: Options of `ShiftSet`; they go before what is found.
+        """
+        if isinstance(data, ShiftSet):
+            return data.matched(classes)
+        features, keys = _facts_of(data, "features"), getattr(data, "column_names", None)
+        if features and "image_column" not in options and "image" not in features:
+            options["image_column"] = image_column(data)
+        if "label_column" not in options:
+            if keys is None and hasattr(data, "__len__") and len(data):
+                first = data[0]
+                keys = first if isinstance(first, Mapping) else None
+            options["label_column"] = "label" if keys is None else found_label_column(keys)
+        return cls(data, name=name, num_classes=len(classes), **options).matched(classes)
+
+    def matched(self, classes: ClassNames) -> ShiftSet:
+        """Return this set with its labels read as classes of a suite: by name where the data have names.
+
+        Args:
+            classes: Of the suite.
+        Returns:
+            This set if its labels are what they were, a copy else. The labels of a set with `columns` are its own.
+        Raises:
+            ValueError: If the data have names, and not all of them are names of classes; both lists are named.
+        """
+        if self._classes == classes or self.label_column is None or self.columns is not None:
+            return self
+        table = LabelTable(self.own_names, classes, f"set '{self.name}'")
+        if self.labels is not None and table.keeps_numbers:
+            return self
+        part = copy.copy(self)
+        part._classes, part._table = classes, table
+        if self._raw is not None:
+            part.labels = part._indices(table.all(self._raw))
+        return part
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the labels of the data are names, or were."""
+        return self.own_names is not None or self._table is not None
+
+    def _checked_column(self, labels: Any, size: int) -> NDArray[Any]:
+        """All labels as they are, unless one is missing or is no single value."""
+        values = labels if isinstance(labels, np.ndarray) else np.asarray(labels) if _is_plain(labels) else list(labels)
+        if isinstance(values, list):
+            for row, value in enumerate(values):
+                if (reason := not_a_label(value)) is not None:
+                    raise ValueError(
+                        f"Expected one label a row in set '{self.name}', a class index or a name, got {reason}, in "
+                        f"row {row}."
+                    )
+            values = np.asarray(values)
+        if values.shape != (size,):
+            raise ValueError(
+                f"Expected `labels` of shape ({size},), one for each sample of set '{self.name}', got "
+                f"{values.shape}. Pass class indices in the order of the rows, or leave them out."
+            )
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            row = int(np.argmax(np.isnan(values)))
+            raise ValueError(f"Expected a label in set '{self.name}', got {not_a_label(float('nan'))}, in row {row}.")
+        return values
+
+    def _indices(self, values: NDArray[Any]) -> NDArray[Any] | None:
+        """Labels as integers in range; ``None`` of text, which the names of a suite have to be matched with."""
+        if values.dtype.kind in "USO":
+            return None
+        if values.dtype.kind not in "iu":
+            checked = [self._in_range(label, f"index {index}") for index, label in enumerate(values.tolist())]
+            return np.array(checked)
+        limit = self.num_labels if self.own_names is None or self._table is not None else len(self.own_names)
+        for index in np.flatnonzero((values < 0) | (values >= limit))[:1].tolist():
+            self._in_range(values[index], f"index {index}")
+        return values
+
+    def _checked_captions(self, data: Any) -> list[Any]:
+        """All captions of a column that can be had without decoding images."""
+        captions = list(_column(data, str(self.caption_column)))
+        for row, caption in enumerate(captions):
+            self._check_caption(caption, f"index {row}")
+        return captions
+
+    def _check_caption(self, caption: Any, where: str) -> None:
+        texts = caption if isinstance(caption, list | tuple) else [caption]
+        for text in texts or [caption]:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"Expected a text in the column '{self.caption_column}' of set '{self.name}' at {where}, got "
+                    f"{caption!r}. Drop the samples without a caption."
+                )
 
     @property
     def num_labels(self) -> int:
@@ -130,13 +230,15 @@ class ShiftSet(Dataset):
         part.data = _selected(self.data, rows)
         part._encoded = None if self._encoded is None else _selected(self._encoded, rows)
         part.labels = None if self.labels is None else self.labels[rows]
+        part._raw = None if self._raw is None else self._raw[rows]
+        part.captions = None if self.captions is None else [self.captions[row] for row in rows.tolist()]
         return part
 
     @property
     def reading(self) -> dict[str, Any]:
         """The options that say how an item is read, for a set of other rows of the same source."""
-        names = ("image_column", "label_column", "caption_column", "exif", "crop_border", "test_only", "content")
-        return {name: getattr(self, name) for name in names}
+        columns, pixels = ("image_column", "label_column", "caption_column"), ("exif", "crop_border", "image_root")
+        return {name: getattr(self, name) for name in (*columns, *pixels, "test_only", "content")}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -169,7 +271,7 @@ class ShiftSet(Dataset):
         """Return an item; see `decode` for ``min_size``."""
         where = f"index {index}"
         try:
-            item = self.data[index]
+            item = self._mapping(self.data[index])
         except Exception as error:  # of the data set's own code, which is not ours to judge
             if self._is_of_the_image(error, index):
                 raise self._unreadable(where, f"{type(error).__name__}: {error}") from error
@@ -208,7 +310,7 @@ class ShiftSet(Dataset):
             TypeError: If what stands in its place is of no kind that an image can be made of.
             ValueError: If a key is missing or the label is out of range.
         """
-        value = self._cell(item, self.image_column, "image_column", where)
+        value = self.located(self._cell(item, self.image_column, "image_column", where))
         border = self.crop_border
         try:
             image = read_image(value, min_size=None if border else min_size, exif=self.exif)
@@ -228,13 +330,33 @@ class ShiftSet(Dataset):
             result["label"] = self._check_label(self._cell(item, self.label_column, "label_column", where), where)
         if self.caption_column is not None:
             caption = self._cell(item, self.caption_column, "caption_column", where)
-            if not isinstance(caption, str) or not caption.strip():
-                raise ValueError(
-                    f"Expected a text in the column '{self.caption_column}' of set '{self.name}' at {where}, got "
-                    f"{caption!r}. Drop the samples without a caption."
-                )
+            self._check_caption(caption, where)
             result["caption"] = caption
         return result
+
+    def _mapping(self, item: Any) -> Any:
+        """An item by the names of its columns; a pair of image and label has none."""
+        if isinstance(item, tuple | list) and len(item) == 2:
+            return dict(zip((self.image_column, self.label_column or "label"), item, strict=True))
+        return item
+
+    def encoded_column(self) -> Any:
+        """The images of all rows as they are stored, by index; empty if the data are no ``datasets.Dataset``."""
+        rows = self.data if self._encoded is None else self._encoded
+        feature = _facts_of(rows, "features").get(self.image_column)
+        if feature is None or getattr(feature, "decode", False) or not hasattr(rows, "with_format"):
+            return ()
+        return rows.with_format(None)[self.image_column]
+
+    def located(self, value: Any) -> Any:
+        """What stands for an image, with the path from the folder that it is relative to."""
+        if self.image_root is None:
+            return value
+        if isinstance(value, Mapping):
+            path = value.get("path")
+            relative = value.get("bytes") is None and isinstance(path, str) and not Path(path).is_absolute()
+            return {**value, "path": str(self.image_root / str(path))} if relative else value
+        return str(self.image_root / value) if isinstance(value, str) else value
 
     def _cell(self, item: Mapping[str, Any], key: str, option: str, where: str) -> Any:
         if key not in item:
@@ -265,8 +387,23 @@ class ShiftSet(Dataset):
         return torch.stack([logits[:, group].amax(dim=1) for group in self.columns], dim=1)
 
     def _check_label(self, label: Any, where: str) -> int:
-        if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
+        """From what stands in the place of a label to a label."""
+        if isinstance(label, Tensor):
+            label = label.numpy(force=True)
+        if isinstance(label, np.ndarray) and label.ndim == 0:
             label = label.item()
+        if (reason := not_a_label(label)) is not None:
+            raise ValueError(
+                f"Expected one label in set '{self.name}' at {where}, a class index or a name, got {reason}."
+            )
+        if self._table is not None:
+            try:
+                label = self._table(label)
+            except ValueError as error:
+                raise ValueError(f"{error} (at {where})") from None
+        return self._in_range(label, where)
+
+    def _in_range(self, label: Any, where: str) -> int:
         whole = isinstance(label, int | np.integer) or (isinstance(label, float | np.floating) and label == label // 1)
         if isinstance(label, bool) or not whole or not 0 <= label < self.num_labels:
             raise ValueError(
@@ -284,7 +421,8 @@ class ShiftSuite:
         name: Name of the suite.
         class_names: ``K`` names in the order of the labels.
         templates: Captions with ``{}`` for the class name.
-        train: Trained on.
+        train: Trained on. This and the other sets may be a ``ShiftSet``, or rows of which one is made: a
+            ``datasets.Dataset``, or anything with a length.
         validation: Held out of training; the temperature is fitted on it and nothing is reported on it.
         test: The in-distribution test set; its name is part of its metrics' names.
         shifts: Shifted test sets by name. Never selected on.
@@ -292,8 +430,11 @@ class ShiftSuite:
         sources: Where class names and templates come from, as ``{"class_names": ..., "templates": ...}``.
         datasets: Ids of its data sets on the Hub, for the card of a pushed model.
         version: Of the suite; ``None``: it has none. Whoever changes what `content_hash` covers gives another one.
+        label_names: What data sets call the classes, where that is not their name: a list in the order of the classes,
+            or a mapping from the data's name to the class name.
+        allow_shared: Take a training and a test set that have images in common.
     Raises:
-        TypeError: If a set is no ``ShiftSet``.
+        TypeError: If a set is neither a ``ShiftSet`` nor rows.
         ValueError: If names, templates or the number of classes do not fit, or there is only one class.
     """
 
@@ -308,17 +449,17 @@ class ShiftSuite:
     sources: dict[str, str] = field(default_factory=dict)
     datasets: list[str] = field(default_factory=list)
     version: str | None = None
+    label_names: LabelNames | None = None
+    allow_shared: bool = False
 
     def __post_init__(self) -> None:
         check_templates(self.templates)
         check_class_names(self.class_names)
-        roles = {"train": self.train, "validation": self.validation, "test": self.test}
-        for role, split in {**roles, **self.shifts}.items():
-            if not isinstance(split, ShiftSet):
-                raise TypeError(
-                    f"Expected a ShiftSet as '{role}', got {type(split).__name__}. Wrap the data in "
-                    "carot_hf.ShiftSet(data, name=..., num_classes=...)."
-                )
+        if not self.sources:  # ImageNet's published names have two pairs of equal ones
+            check_distinct(self.class_names)
+        self.train, self.validation = self._set("train", self.train), self._set("validation", self.validation)
+        self.test = self._set("test", self.test)
+        self.shifts = {name: self._set(name, data) for name, data in self.shifts.items()}
         names = [self.test.name, *self.shifts]
         taken = [f"teacher_{name}" for name in (*names, *RESERVED_NAMES)]  # what a teacher's metrics begin with
         for name in names:
@@ -333,7 +474,7 @@ class ShiftSuite:
                 f"Expected set names that give one name for each metric, got {twice!r} for two of {names}. Choose "
                 "another name."
             )
-        for split in (self.train, self.validation, self.test, *self.shifts.values()):
+        for split in self._all_sets():
             if split.num_classes != len(self.class_names):
                 raise ValueError(
                     f"Expected {split.num_classes} class names (set '{split.name}' has so many classes), got "
@@ -351,12 +492,35 @@ class ShiftSuite:
                     f"Expected set '{split.name}' to be labelled with the training classes, got `columns`. "
                     "Only shifted sets may have labels of their own."
                 )
+        self.train, self.validation, self.test = (
+            data.matched(self.classes) for data in (self.train, self.validation, self.test)
+        )
+        self.shifts = {name: data.matched(self.classes) for name, data in self.shifts.items()}
         labels = self.train.labels
         if labels is not None and self.train.caption_column is None and (labels == labels[0]).all():
             raise ValueError(
                 f"Expected at least two classes among the labels of set '{self.train.name}', got {labels[0]} for "
                 "all of them. There is nothing to tell apart: check the split or the label column."
             )
+
+    @property
+    def classes(self) -> ClassNames:
+        """What the classes may be called by a data set."""
+        return ClassNames(self.class_names, self.label_names)
+
+    def _set(self, role: str, data: Any) -> ShiftSet:
+        """A set of what stands for one; its labels are not matched yet."""
+        if isinstance(data, ShiftSet):
+            return data
+        if isinstance(data, str | Mapping) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise TypeError(
+                f"Expected a ShiftSet or rows as '{role}', got {type(data).__name__}. Wrap the data in "
+                "carot_hf.ShiftSet(data, name=..., num_classes=...)."
+            )
+        return ShiftSet.of(data, name=role, classes=self.classes)
+
+    def _all_sets(self) -> list[ShiftSet]:
+        return [self.train, self.validation, self.test, *self.shifts.values()]
 
     @property
     def evaluation_sets(self) -> dict[str, ShiftSet]:
@@ -399,6 +563,21 @@ def _facts_of(data: Any, name: str) -> Mapping[str, Any]:
     """``features`` or ``format`` of a ``datasets.Dataset``; empty of any other data, whatever it calls so."""
     found = getattr(data, name, None)
     return found if isinstance(found, Mapping) and hasattr(data, "cast_column") else {}
+
+
+def _column(data: Any, name: str) -> Any:
+    """A column of a ``datasets.Dataset``, as plain values."""
+    return list(data.with_format(None)[name])
+
+
+def _is_plain(labels: Any) -> bool:
+    """Whether something is a list of numbers, or an array."""
+    return hasattr(labels, "dtype") or all(isinstance(label, int | float) for label in labels)
+
+
+def _names_of(feature: Any) -> tuple[str, ...] | None:
+    names = getattr(feature, "names", None)
+    return tuple(names) if isinstance(names, list | tuple) else None
 
 
 def _selected(data: Any, rows: NDArray[np.int64]) -> Any:

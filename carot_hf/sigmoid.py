@@ -85,7 +85,9 @@ def sigmoid_distillation_loss(student_logits_per_image: Tensor, teacher_logits_p
         return (yes + no).sum(dim=-1).mean()
 
 
-def fit_sigmoid(logits: Logits, labels: Tensor, *, bounds: tuple[float, float] = (0.05, 20.0)) -> tuple[float, float]:
+def fit_sigmoid(
+    logits: Logits, labels: Tensor, *, bounds: tuple[float, float] = (0.05, 20.0), warn: bool = True
+) -> tuple[float, float]:
     r"""The temperature T and the bias c with which :math:`\sigma(z / T + c)` is best calibrated.
 
     They minimise :math:`\frac1N \sum_i \sum_k [\ln(1 + e^{u_{ik}}) - 1[y_i = k] u_{ik}]` with
@@ -95,7 +97,8 @@ def fit_sigmoid(logits: Logits, labels: Tensor, *, bounds: tuple[float, float] =
     Args:
         logits: ``(N, K)`` float, before the sigmoid, of rows held out of training. A tensor, an array, or `LogitRows`.
         labels: ``(N,)`` integer class indices in ``[0, K)``.
-        bounds: Lowest and highest temperature, ``0 < low < high``. An optimum at a bound is logged as a warning.
+        bounds: Lowest and highest temperature, ``0 < low < high``.
+        warn: Log a warning if the optimum is at a bound.
     Returns:
         The temperature, > 0, which divides the logits, and the bias, which is added then; both dimensionless.
     Raises:
@@ -133,7 +136,8 @@ def fit_sigmoid(logits: Logits, labels: Tensor, *, bounds: tuple[float, float] =
             break
         (slope, bias), (value, gradient, curvature) = new, found
     temperature = min(max(spread / slope, low), high)
-    warn_at_bound(temperature, low, high)
+    if warn:
+        warn_at_bound(temperature, low, high)
     return temperature, bias - slope * center / spread
 
 

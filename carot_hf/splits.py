@@ -12,7 +12,9 @@ import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
 
-from .loading import LabelTable, check_labels, hold_out, image_column, label_column
+from .columns import image_column, label_column
+from .labels import ClassNames, LabelTable
+from .loading import check_labels, hold_out
 from .sets import ShiftSet
 from .streaming import StreamedSet, count_rows, shard_rows
 
@@ -24,9 +26,10 @@ def as_set(
     *,
     name: str,
     num_classes: int,
-    label_names: Sequence[str] = (),
+    label_names: Sequence[str] | ClassNames = (),
     columns: Sequence[Sequence[int]] | None = None,
     published: tuple[int, int] | None = None,
+    in_order: bool = False,
     image: str | None = None,
     label: str | None = None,
     **options: Any,
@@ -37,9 +40,11 @@ def as_set(
         rows: A ``datasets.Dataset`` or ``IterableDataset``, images undecoded.
         name: Short name of the set.
         num_classes: Number of training classes.
-        label_names: What text in the label column may say, in the order of the set's labels, e.g. wnids.
+        label_names: What the names in the label column may be, in the order of the set's labels, e.g. wnids; none: the
+            labels are numbers, those of a ``ClassLabel`` its own.
         columns: For each label of the set the training classes it stands for; ``None``: all, one to one.
         published: Rows and labels that the set must have; ``None``: any.
+        in_order: The order of the labels is published: numbers of a ``ClassLabel`` with other names stand.
         image: Column of the images; ``None``: the only one there is.
         label: Column of the labels; ``None``: ``label``, ``labels``, ``cls`` or ``wnid``.
         **options: Further options of `ShiftSet`.
@@ -55,13 +60,8 @@ def as_set(
                 f"Expected a column {column!r} in '{name}', got {sorted(rows.features)}. Correct its name."
             )
     num_labels = num_classes if columns is None else len(columns)
-    if label_names and len(label_names) != num_labels:
-        raise ValueError(
-            f"Expected {num_labels} `label_names` for '{name}', one for each of its labels, got {len(label_names)}. "
-            "Name all labels in order; for a set with labels of its own pass `columns` too."
-        )
-    table = LabelTable(rows.features[label], label_names, f"'{name}', column {label!r},")
     own = getattr(rows.features[label], "names", None)
+    table = LabelTable(own, label_names, f"'{name}', column {label!r},", published=in_order)
     if own is not None and not table.looks_up and len(own) != num_labels:
         raise ValueError(
             f"Expected a ClassLabel of {num_labels} names in '{name}', one for each of its labels, got one of "
@@ -72,14 +72,14 @@ def as_set(
     if not hasattr(rows, "__len__"):
         size = count_rows(rows.select_columns([label])) if published is None else published[0]
         return StreamedSet(rows.select_columns([image, label]), size=size, to_label=table, label_column=label, **common)
-    labels = table.all(rows.with_format(None)[label])
+    labels = table.all(list(rows.with_format(None)[label]))
     if published is not None:
         check_labels(name, labels, *published)
     kept = [image, *([options["caption_column"]] if options.get("caption_column") else [])]
     return ShiftSet(rows.select_columns(kept).add_column("label", labels), labels=labels, **common)
 
 
-def split_off(data: ShiftSet, share: float, seed: int) -> tuple[ShiftSet, ShiftSet]:
+def split_off(data: ShiftSet, share: float, seed: int, *, balanced: bool = False) -> tuple[ShiftSet, ShiftSet]:
     """Split a set into one to train on and a class-balanced share, ``validation``.
 
     Args:
@@ -91,7 +91,7 @@ def split_off(data: ShiftSet, share: float, seed: int) -> tuple[ShiftSet, ShiftS
     """
     if data.labels is None:
         raise ValueError(f"Expected a set whose labels are known, got '{data.name}'. Pass a validation set instead.")
-    kept, held = hold_out(data.labels, share, seed)
+    kept, held = hold_out(data.labels, share, seed, balanced=balanced)
     return data.subset(kept, "train"), data.subset(held, "validation")
 
 

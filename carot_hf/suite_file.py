@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from .loading import LABEL_COLUMNS, image_column, label_column, open_rows
+from .columns import found_label_column, image_column, is_text, label_column
+from .labels import ClassNames, LabelNames, not_a_label
+from .loading import LAYOUTS, Opened, open_source, refuse_local_look
+from .prompts import check_class_names, check_distinct
+from .recommended import checked_arguments
 from .sets import ShiftSet, ShiftSuite
 from .splits import as_set, split_off
+from .survey import survey
+from .tables import read_text
+from .yaml_text import load_yaml
 
 DEFAULT_TEMPLATES = ["a photo of a {}."]
 HOLD_OUT_SEED = 0
 
+_NAMES = ((list, dict), "label_names: {n01: cat, n02: dog}")
 _SET_KEYS = {
     "path": (str, "path: data/train"),
     "split": (str, "split: train"),
     "layout": (str, "layout: webdataset"),
     "image_column": (str, "image_column: image"),
     "label_column": (str, "label_column: label"),
-    "label_names": (list, "label_names: [cat, dog]"),
+    "label_names": _NAMES,
     "revision": (str, "revision: 0123456789abcdef0123456789abcdef01234567"),
 }
 _TEST_KEYS = {**_SET_KEYS, "name": (str, "name: home")}
@@ -34,12 +42,14 @@ _SUITE_KEYS = {
     "name": (str, "name: pets"),
     "version": (str, 'version: "1.0"'),
     "class_names": ((list, str), "class_names: [cat, dog]"),
+    "label_names": _NAMES,
     "templates": ((list, str), 'templates: ["a photo of a {}."]'),
     "train": (dict, "train: {path: data/train}"),
     "validation": ((dict, float), "validation: 0.1"),
     "test": (dict, "test: {path: data/test}"),
     "shifts": (dict, "shifts: {sketch: {path: data/sketch}}"),
-    "recommended": (dict, "recommended: {learning_rate: 1.0e-5}"),
+    "recommended": (dict, "recommended: {learning_rate: 1e-5}"),
+    "allow_shared_files": (bool, "allow_shared_files: true"),
 }
 _REQUIRED = {"suite": ("train", "validation", "test"), "set": ("path",)}
 
@@ -55,13 +65,14 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
             example), or data are not as it says.
     """
     path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"Expected a YAML file, found none at {path}. Correct the path.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"Expected a YAML file, found none at {path}. Correct the path.") from error
+        content = load_yaml(read_text(path, "YAML"))
     except yaml.YAMLError as error:
         raise ValueError(f"Expected YAML in {path}, got {error}. Correct that line.") from error
     description = _checked(content, str(path), "", _SUITE_KEYS, _REQUIRED["suite"])
+    recommended = checked_arguments(description.get("recommended", {}), f"{path}: recommended")
     reader = _Reader(path, description, streaming)
     train = reader.read("train", _TRAIN_KEYS)
     validation = description["validation"]
@@ -73,13 +84,13 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
     for name, value in description.get("shifts", {}).items():
         if not isinstance(name, str):
             raise ValueError(
-                f"{path}: shifts: expected names that are text, got {name!r}. YAML reads some words as numbers or "
-                f'booleans; quote them. Example: shifts: {{"{name}": {{path: data/sketch}}}}'
+                f"{path}: shifts: expected names that are text, got {name!r}. Quote it. Example: shifts: "
+                f'{{"{name}": {{path: data/sketch}}}}'
             )
         _checked({"path": value} if value is None else value, str(path), f"shifts.{name}", _SHIFT_KEYS, ("path",))
         shifts[name] = reader.read(f"shifts.{name}", _SHIFT_KEYS)
     test = reader.read("test", _TEST_KEYS)
-    return ShiftSuite(
+    suite = ShiftSuite(
         name=description.get("name", path.stem),
         class_names=reader.class_names,
         templates=_lines(description.get("templates", DEFAULT_TEMPLATES), path, "templates"),
@@ -87,9 +98,13 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
         validation=held,
         test=test,
         shifts=shifts,
-        recommended=dict(description.get("recommended", {})),
+        recommended=recommended,
         version=description.get("version"),
+        label_names=reader.label_names,
+        allow_shared=description.get("allow_shared_files", False),
     )
+    survey(suite)  # a training set that shares files with the test set is refused here
+    return suite
 
 
 class _Reader:
@@ -97,8 +112,16 @@ class _Reader:
 
     def __init__(self, path: Path, description: Mapping[str, Any], streaming: bool) -> None:
         self._path, self._description, self._streaming = path, description, streaming
+        self._read: dict[str, str] = {}  # which set a file was read for
+        self.label_names: LabelNames | None = description.get("label_names")
         names = description.get("class_names")
+        if names is None and self.label_names is not None:
+            given = self.label_names.values() if isinstance(self.label_names, Mapping) else self.label_names
+            names = list(dict.fromkeys(given))
         self.class_names: list[str] = [] if names is None else _lines(names, path, "class_names")
+        if self.class_names:
+            self._fits("label_names", self.label_names)
+            check_distinct(self.class_names)
 
     def read(self, key: str, keys: Mapping[str, Any]) -> ShiftSet:
         """Open the set under a key such as ``shifts.sketch``."""
@@ -106,61 +129,123 @@ class _Reader:
         content = self._description[first][second] if second else self._description[first]
         entry = _checked(content, str(self._path), key, keys, _REQUIRED["set"])
         name = entry.get("name", second or first)
-        words = re.split(r"[^a-z0-9]+", entry["path"].lower())
-        if first in ("train", "validation") and "objectnet" in words:
-            raise ValueError(
-                f"{self._path}: {key}: expected data that may be trained and tuned on, got {entry['path']!r}. The "
-                "terms of ObjectNet forbid it; use it under `shifts`. Example: path: data/train"
-            )
-        local = (self._path.parent / Path(entry["path"]).expanduser()).resolve()
-        if not local.exists() and Path(entry["path"]).exists():  # it would be read in place of a data set on the Hub
-            raise ValueError(
-                f"{self._path}: {key}.path: expected data at {local}, found none, but some at "
-                f"{Path(entry['path']).resolve()}. Paths are relative to the file's folder: correct it."
-            )
-        stream = self._streaming and first not in ("train", "validation")
-        rows = open_rows(
-            local if local.exists() else entry["path"],
-            entry.get("split", first if not second else "test"),
-            layout=entry.get("layout"),
-            streaming=stream,
-            revision=entry.get("revision"),
-        )
-        label = entry.get("label_column")
-        if "caption_column" in entry and label is None and not any(name in rows.features for name in LABEL_COLUMNS):
-            return self._captioned(rows, name, entry)
+        opened = self._open(key, entry, entry.get("split", first if not second else "test"))
+        self._refuse_twice(key, entry, opened)
+        rows, label = opened.rows, entry.get("label_column")
+        if "caption_column" in entry and label is None and found_label_column(rows.features) is None:
+            return self._captioned(opened, name, entry)
         if not self.class_names:
-            self.class_names = _names_of(rows, label or label_column(rows), f"{self._path}: class_names")
+            self.class_names = _class_names_of(rows, label or label_column(rows), f"{self._path}: class_names")
+            check_class_names(self.class_names)
         options = {"caption_column": entry["caption_column"]} if "caption_column" in entry else {}
-        options["content"] = _content(entry)
         return as_set(
             rows,
             name=name,
             num_classes=len(self.class_names),
-            label_names=entry.get("label_names", () if "columns" in entry else self.class_names),
+            label_names=self._names_for(key, entry),
             columns=entry.get("columns"),
             image=entry.get("image_column"),
             label=label,
+            content=_content(entry),
+            image_root=opened.root,
             **options,
         )
 
-    def _captioned(self, rows: Any, name: str, entry: Mapping[str, Any]) -> ShiftSet:
+    def _open(self, key: str, entry: Mapping[str, Any], split: str) -> Opened:
+        words = re.split(r"[^a-z0-9]+", entry["path"].lower())
+        if key in ("train", "validation") and "objectnet" in words:
+            raise ValueError(
+                f"{self._path}: {key}: expected data that may be trained and tuned on, got {entry['path']!r}. The "
+                "terms of ObjectNet forbid it; use it under `shifts`. Example: path: data/train"
+            )
+        local = _there(self._path.parent, entry["path"])
+        if local is None and Path(entry["path"]).exists():  # it would be read in place of a data set on the Hub
+            raise ValueError(
+                f"{self._path}: {key}.path: expected data at {(self._path.parent / entry['path']).resolve()}, found "
+                f"none, but some at {Path(entry['path']).resolve()}. Paths are relative to the file's folder: correct "
+                "it."
+            )
+        if local is None:
+            try:
+                refuse_local_look(entry["path"], self._path.parent)
+            except ValueError as error:
+                raise ValueError(f"{self._path}: {key}.path: {error}") from None
+        layout = entry.get("layout")
+        if layout is not None and layout not in LAYOUTS:
+            raise ValueError(
+                f"{self._path}: {key}.layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}. Example: layout: "
+                "webdataset"
+            )
+        return open_source(
+            entry["path"] if local is None else local,
+            split,
+            layout=layout,
+            streaming=self._streaming and key not in ("train", "validation"),
+            revision=entry.get("revision"),
+        )
+
+    def _refuse_twice(self, key: str, entry: Mapping[str, Any], opened: Opened) -> None:
+        """Refuse files that another set has read: the same rows would be trained on and judged on."""
+        before = next((self._read[file] for file in opened.files if file in self._read), None)
+        self._read |= dict.fromkeys(opened.files, key)
+        leaks = {before, key} == {"train", "test"}
+        if before is None or (opened.named and not leaks) or self._description.get("allow_shared_files", False):
+            return  # other sets that share files on purpose are warned of
+        reason = "both are the same split of it" if opened.named else "nothing in it names a split"
+        raise ValueError(
+            f"{self._path}: {key}: expected other files than those of `{before}`, got the same: {entry['path']!r}, and "
+            f"{reason}. Name a folder or file for each, folders such as train/ and test/ in it, or a share for "
+            "`validation`; to judge on files that were seen on purpose, say `allow_shared_files: true`. Example: "
+            "path: data/train"
+        )
+
+    def _names_for(self, key: str, entry: Mapping[str, Any]) -> Sequence[str] | ClassNames:
+        """What the labels of a set may be called."""
+        own, classes = entry.get("label_names"), len(self.class_names)
+        labels = len(entry["columns"]) if "columns" in entry else classes
+        if isinstance(own, list) and len(own) != labels:
+            raise ValueError(
+                f"{self._path}: {key}: Expected {labels} `label_names` for '{key.rpartition('.')[2]}', one for each of "
+                f"its labels, got {len(own)}. Name all labels in order; for a set with labels of its own pass "
+                "`columns` too."
+            )
+        if "columns" in entry:
+            return [str(name) for name in own] if own is not None else ()
+        return self._fits(f"{key}.label_names", self.label_names if own is None else own)
+
+    def _fits(self, key: str, label_names: LabelNames | None) -> ClassNames:
+        try:
+            return ClassNames(self.class_names, label_names)
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {key}: {error} Example: {_NAMES[1]}") from None
+
+    def _captioned(self, opened: Opened, name: str, entry: Mapping[str, Any]) -> ShiftSet:
         """A set of images with captions and without labels."""
         if not self.class_names:
             raise ValueError(
                 f"{self._path}: class_names: expected a list of names, got none, and the captions of the training set "
                 "are no classes. Example: class_names: [cat, dog]"
             )
-        image = entry.get("image_column") or image_column(rows)
+        image = entry.get("image_column") or image_column(opened.rows)
         return ShiftSet(
-            rows,
+            opened.rows,
             name=name,
             num_classes=len(self.class_names),
             image_column=image,
             label_column=None,
             caption_column=entry["caption_column"],
             content=_content(entry),
+            image_root=opened.root,
         )
+
+
+def _there(folder: Path, text: str) -> Path | None:
+    """The path that a text means, relative to a folder, in whatever form of Unicode it was written; if it is there."""
+    for form in (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)):
+        path = (folder / Path(form).expanduser()).resolve()
+        if path.exists():
+            return path
+    return None
 
 
 def _content(entry: Mapping[str, Any]) -> str | None:
@@ -168,13 +253,17 @@ def _content(entry: Mapping[str, Any]) -> str | None:
     return f"{entry['path']}@{entry['revision']}" if "revision" in entry else None
 
 
-def _names_of(rows: Any, label: str, where: str) -> list[str]:
+def _class_names_of(rows: Any, label: str, where: str) -> list[str]:
     """Class names as a data set has them: those of a ``ClassLabel``, or the sorted texts of the label column."""
     feature = rows.features.get(label)
     if hasattr(feature, "names"):
         return list(feature.names)
-    if getattr(feature, "dtype", None) == "string":
-        return [str(name) for name in np.unique(rows.with_format(None)[label])]
+    if is_text(feature):
+        values = list(rows.with_format(None)[label])
+        for row, value in enumerate(values):
+            if (reason := not_a_label(value)) is not None or not value.strip():
+                raise ValueError(f"{where}: expected a label in each row, got {reason or repr(value)} in row {row}.")
+        return sorted(set(values))
     raise ValueError(
         f"{where}: expected a list of names, got none, and the training set has only numbers as labels. "
         "Example: class_names: [cat, dog]"
@@ -195,7 +284,7 @@ def _lines(value: list[Any] | str, path: Path, key: str) -> list[str]:
         file = path.parent / value
         if not file.is_file():
             raise ValueError(f"{path}: {key}: expected a list or a file with one a line, found no file {file}.")
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in read_text(file, "names").splitlines() if line.strip()]
     wrong = [item for item in value if not isinstance(item, str) or not item.strip()]
     if wrong or not value:
         raise ValueError(
@@ -211,6 +300,7 @@ def _checked(content: Any, file: str, key: str, keys: Mapping[str, Any], require
     if not isinstance(content, dict):
         example = keys[required[0]][1]
         raise ValueError(f"{where}: expected a mapping of {', '.join(keys)}, got {content!r}. Example: {example}")
+    checked = {}
     for name, value in content.items():
         full = f"{file}: {key}.{name}" if key else f"{file}: {name}"
         if name not in keys:
@@ -219,14 +309,41 @@ def _checked(content: Any, file: str, key: str, keys: Mapping[str, Any], require
             raise ValueError(f"{full}: expected one of the keys {', '.join(keys)}, got {name!r}. {hint}")
         kinds, example = keys[name]
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        checked[name] = _as_kind(value, kinds)
+        if checked[name] is None:
             expected = " or ".join(_KINDS[kind] for kind in kinds)
             raise ValueError(f"{full}: expected {expected}, got {value!r}. Example: {example}")
     for name in required:
         if name not in content:
             full = f"{file}: {key}.{name}" if key else f"{file}: {name}"
             raise ValueError(f"{full}: expected this key, got none. Example: {keys[name][1]}")
-    return dict(content)
+    return checked
 
 
-_KINDS = {str: "text", list: "a list", dict: "a mapping", float: "a number with a point"}
+def _as_kind(value: Any, kinds: tuple[type, ...]) -> Any:
+    """A value as what is expected: a number in the place of text is the text that stands there; ``None`` if it is none.
+
+    A person who writes ``validation: "0.1"`` or ``version: 2`` means what is expected.
+    """
+    if isinstance(value, bool):
+        return value if bool in kinds else None
+    if float in kinds and isinstance(value, int | float):
+        return float(value)
+    if float in kinds and isinstance(value, str) and _is_number(value):
+        return float(value)
+    if kinds == (str,) and isinstance(value, int | float):
+        return value.text if hasattr(value, "text") else None
+    if dict in kinds and isinstance(value, dict):
+        return {getattr(name, "text", name): item for name, item in value.items()} if value else {}
+    return value if isinstance(value, kinds) else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+_KINDS = {str: "text", list: "a list", dict: "a mapping", float: "a number", bool: "true or false"}

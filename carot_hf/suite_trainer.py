@@ -48,6 +48,7 @@ from .evaluation import (
     fit_scaling,
     flat_names,
     label_bins,
+    scaling_bounds,
     set_metrics,
     with_aggregates,
 )
@@ -151,6 +152,8 @@ class SuiteTrainer(Trainer):
         self.bins: dict[str, CalibrationBins] = {}
         self.bins_ts: dict[str, CalibrationBins] = {}
         self._bad_images: dict[str, set[int]] = {}
+        self._warned_of_bound = False
+        self._said_positions: set[str] = set()
         self._changes: list[Change] = []  # since the run was resumed
         self._in_checkpoint = False  # what is saved goes into a checkpoint
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
@@ -268,8 +271,13 @@ class SuiteTrainer(Trainer):
 
     def _make_collator(self) -> None:
         """Make our own collator anew, for the model and the seed of this moment."""
-        if self._collates:
-            self.data_collator = CaRotCollator(self._transform, self.captions, self._data_seed)
+        if not self._collates:
+            return
+        captions = getattr(self.train_dataset, "captions", None) or []
+        texts = [text for given in captions for text in ([given] if isinstance(given, str) else given)]
+        if texts and (cut := self.captions.remember(texts)):
+            logger.warning("%d of %d captions are longer than the model's context, and are cut.", cut, len(texts))
+        self.data_collator = CaRotCollator(self._transform, self.captions, self._data_seed)
 
     def _check_optimizer(self) -> None:
         """Refuse an optimizer of other parameters than the model's: they may have been replaced since it was made."""
@@ -473,7 +481,8 @@ class SuiteTrainer(Trainer):
 
         Returns:
             The record that is kept in ``config.calibration``: temperature, bias (SigLIP), split, size, criterion,
-            templates, and ``nll`` and ``ece`` of the split before and after.
+            bounds and whether the temperature is at one, templates, and ``nll`` and ``ece`` of the split before and
+            after.
         Raises:
             RuntimeError: If the model is calibrated already.
         """
@@ -488,7 +497,8 @@ class SuiteTrainer(Trainer):
         embeds, labels = known["validation"][2:]
         logits = SetLogits(embeds, self._head(known), data)
         criterion = self.args.calibration_criterion
-        scaling = fit_scaling(logits, labels, link=self._link, criterion=criterion)
+        scaling = self._fit_scaling(logits, labels)
+        bounds = scaling_bounds(self.args.calibration_bounds, self._link)
         if len(labels) < FEW_ROWS:
             self._warn_of_few(logits, labels, scaling["temperature"])
         before = calibration_metrics(logits, labels, n_bins=self.args.n_bins, link=self._link)
@@ -497,12 +507,30 @@ class SuiteTrainer(Trainer):
             "split": self.suite.validation.name,
             "n": len(labels),
             "criterion": criterion,
+            "bounds": list(bounds),
+            "at_bound": scaling["temperature"] in bounds,
             "templates": list(self.suite.templates),
             **{f"{name}_before": before[name] for name in ("nll", "ece")},
             **{f"{name}_after": after[name] for name in ("nll", "ece")},
         }
         bake_temperature(base_model(self.model), **scaling, record=record)
         return dict(self.model.config.calibration)
+
+    def _fit_scaling(self, logits: SetLogits, labels: Tensor) -> Scaling:
+        """Fit on the validation set; a temperature at a bound is warned of once until the next training."""
+        criterion, bounds = self.args.calibration_criterion, self.args.calibration_bounds
+        scaling = fit_scaling(logits, labels, link=self._link, criterion=criterion, bounds=bounds, warn=False)
+        low, high = scaling_bounds(bounds, self._link)
+        if scaling["temperature"] in (low, high) and not self._warned_of_bound and not self.is_in_train:
+            self._warned_of_bound = True
+            logger.warning(
+                "The best temperature is at the bound %g of [%g, %g]: the optimum may lie outside, and what is "
+                "baked in is not it. Look at the validation set, or set `calibration_bounds` wider.",
+                scaling["temperature"],
+                low,
+                high,
+            )
+        return scaling
 
     def _warn_of_few(self, logits: SetLogits, labels: Tensor, temperature: float) -> None:
         """Say how little is known of a temperature that was fitted on few rows."""
@@ -763,13 +791,25 @@ class SuiteTrainer(Trainer):
         return False, {"set": self._as_set("evaluation", data)}
 
     def _as_set(self, name: str, data: Any) -> ShiftSet:
-        if isinstance(data, ShiftSet):
-            return data
-        keys = getattr(data, "column_names", None)
-        if keys is None and hasattr(data, "__len__") and len(data):
-            keys = data[0]
-        label_column = "label" if keys is None or "label" in keys else None
-        return ShiftSet(data, name=name, num_classes=len(self.suite.class_names), label_column=label_column)
+        """A set of what somebody passed, its labels matched with the suite's classes."""
+        made = ShiftSet.of(data, name=name, classes=self.suite.classes)
+        if made is not data:
+            self._say_positions(made)
+        return made
+
+    def _say_positions(self, data: ShiftSet) -> None:
+        """Say once how many rows each class is taken to have, where labels are numbers without names."""
+        if data.labels is None or data.has_names or data.columns is not None or data.name in self._said_positions:
+            return
+        self._said_positions.add(data.name)
+        counts = np.bincount(data.labels, minlength=data.num_classes)
+        named = [f"{count:,} {label!r}" for label, count in zip(self.suite.class_names, counts.tolist(), strict=True)]
+        logger.warning(
+            "Labels of set '%s' are numbers without names, taken for the classes in order: %s%s.",
+            data.name,
+            ", ".join(named[:_LISTED]),
+            ", ..." if len(named) > _LISTED else "",
+        )
 
     def _embed(self, loader: Any, description: str, prefix: str) -> tuple[Tensor, Tensor | None]:
         """Embed the images of a loader: ``(n, D)`` float32 and labels ``(n,)``, on the CPU."""
@@ -881,7 +921,7 @@ class SuiteTrainer(Trainer):
         if "validation" in sets:
             held_out, ids = parts["validation"]
             logits = SetLogits(held_out, head, sets["validation"])
-            scaling = fit_scaling(logits, ids, link=self._link, criterion=self.args.calibration_criterion)
+            scaling = self._fit_scaling(logits, ids)
         self.bins, self.bins_ts = {}, {}
         for name, data in sets.items():
             part, ids = parts[name]

@@ -23,6 +23,8 @@ from .teacher import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
 ON_BAD_IMAGE = ("raise", "skip")
+_SCALED_STEPS = ("warmup_steps", "teacher_update_every", "logging_steps")
+_PUBLISHED_STEPS, _SHORT_RUN, _PARTS = 500, 5_000, 50
 _WEIGHTS = ("distillation_weight", "feature_distillation_weight", "orthogonality_weight", "cross_norm_weight")
 SECRET = re.compile("token|key|secret|password")  # in names of a user's arguments: cards and checkpoints are published
 _STOCK = ("max_steps", "gradient_accumulation_steps", "bf16", "fp16", "tf32", "optim", "label_smoothing_factor", "seed")
@@ -46,6 +48,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "parallelism_config": ((None,), "Use DDP: `accelerate launch --multi_gpu`."),
     "train_sampling_strategy": (("random", "sequential"), "Captions are trimmed to the batch as they are."),
 }
+
+
+class Published(int):
+    """A number of steps of the papers, of ImageNet's 25,030, that nobody has named: a short run takes its share."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,9 @@ class CaRotTrainingArguments(TrainingArguments):
     - ``dataloader_drop_last`` True: a filled-up last batch would bring repeated samples, that is false negatives.
       It acts in training only; evaluation sees every sample once. Where it is False, several processes share the
       samples of the last batch, each once.
+    - ``warmup_steps``, ``teacher_update_every`` and ``logging_steps`` are 500, as published for ImageNet's 25,030
+      steps. Where nobody has named them and a run has fewer than 5,000 steps, `scale_constants` makes them its share:
+      2 % of the steps, 50 updates, 50 lines. With ``parity`` they stay.
     - ``ddp_find_unused_parameters`` False: every parameter of CLIP is used.
     - ``logging_nan_inf_filter`` False: a loss that is not finite stops the run, it is not hidden.
     - ``eval_do_concat_batches`` False: embeddings are joined once, not after each batch.
@@ -169,6 +178,9 @@ class CaRotTrainingArguments(TrainingArguments):
         parity: Do as the published code: decay all parameters, never clamp the logit scale.
         n_bins: Confidence bins of the calibration errors.
         calibration_criterion: What ``calibrate`` minimises on the validation split, "nll" or "ece".
+        calibration_bounds: Lowest and highest temperature that ``calibrate`` and ``evaluate`` look for; ``None``: 0.5
+            and 10, as published, and for SigLIP 0.05 and 20.
+        overwrite_output_dir: Train into an ``output_dir`` that holds a finished model, ``metrics.json`` or a card.
         reliability_diagrams: Draw the diagrams of each final evaluation.
         contrastive_batch_size: Pairs in the contrastive loss of a step, over all devices, embedded
             ``per_device_train_batch_size`` at a time (gradient cache); 0: as many as the devices hold at once.
@@ -187,7 +199,15 @@ class CaRotTrainingArguments(TrainingArguments):
         default=0.1, metadata={"help": "Weight decay of AdamW; tensors of fewer than two dimensions are exempt."}
     )
     warmup_steps: float = field(
-        default=500, metadata={"help": "Steps of linear warm-up; below 1: a share of all steps."}
+        default=Published(500),
+        metadata={
+            "help": "Steps of linear warm-up; below 1: a share of all steps. Not given, and fewer than 5,000 steps: "
+            "1/50 of them."
+        },
+    )
+    logging_steps: float = field(
+        default=Published(500),
+        metadata={"help": "Steps between lines of the log. Not given, and fewer than 5,000 steps: 50 lines a run."},
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate after warm-up."})
     num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training images."})
@@ -286,7 +306,11 @@ class CaRotTrainingArguments(TrainingArguments):
     )
     teacher_beta: float = field(default=0.5, metadata={"help": "b of the 'beta' teacher's kernel Beta(b, b)."})
     teacher_update_every: int = field(
-        default=500, metadata={"help": "Optimizer steps between updates of the teacher. 0: it is never updated."}
+        default=Published(500),
+        metadata={
+            "help": "Optimizer steps between updates of the teacher. 0: it is never updated. Not given, and fewer than "
+            "5,000 steps: 50 updates a run."
+        },
     )
     teacher_momentum_start: float = field(
         default=0.05, metadata={"help": "Momentum m0 at step 0, in [0, 1]; it is the weight of the old teacher."}
@@ -306,6 +330,14 @@ class CaRotTrainingArguments(TrainingArguments):
     calibration_criterion: str = field(
         default="nll",
         metadata={"help": "What the temperature minimises on the validation split.", "choices": ["nll", "ece"]},
+    )
+    calibration_bounds: list[float] | None = field(
+        default=None,
+        metadata={"help": "Lowest and highest temperature that is looked for. Default: 0.5 10, for SigLIP 0.05 20."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Train into an output_dir that holds a finished model, metrics.json or a card."},
     )
 
     contrastive_batch_size: int = field(
@@ -356,6 +388,10 @@ class CaRotTrainingArguments(TrainingArguments):
         return cls(**{**preset_arguments(preset), **overrides})
 
     def __post_init__(self) -> None:
+        # before Trainer's own checks make plain numbers of them
+        self._unnamed: dict[str, float] = {
+            name: float(getattr(self, name)) for name in _SCALED_STEPS if isinstance(getattr(self, name), Published)
+        }
         self._check_ranges()
         _refuse_sharding(self)
         self._set_best_metric()
@@ -388,6 +424,32 @@ class CaRotTrainingArguments(TrainingArguments):
         self._check_adapters()
         self._set_accumulation(before=self._of_cache)
         self._check_batch()
+
+    def scale_constants(self, steps: int) -> dict[str, int]:
+        """Bring the published numbers of steps that nobody has named to their share of a short run.
+
+        Args:
+            steps: Optimizer steps of the run.
+        Returns:
+            What was set; nothing if the run has 5,000 steps or more, or with ``parity``.
+        """
+        short = steps < _SHORT_RUN and not self.parity
+        share = max(1, round(steps / _PARTS))
+        return self.take_constants(dict.fromkeys(self.unnamed(), share if short else _PUBLISHED_STEPS))
+
+    def take_constants(self, values: Mapping[str, Any]) -> dict[str, int]:
+        """Set numbers of steps that nobody has named, and say which of them changed."""
+        changed = {}
+        for name in self.unnamed() & values.keys():
+            if values[name] != getattr(self, name):
+                setattr(self, name, int(values[name]))
+                changed[name] = int(values[name])
+            self._unnamed[name] = float(values[name])
+        return changed
+
+    def unnamed(self) -> set[str]:
+        """The numbers of steps that nobody has named: neither when the arguments were made nor since."""
+        return {name for name, value in self._unnamed.items() if getattr(self, name) == value}
 
     def _check_adapters(self) -> None:
         if self.lora_rank:
@@ -501,6 +563,12 @@ class CaRotTrainingArguments(TrainingArguments):
             )
         if self.n_bins < 1:
             raise ValueError(f"Expected `n_bins` >= 1, got {self.n_bins}. The papers use 10.")
+        bounds = self.calibration_bounds
+        if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] < bounds[1] < float("inf")):
+            raise ValueError(
+                f"Expected `calibration_bounds` as a lowest and a highest temperature above 0, got {bounds}. The "
+                "papers use 0.5 and 10."
+            )
         if self.calibration_criterion not in ("nll", "ece"):
             raise ValueError(
                 f"Expected `calibration_criterion` 'nll' or 'ece', got {self.calibration_criterion!r}. "

@@ -1,21 +1,24 @@
 """Small local copies in the layouts of the Hub: parquet, webdataset tars, folders of images.
 
-An image is 12 x 10 pixels of one colour, which says what it is: red is the class, green the row.
+An image is 12 x 10 pixels of one colour, which says what it is: red is the class, green the row. A pixel in the corner
+tells the images of a folder and split from those of others.
 """
 
 from __future__ import annotations
 
 import io
 import tarfile
+import zlib
 
 import datasets
 import numpy as np
 from PIL import Image
 
 
-def picture(label, row, form="PNG"):
+def picture(label, row, form="PNG", of=""):
     pixels = np.zeros((10, 12, 3), np.uint8)
     pixels[:] = (label % 256, row % 256, label // 256)
+    pixels[-1, -1] = zlib.crc32(of.encode()) % 256
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
     return buffer.getvalue()
@@ -30,7 +33,10 @@ def tars(folder, labels, *, files=1, image="jpg", column="cls", names=None, per_
         with tarfile.open(folder / f"{file}.tar", "w") as archive:
             for row in rows.tolist():
                 text = str(labels[row]) if names is None else names[labels[row]]
-                for suffix, data in ((image, picture(int(labels[row]), row, form)), (column, text.encode())):
+                for suffix, data in (
+                    (image, picture(int(labels[row]), row, form, folder.name)),
+                    (column, text.encode()),
+                ):
                     entry = tarfile.TarInfo(f"s{row:07d}.{suffix}")
                     entry.size = len(data)
                     archive.addfile(entry, io.BytesIO(data))
@@ -41,7 +47,10 @@ def parquet(folder, split, labels, *, files=1, feature=None):
     (folder / "data").mkdir(parents=True, exist_ok=True)
     features = datasets.Features({"image": datasets.Image(), "label": feature or datasets.Value("int64")})
     for file, rows in enumerate(np.array_split(np.arange(len(labels)), files)):
-        images = [{"bytes": picture(int(labels[row]), row), "path": f"{row}.png"} for row in rows.tolist()]
+        images = [
+            {"bytes": picture(int(labels[row]), row, of=f"{folder.name} {split}"), "path": f"{row}.png"}
+            for row in rows.tolist()
+        ]
         table = datasets.Dataset.from_dict(
             {"image": images, "label": [int(labels[row]) for row in rows]}, features=features
         )
@@ -53,7 +62,7 @@ def folders(folder, labels, names):
     for row, label in enumerate(labels):
         place = folder / names[label]
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{row}.png").write_bytes(picture(int(label), row))
+        (place / f"{row}.png").write_bytes(picture(int(label), row, of=folder.name))
 
 
 def content(data, indices=None):

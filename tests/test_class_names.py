@@ -87,11 +87,11 @@ def test_the_order_of_the_sources(tmp_path, monkeypatch):
     write_cache(tmp_path, ["k", "l", "m", "n", "o"], ["hub {c}"])
     everything = {"label_names": label.names, "label_names_of": "ILSVRC/imagenet-1k", "folder": folder}
 
-    found = resolve_names(5, **everything)
+    found = resolve_names(5, **everything, sources=("ClassLabel", "files"))
     assert (found.class_names, found.source) == (label.names, "ClassLabel of ILSVRC/imagenet-1k")
     assert (found.templates, found.templates_source) == (["photo of {}"], "files in imagenetv2")
 
-    found = resolve_names(5, folder=folder)
+    found = resolve_names(5, **everything)  # the paper's protocol
     assert (found.class_names, found.source) == (["f", "g", "h", "i", "j"], "files in imagenetv2")
 
     found = resolve_names(5)

@@ -91,13 +91,15 @@ def test_workers_share_the_cores(root, monkeypatch, cores, processes, workers):
     assert load(root, shifts=["r"]).recommended == {"dataloader_num_workers": workers}
 
 
-def test_names_come_from_the_class_label_first_then_from_the_files(root):
+def test_names_come_from_the_papers_protocol_first_then_from_the_class_label(root, caplog):
     suite = load(root)
-    assert suite.class_names == NAMES  # the first synonym
+    assert suite.class_names[3] == "open name 3"
     assert suite.templates == ["a photo of a {}.", "a sketch of a {}."]
-    assert suite.sources["class_names"] == "ClassLabel of ILSVRC/imagenet-1k"
-    files = load(root, name_sources=["files"])
-    assert files.class_names[3] == "open name 3"
+    assert not caplog.records
+    label = load(root, name_sources=["ClassLabel", "files"])
+    assert label.class_names == NAMES  # the first synonym
+    assert label.sources["class_names"] == "ClassLabel of ILSVRC/imagenet-1k"
+    assert "WordNet's synonyms: figures do not compare with published ones" in caplog.text
     own = load(root, class_names=[f"my {name}" for name in NAMES], templates=["{}!"])
     assert (own.class_names[3], own.templates, own.sources["templates"]) == ("my name 3", ["{}!"], "user")
 
@@ -325,7 +327,7 @@ def test_a_streamed_suite_trains_and_holds_rows_out(root, make_trainer):
     assert trainer.state.global_step == 2
     trainer.save_model()
     saved = CLIPModel.from_pretrained(trainer.args.output_dir).config.prompt_sources
-    assert saved == {"class_names": "ClassLabel of ILSVRC/imagenet-1k", "templates": "files in wds_imagenetv2"}
+    assert saved == {"class_names": "files in wds_imagenetv2", "templates": "files in wds_imagenetv2"}
     assert torch.isfinite(trainer.model.logit_scale)
 
 
