@@ -154,6 +154,7 @@ class SuiteTrainer(Trainer):
         self._bad_images: dict[str, set[int]] = {}
         self._warned_of_bound = False
         self._said_positions: set[str] = set()
+        self._owns_output = False  # what is in `output_dir` is of this trainer
         self._changes: list[Change] = []  # since the run was resumed
         self._in_checkpoint = False  # what is saved goes into a checkpoint
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
@@ -546,6 +547,7 @@ class SuiteTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self._owns_output = True
         folder = Path(output_dir or self.args.output_dir)
         adapted = is_adapted(self.model) and self.args.should_save
         if adapted and not self._in_checkpoint:

@@ -104,7 +104,7 @@ def say_warnings(suite: ShiftSuite) -> None:
     found = survey(suite).warnings()
     if not suite.__dict__.get("_said"):
         for sentence in found:
-            logger.warning(sentence)
+            logger.warning("%s", sentence)
         suite.__dict__["_said"] = True
 
 
@@ -218,7 +218,7 @@ def _size_of(path: str) -> int:
 def _same_rows(first: ShiftSet, second: ShiftSet) -> int:
     """How many rows two sets take from the same object in memory."""
     (base, rows), (other, others) = _base(first.data), _base(second.data)
-    if base is not other or not isinstance(base, object):
+    if base is not other:
         return 0
     return len(set(rows) & set(others))
 

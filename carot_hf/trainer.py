@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import CLIPModel
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
@@ -33,6 +34,7 @@ from .content_hash import sha256_of_facts
 from .distributed import gather_rows, local_columns, lost_process, row_counts
 from .evaluation import Comparison
 from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
+from .header import Plan, header, model_line, plan_warnings, refuse_finished, shared_class_share
 from .input_wait import InputWait
 from .losses import (
     contrastive_loss,
@@ -62,8 +64,10 @@ from .resume import (
 from .sets import ShiftSuite
 from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
 from .suite_trainer import SuiteTrainer
+from .survey import say_warnings, survey
 from .teacher import Teacher, beta_momentum, ema_momentum, half_life
 from .teacher_file import TEACHER_NAME, load_teacher_file, save_teacher_file
+from .training_args import PUBLISHED_STEPS as PUBLISHED
 from .training_args import CaRotTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -186,7 +190,8 @@ class CaRotTrainer(SuiteTrainer):
                 ``output_dir``.
             **kwargs: As for ``Trainer.train``.
         Raises:
-            ValueError: If there is no complete checkpoint to resume from, or only one of another run.
+            ValueError: If there is no complete checkpoint to resume from, or only one of another run; if ``output_dir``
+                holds a finished model (see ``overwrite_output_dir``); if the test set is trained on.
             RuntimeError: If the loss or a weight is not finite; the last checkpoint is intact.
             SystemExit: With status 143, after SIGTERM: the step is finished and saved.
         """
@@ -194,6 +199,11 @@ class CaRotTrainer(SuiteTrainer):
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
+        survey(self.suite)  # a test set that is trained on is refused
+        if not resume_from_checkpoint and not self._owns_output and not self.args.overwrite_output_dir:
+            refuse_finished(self.args.output_dir)
+        self._owns_output = True
+        self._warned_of_bound = False
         self._compare_runs(resume_from_checkpoint)
         self._latest = Comparison()  # what was measured is of other weights from here on
         self._term_sums, self._term_steps = {}, 0.0
@@ -211,6 +221,7 @@ class CaRotTrainer(SuiteTrainer):
             self._let_workers_go()
         self.report_bad_images()
         self._check_weights()
+        self._written()
         if self._termination.stopped:
             logger.warning("Stopped by SIGTERM after step %d, which is saved.", self.state.global_step)
             raise SystemExit(128 + signal.SIGTERM)
@@ -258,6 +269,8 @@ class CaRotTrainer(SuiteTrainer):
         if not checkpoint:
             return
         saved = read_run(str(checkpoint))
+        if saved.facts is not None and self.args.take_constants({**saved.facts["options"], **saved.facts["method"]}):
+            self._set_up_method()
         changes = check_resumed(
             saved,
             self._run_facts(),
@@ -286,6 +299,7 @@ class CaRotTrainer(SuiteTrainer):
         num_epochs, steps, *counts, max_steps = values
         self._epochs = None
         if num_epochs == sys.maxsize:  # of a loader without a length
+            self._begin(max_steps, 0.0)
             return values
         saved = self._saved_run
         epochs = self._epochs = Epochs(steps) if saved is None else continued(saved, steps)
@@ -297,7 +311,79 @@ class CaRotTrainer(SuiteTrainer):
         if saved is not None and saved.step >= max_steps:
             logger.warning("Nothing is left to train: %s is at step %d of %d.", saved.folder, saved.step, max_steps)
             num_epochs = 0  # Trainer would take one more step
+        self._begin(max_steps, max_steps / steps)
         return num_epochs, steps, *counts, max_steps
+
+    def _begin(self, steps: int, epochs: float) -> None:
+        """Bring numbers of steps that nobody named to the length of the run, and say what it will do."""
+        options: CaRotTrainingArguments = self.args
+        if not self._resumes and options.scale_constants(steps):
+            self._set_up_method()
+        if not self.is_world_process_zero():
+            return
+        found = survey(self.suite)
+        counts = found.counts["train"]
+        contrastive = options.objective == "contrastive"
+        pairs = self.args.contrastive_batch_size or options.per_device_train_batch_size * options.world_size
+        hidden = contrastive and options.same_class == "negative" and counts is not None and counts.sum() > 0
+        short = {name: int(getattr(options, name)) for name in options.unnamed() if getattr(options, name) != PUBLISHED}
+        plan = Plan(
+            model=model_line(self.accelerator.unwrap_model(self.model)),
+            method=self._method(),
+            table=found.table(),
+            steps=steps,
+            epochs=epochs,
+            first_step=0 if self._saved_run is None else self._saved_run.step,
+            warmup=int(options.get_warmup_steps(steps)),
+            teacher=options.teacher if self.teacher is not None else None,
+            update_every=0 if self._teacher_callback is None else self._teacher_callback.update_every,
+            processes=options.world_size,
+            batch=options.per_device_train_batch_size,
+            accumulation=options.gradient_accumulation_steps,
+            pairs=pairs if contrastive else None,
+            shared=shared_class_share(counts, pairs) if hidden and counts is not None else None,
+            device=str(options.device),
+            scaled=short,
+            writes=self._will_write(),
+        )
+        tqdm.write(f"{header(plan)}\n")
+        if plan.first_step == 0:  # a run that goes on has said it
+            for sentence in plan_warnings(plan):
+                logger.warning("%s", sentence)
+            say_warnings(self.suite)
+
+    def _method(self) -> str:
+        """The terms of the loss with their weights."""
+        options: CaRotTrainingArguments = self.args
+        terms = ["cross-entropy" if options.objective == "cross_entropy" else f"contrastive ({self._link})"]
+        for name in ("distillation", "feature_distillation", "orthogonality", "cross_norm"):
+            if weight := getattr(options, f"{name}_weight"):
+                terms.append(f"{weight:g} x {name.replace('_', ' ')}")
+        smoothing = options.label_smoothing_factor
+        return " + ".join(terms) + (f", label smoothing {smoothing:g}" if smoothing else "")
+
+    def _will_write(self) -> list[str]:
+        """What the run writes, and where."""
+        options: CaRotTrainingArguments = self.args
+        strategy = getattr(options.save_strategy, "value", options.save_strategy)
+        when = {
+            "no": "no checkpoints",
+            "steps": f"checkpoint-<step> every {options.save_steps:g} steps",
+            "epoch": "checkpoint-<step> after each epoch",
+            "best": "checkpoint-<step> when it is the best",
+        }
+        kept = f", the last {options.save_total_limit} are kept" if options.save_total_limit else ""
+        reporters = options.report_to if isinstance(options.report_to, list) else [options.report_to]
+        logs = ", ".join(name for name in reporters if name and name != "none")
+        every = f"a line of the log every {options.logging_steps:g} steps" + (f", also to {logs}" if logs else "")
+        return [f"{options.output_dir}: {when[str(strategy)]}{kept if strategy != 'no' else ''}", every]
+
+    def _written(self) -> None:
+        """Say which checkpoints there are at the end."""
+        if self.is_world_process_zero():
+            kept = [folder.name for folder in checkpoint_folders(self.args.output_dir) if is_complete(folder)]
+            where = f"{', '.join(kept)} in {self.args.output_dir}" if kept else "no checkpoint; `save_model` saves it"
+            tqdm.write(f"{'trained':<11}{self.state.global_step:,} steps; {where}\n")
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args, **kwargs)

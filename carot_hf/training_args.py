@@ -24,7 +24,8 @@ from .teacher import check_momentum
 TEACHERS = ("ema", "frozen", "beta")
 ON_BAD_IMAGE = ("raise", "skip")
 _SCALED_STEPS = ("warmup_steps", "teacher_update_every", "logging_steps")
-_PUBLISHED_STEPS, _SHORT_RUN, _PARTS = 500, 5_000, 50
+PUBLISHED_STEPS = 500  # of the papers
+_SHORT_RUN, _PARTS = 5_000, 50
 _WEIGHTS = ("distillation_weight", "feature_distillation_weight", "orthogonality_weight", "cross_norm_weight")
 SECRET = re.compile("token|key|secret|password")  # in names of a user's arguments: cards and checkpoints are published
 _STOCK = ("max_steps", "gradient_accumulation_steps", "bf16", "fp16", "tf32", "optim", "label_smoothing_factor", "seed")
@@ -435,7 +436,7 @@ class CaRotTrainingArguments(TrainingArguments):
         """
         short = steps < _SHORT_RUN and not self.parity
         share = max(1, round(steps / _PARTS))
-        return self.take_constants(dict.fromkeys(self.unnamed(), share if short else _PUBLISHED_STEPS))
+        return self.take_constants(dict.fromkeys(self.unnamed(), share if short else PUBLISHED_STEPS))
 
     def take_constants(self, values: Mapping[str, Any]) -> dict[str, int]:
         """Set numbers of steps that nobody has named, and say which of them changed."""

@@ -79,6 +79,7 @@ ALLOWED = {
     "plots": {"ece.binning"},
     "model_card": set(),
     "reporting": {"ece.binning", "plots"},
+    "header": set(),
     # the Space of the metric, which installs the package: nothing of ours imports it
     "ece.app": {"metric", "plots"},
     # floor 3: the trainer
@@ -89,8 +90,8 @@ ALLOWED = {
     },
     "trainer": {
         "adapters", "backbones", "callbacks", "checkpoints", "classifier", "content_hash", "distributed", "evaluation",
-        "gradient_cache", "input_wait", "losses", "model_card", "precision", "prepare", "resume", "sets", "sigmoid",
-        "suite_trainer", "teacher", "teacher_file", "training_args",
+        "gradient_cache", "header", "input_wait", "losses", "model_card", "precision", "prepare", "resume", "sets",
+        "sigmoid", "suite_trainer", "survey", "teacher", "teacher_file", "training_args",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -137,6 +138,7 @@ THIRD_PARTY = {
     "tables": {"datasets"},
     "loading": {"datasets", "huggingface_hub", "numpy"},
     "survey": {"numpy", "torch"},
+    "header": {"numpy"},
     "yaml_text": {"yaml"},
     "recommended": set(),
     "suite_file": {"yaml"},
