@@ -7,6 +7,8 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,12 @@ _DECODING_ERRORS = (
 )
 _FILE_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)  # what PIL raises of a damaged file
 _ON_THE_SIDE = (5, 6, 7, 8)  # width and height change places
+_NO_PICTURES = {  # formats whose suffixes PIL knows, of which it makes no pixels by itself
+    *("PDF", "PALM"),  # written only
+    *("BUFR", "GRIB", "HDF5", "MPEG"),  # recognised only
+    *("EPS", "WMF"),  # drawn by Ghostscript, by Windows
+    "IPTC",  # of the news
+}
 
 
 class BadImageError(ValueError):
@@ -71,6 +79,27 @@ def read_image(
         raise
     except _DECODING_ERRORS as error:
         raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of files that PIL makes pixels of, in small letters and with their dot.
+
+    Left out is what PIL can only write or recognise, or hands to another program: ``.pdf``, ``.ps``, ``.eps``,
+    ``.wmf``, ``.emf``, ``.mpg``, ``.h5``, ``.grib`` and the like.
+    """
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, form in known.items() if form not in _NO_PICTURES)
+
+
+def is_image_name(name: str | os.PathLike[str]) -> bool:
+    """Whether a file is an image by its name, in any case: `image_suffixes` has its suffix, and it is not hidden.
+
+    Args:
+        name: Of a file, or a path to it.
+    """
+    path = PurePath(name)
+    return path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
 
 
 def is_decoding_error(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from carot_hf import ShiftSet
 from carot_hf.data import ReadSet
-from carot_hf.images import MAX_PIXELS, BadImageError, read_image
+from carot_hf.images import MAX_PIXELS, BadImageError, image_suffixes, is_image_name, read_image
 from carot_hf.transforms import ImageTransform, random_box
 
 
@@ -171,6 +171,59 @@ def test_a_crop_of_what_is_decoded_smaller_is_never_enlarged(photo):
         for seed in range(300):
             left, top, right, bottom = random_box(*size, np.random.default_rng(seed), transform.scale, transform.ratio)
             assert min(right - left, bottom - top) >= 32
+
+
+# ---- by name ----
+
+
+COMMON = [
+    *("bmp", "dib", "gif", "ico", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "pbm", "pcx", "pgm", "png", "pnm"),
+    *("ppm", "rgb", "sgi", "tga", "tif", "tiff", "webp"),
+]
+
+
+@pytest.mark.parametrize("suffix", COMMON)
+def test_a_file_of_each_suffix_is_an_image_and_is_read(photo, tmp_path, suffix):
+    path = tmp_path / f"image.{suffix}"
+    photo.convert("1" if suffix == "pbm" else "RGB").save(path)
+    assert is_image_name(path)
+    assert read_image(path).width in (64, 48)  # the largest square of an icon
+
+
+def test_every_suffix_is_that_of_a_format_that_pil_opens():
+    """Counted the other way about: what PIL says that it opens, less what it opens with no pixels in it."""
+    opened = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    no_pixels = {"bufr", "eps", "emf", "grib", "h5", "hdf", "iim", "mpeg", "mpg", "ps", "wmf"}
+    assert image_suffixes() == (opened - {f".{suffix}" for suffix in no_pixels}) | {".mpo"}  # opened as a JPEG
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.JPG", "b/c.d.TIFF", "a.webp", "a.jp2", "a.pgm", "a.mpo"])
+def test_names_of_images(name, tmp_path):
+    assert is_image_name(name)
+    assert is_image_name(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "._0.png",
+            "a/.b.png",
+            ".png",
+            "png",
+            "a.png.txt",
+            "Thumbs.db",
+            ".DS_Store",
+            "metadata.csv",
+            "a.npy",
+            "",
+            "a.",
+        ),
+        *("a.pdf", "a.eps", "a.ps", "a.mpg", "a.mpeg", "a.h5", "a.hdf", "a.grib", "a.bufr", "a.wmf", "a.emf", "a.svg"),
+    ],
+)
+def test_names_of_no_images(name):
+    assert not is_image_name(name)
 
 
 # ---- refused ----
