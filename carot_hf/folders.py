@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+from .images import is_image_name
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval"),
 }
-_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow hands them to other programs, or stops
 _LEFT_BY_OTHERS = {"__MACOSX", "$RECYCLE.BIN", "@eaDir", "System Volume Information"}
 
 
@@ -142,13 +141,8 @@ def images_of_split(folder: Path, images: Iterable[Path], split: str) -> Found |
 
 
 def images_in(files: Iterable[Path]) -> list[Path]:
-    """Keep the files whose suffix is one of those that Pillow opens."""
-    opens = {
-        suffix
-        for suffix, form in Image.registered_extensions().items()
-        if form in Image.OPEN and form not in _NO_PICTURES
-    }
-    return [path for path in files if path.suffix.lower() in opens]
+    """Keep the files that are images by their suffix."""
+    return [path for path in files if is_image_name(path.name)]
 
 
 def _split_named(name: str, asked: str) -> str | None:

@@ -34,7 +34,7 @@ Rows = Any  # a datasets.Dataset or a datasets.IterableDataset
 LAYOUTS = ("parquet", "arrow", "webdataset", "table", "metadata", "folders")
 _SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", **dict.fromkeys(SUFFIXES, "table")}
 _ALONE = {**_SUFFIXES, ".json": "table"}  # in a folder a .json may be anything
-_NEARLY = 0.8  # alike enough for a slip of the pen
+_NEARLY = 0.7  # alike enough for a slip of the pen
 _CONTENT = "parquet, arrow, CSV, TSV, JSON lines, tars, or one folder of images for each class"
 
 

@@ -6,19 +6,22 @@ import logging
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
 
-from .columns import image_column, label_column
+from .columns import image_column, is_text, label_column
 from .labels import ClassNames, LabelTable
 from .loading import check_labels, hold_out
 from .sets import ShiftSet
 from .streaming import StreamedSet, count_rows, shard_rows
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = 3  # missing files that an error names
 
 
 def as_set(
@@ -72,11 +75,25 @@ def as_set(
     if not hasattr(rows, "__len__"):
         size = count_rows(rows.select_columns([label])) if published is None else published[0]
         return StreamedSet(rows.select_columns([image, label]), size=size, to_label=table, label_column=label, **common)
+    if options.get("image_root") is not None and is_text(rows.features[image]):
+        _check_files(list(rows.with_format(None)[image]), options["image_root"], name)
     labels = table.all(list(rows.with_format(None)[label]))
     if published is not None:
         check_labels(name, labels, *published)
     kept = [image, *([options["caption_column"]] if options.get("caption_column") else [])]
     return ShiftSet(rows.select_columns(kept).add_column("label", labels), labels=labels, **common)
+
+
+def _check_files(paths: Sequence[Any], root: Path, name: str) -> None:
+    """Refuse a table that names files which are not there, before anything is trained."""
+    missing = [row for row, path in enumerate(paths) if not (isinstance(path, str) and (root / path).is_file())]
+    if missing:
+        listed = ", ".join(f"row {row}: {root / str(paths[row])}" for row in missing[:_SHOWN])
+        raise ValueError(
+            f"Expected the images of '{name}' to be there, got none for {len(missing):,} of its {len(paths):,} images "
+            f"({listed}{', ...' if len(missing) > _SHOWN else ''}). Relative paths are relative to the table's folder, "
+            f"{root}: correct them, or drop these rows."
+        )
 
 
 def split_off(data: ShiftSet, share: float, seed: int, *, balanced: bool = False) -> tuple[ShiftSet, ShiftSet]:

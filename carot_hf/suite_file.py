@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from .columns import found_label_column, image_column, is_text, label_column
@@ -22,8 +24,11 @@ from .survey import survey
 from .tables import read_text
 from .yaml_text import load_yaml
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_TEMPLATES = ["a photo of a {}."]
 HOLD_OUT_SEED = 0
+_SHOWN = 10  # classes that a warning names
 
 _NAMES = ((list, dict), "label_names: {n01: cat, n02: dog}")
 _SET_KEYS = {
@@ -80,6 +85,7 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
         held = reader.read("validation", _SET_KEYS)
     else:
         train, held = _held_out(train, validation, f"{path}: validation")
+        _say_held_out(train, held, validation, reader.class_names)
     shifts = {}
     for name, value in description.get("shifts", {}).items():
         if not isinstance(name, str):
@@ -276,6 +282,26 @@ def _held_out(train: ShiftSet, share: float, where: str) -> tuple[ShiftSet, Shif
             f"{where}: expected a share of the training set in (0, 1), or a set, got {share}. Example: validation: 0.1"
         )
     return split_off(train, share, HOLD_OUT_SEED)
+
+
+def _say_held_out(kept: ShiftSet, held: ShiftSet, share: float, names: Sequence[str]) -> None:
+    """Say of which classes another share than asked was held out: of each class at least one, and never the last."""
+    if kept.labels is None or held.labels is None:
+        return
+    parts = [
+        np.bincount(data.labels, minlength=len(names)).tolist() for data in (kept, held) if data.labels is not None
+    ]
+    given = [(name, part, rest + part) for name, rest, part in zip(names, *parts, strict=True)]
+    others = [f"{part} of {whole} of {name!r}" for name, part, whole in given if part != round(share * whole)]
+    if others:
+        logger.warning(
+            "%d of %d images are held out for `validation`, %g of each class but: %s%s.",
+            len(held),
+            len(held) + len(kept),
+            share,
+            ", ".join(others[:_SHOWN]),
+            ", ..." if len(others) > _SHOWN else "",
+        )
 
 
 def _lines(value: list[Any] | str, path: Path, key: str) -> list[str]:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MOST_IMAGES = 500_000  # in all sets of a suite: more are not compared
 _CLASSES_SHOWN = 40
+_TRAIN = "train"
 _HEAD = 4096  # bytes at both ends that are compared before a whole file is read
 
 
@@ -72,7 +73,7 @@ class Survey:
                 continue
             for number, what in ((0, "no image"), (1, "one image")):
                 labels = [self.classes[index] for index in np.flatnonzero(counts == number).tolist()]
-                if labels and (number == 0 or name == "train"):
+                if labels and (number == 0 or name == _TRAIN):
                     found.append(f"Set '{name}' has {what} of {_listed(labels)}.")
         for (first, second), count in self.shared.items():
             found.append(f"{count:,} of the {self.sizes[second]:,} images of set '{second}' are in '{first}', too.")
@@ -89,7 +90,7 @@ def survey(suite: ShiftSuite) -> Survey:
     if known is None:
         known = _survey(suite)
         suite.__dict__["_survey"] = known
-    shared = known.shared.get(("train", suite.test.name), 0)
+    shared = known.shared.get((_TRAIN, _shown_name(suite.test.name)), 0)
     if shared and not suite.allow_shared:
         raise ValueError(
             f"Expected a test set of images that are not trained on, got {shared:,} of the {len(suite.test):,} images "
@@ -109,7 +110,7 @@ def say_warnings(suite: ShiftSuite) -> None:
 
 
 def _survey(suite: ShiftSuite) -> Survey:
-    sets = {"train": suite.train, **suite.evaluation_sets}
+    sets = {_TRAIN: suite.train, **{_shown_name(name): data for name, data in suite.evaluation_sets.items()}}
     sizes = {name: len(data) for name, data in sets.items()}
     compared = sum(sizes.values()) <= MOST_IMAGES
     return Survey(
@@ -119,6 +120,11 @@ def _survey(suite: ShiftSuite) -> Survey:
         shared=_shared(sets) if compared else {},
         compared=compared,
     )
+
+
+def _shown_name(name: str) -> str:
+    """The name of a set that is evaluated, beside that of the training set."""
+    return f"{name} (evaluated)" if name == _TRAIN else name
 
 
 def _counts(data: ShiftSet) -> NDArray[np.int64] | None:

@@ -23,6 +23,8 @@ from carot_hf.prompts import CaptionTable, class_embeddings
 def main(argv: Sequence[str]) -> Path:
     """Write the file; return its path."""
     options = parse(argv)
+    if options.output.exists() and not options.overwrite_output_dir:
+        raise ValueError(f"Expected a new file, got {options.output}, which there is. Add --overwrite_output_dir.")
     processor = CLIPProcessor.from_pretrained(options.model)  # nosec B615  # the user's own model
     path = export_onnx(classifier_of(options, processor), processor, options.output)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, its probabilities are those of the model")
@@ -39,6 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; not used, but opened")
     parser.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
     parser.add_argument("--output", type=Path, required=True, help="the file")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a file that there is")
     return parser.parse_args(argv)
 
 

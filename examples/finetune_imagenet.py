@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,13 +31,18 @@ import carot_hf
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
 from carot_hf.checkpoints import checkpoint_folders, is_complete
 from carot_hf.evaluation import comparison_table
+from carot_hf.header import FINISHED, refuse_finished
 from carot_hf.model_card import command_line
+from carot_hf.survey import say_warnings, survey
 from carot_hf.training_args import PRESETS, preset_arguments
 
 START_MODELS = {
     "imagenet": "openai/clip-vit-base-patch16",
     "digits": str(Path(__file__).resolve().parent / "digits" / "clip"),
 }
+
+
+OF_THE_SUITE = "the suite's"  # start model, in metrics.json
 
 
 @dataclass
@@ -86,11 +92,23 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, CaRotTrainingArguments, Shi
     )
     parser.set_defaults(output_dir=str(Path("out", "zero_shot" if script.zero_shot else script.preset)))
     parser.set_defaults(**preset_arguments(script.preset))
-    parser.parse_args_into_dataclasses(argv)  # a bad option fails here, before anything is loaded
+    early = parser.parse_args_into_dataclasses(argv)[1]  # a bad option fails here, before anything is loaded
+    if early.resume_from_checkpoint is None and not early.overwrite_output_dir:
+        refuse_finished(early.output_dir)
+        refuse_checkpoints(early.output_dir)
     suite = load_suite(script.suite, **suite_options(script))
     parser.set_defaults(**suite.recommended)
     _, args = parser.parse_args_into_dataclasses(argv)
     return script, args, suite
+
+
+def refuse_checkpoints(output_dir: str) -> None:
+    """Raise a ValueError if there are checkpoints of an earlier run in a folder."""
+    if any(is_complete(folder) for folder in checkpoint_folders(output_dir)):
+        raise ValueError(
+            f"Expected an `output_dir` without checkpoints, got {output_dir}. Add --resume_from_checkpoint to go on "
+            "from them, --overwrite_output_dir to delete them, or choose another folder."
+        )
 
 
 def suite_options(script: Any) -> dict[str, Any]:
@@ -109,12 +127,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     """Run the job; return what metrics.json holds."""
     script, args, suite = parse(argv)
     output_dir = Path(args.output_dir)
-    complete = [folder for folder in checkpoint_folders(output_dir) if is_complete(folder)]
-    if complete and args.resume_from_checkpoint is None and not script.zero_shot:
-        raise ValueError(
-            f"Expected an `output_dir` without checkpoints, got {output_dir}. Add --resume_from_checkpoint to go on "
-            "from them, or choose another folder."
-        )
+    if args.overwrite_output_dir and args.resume_from_checkpoint is None and args.process_index == 0:
+        for folder in checkpoint_folders(output_dir):  # a later call would go on from them
+            shutil.rmtree(folder)
     start_model = script.model_name_or_path or start_model_of(script.suite)
     processor = AutoProcessor.from_pretrained(start_model)  # nosec B615  # the user's choice; no code in it is run
     model = AutoModel.from_pretrained(start_model, dtype=torch.float32)  # nosec B615  # as above; safetensors
@@ -122,6 +137,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         print("The start model is calibrated: its temperature is taken out and fitted anew.")
         unbake_temperature(model)
     trainer = CaRotTrainer(model=model, args=args, suite=suite, processing_class=processor)
+    if script.zero_shot and trainer.is_world_process_zero():
+        print(survey(suite).table(), end="\n\n", flush=True)
+        say_warnings(suite)
     if not script.zero_shot:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
@@ -135,7 +153,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "suite_sha256": suite.content_hash,
         "names": suite.sources,
         "method": "zero-shot" if script.zero_shot else script.preset,
-        "start_model": script.model_name_or_path or f"the suite's ({Path(start_model).name})",
+        "start_model": script.model_name_or_path or f"{OF_THE_SUITE} ({Path(start_model).name})",
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "versions": {
@@ -154,7 +172,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"\n{report['method']} on {script.suite}, temperature {calibration['temperature']:.3f}\n")
         print(table(suite, metrics))
-        print(f"\nSaved to {output_dir}")
+        written = [*FINISHED, "config.json", "eval_reliability.png", "checkpoint-*"]
+        found = [path.name for name in written for path in sorted(output_dir.glob(name))]
+        print(f"\nSaved to {output_dir}: {', '.join(dict.fromkeys(found))}")
     if args.push_to_hub:
         trainer.push_to_hub(finetuned_from=None if Path(start_model).exists() else start_model)
     trainer.accelerator.end_training()

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from demo import COLUMNS
-from finetune_imagenet import run, start_model_of, suite_options
+from finetune_imagenet import OF_THE_SUITE, run, start_model_of, suite_options
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.trainer_callback import PrinterCallback
 
@@ -34,6 +34,7 @@ from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suit
 from carot_hf.backbones import BACKBONES
 from carot_hf.classifier import CLIPClassifier
 from carot_hf.evaluation import comparison_table
+from carot_hf.header import refuse_finished
 from carot_hf.merging import SWEEP, alpha_sweep, interpolate
 
 KINDS = {**dict.fromkeys(BACKBONES, AutoModel), "clip_classifier": CLIPClassifier}
@@ -70,7 +71,9 @@ def main(argv: Sequence[str]) -> list[dict[str, float]]:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; what is wrong ends here, before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zero_shot", help="the end at alpha 0; default: the start model of the suite")
+    parser.add_argument(
+        "--zero_shot", help="the end at alpha 0; default: the model that the fine-tuned run started from"
+    )
     parser.add_argument("--fine_tuned", required=True, help="the end at alpha 1: folder or name of the model")
     parser.add_argument("--suite", default="digits", help="digits, imagenet, or a YAML file")
     parser.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts")
@@ -84,10 +87,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--criterion", default="nll", choices=["nll", "ece"], help="what the temperature minimises")
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time")
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier sweep or model there")
     options = parser.parse_args(argv)
+    if not options.overwrite_output_dir:
+        refuse_finished(options.output_dir)
+        refuse_finished(options.output_dir / "model")
     if options.zero_shot is None:
-        options.zero_shot = start_model_of(options.suite)
+        options.zero_shot = recorded_start(Path(options.fine_tuned))
     return options
+
+
+def recorded_start(folder: Path) -> str:
+    """The model that a run started from, as its own metrics.json says."""
+    record = folder / "metrics.json"
+    try:
+        report = json.loads(record.read_text(encoding="utf-8"))
+        start, suite = str(report["start_model"]), str(report["suite"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"Expected {record} to say which model the run started from, got {type(error).__name__}. Name it with "
+            "--zero_shot."
+        ) from error
+    return start_model_of(suite) if start.startswith(OF_THE_SUITE) else start
 
 
 def weight(text: str) -> float:

@@ -125,6 +125,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options.jobs = 1
         if BATCH % options.processes:
             parser.error(f"expected --processes that divide the batch of {BATCH}, got {options.processes}")
+    if (options.output_dir / "README.md").exists() and not (options.output_dir / "cells").exists():
+        parser.error(f"expected a new folder or one of an earlier report, got {options.output_dir}: choose another one")
     if options.quick and options.suite != "digits":
         parser.error("expected --quick with --suite digits only: it shortens the runs of that suite")
     return options
@@ -283,7 +285,10 @@ class Runner:
         start = time.perf_counter()
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             result = subprocess.run(  # nosec B603  # a list of arguments: this Python, our script, its options
-                [*command, *(["--resume_from_checkpoint"] if resume else [])],
+                [
+                    *command,
+                    "--resume_from_checkpoint" if resume else "--overwrite_output_dir",
+                ],  # the folder is this cell's
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**threads, **os.environ},

@@ -54,9 +54,14 @@ def saved(make_trainer, plain, tmp_path):
 
 @pytest.fixture
 def said(monkeypatch):
-    """The warnings of a resumption."""
+    """The warnings of a resumption, without that of the noise: four classes in batches of four."""
     lines = []
-    monkeypatch.setattr(carot_hf.trainer.logger, "warning", lambda text, *values: lines.append(text % values))
+
+    def warning(text, *values):
+        if "share their class" not in text % values:
+            lines.append(text % values)
+
+    monkeypatch.setattr(carot_hf.trainer.logger, "warning", warning)
     return lines
 
 

@@ -233,8 +233,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "clip")
     parser.add_argument("--evaluate_only", action="store_true", help="print the table of the folder as it is")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the checkpoint that is there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if (arguments.output_dir / "model.safetensors").exists() and not (
+        arguments.evaluate_only or arguments.overwrite_output_dir
+    ):
+        parser.error(f"expected a new folder, got {arguments.output_dir} with a model: add --overwrite_output_dir")
     if not arguments.evaluate_only:
         start = time.perf_counter()
         torch.manual_seed(SEED)
