@@ -665,6 +665,7 @@ class SuiteTrainer(Trainer):
             finetuned_from: Id of the base model; default: where the model was loaded from, unless it is a folder.
             dataset: Ids of data sets on the Hub; default: those of the suite.
         """
+        self._owns_output = True
         if not self.is_world_process_zero():
             return
         config, metric = self.model.config, self.args.metric_for_best_model

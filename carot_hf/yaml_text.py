@@ -45,7 +45,11 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: If it is none, or a key is given twice.
     """
-    return yaml.load(text, Loader=_Loader)  # nosec B506  # a safe loader
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _mapping(loader: Any, node: Any) -> dict[Any, Any]:

@@ -44,6 +44,8 @@ TABLE = [*COLUMNS, ("T", "eval_temperature")]
 def main(argv: Sequence[str]) -> list[dict[str, float]]:
     """Run the sweep; return what sweep.json holds under "rows"."""
     options = parse(argv)
+    if options.zero_shot is None:
+        options.zero_shot = recorded_start(Path(options.fine_tuned))
     suite = load_suite(options.suite, **suite_options(options))
     zero_shot, fine_tuned = (load_end(end) for end in (options.zero_shot, options.fine_tuned))
     processor = AutoProcessor.from_pretrained(options.fine_tuned)  # nosec B615  # the user's own model
@@ -92,8 +94,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not options.overwrite_output_dir:
         refuse_finished(options.output_dir)
         refuse_finished(options.output_dir / "model")
-    if options.zero_shot is None:
-        options.zero_shot = recorded_start(Path(options.fine_tuned))
     return options
 
 

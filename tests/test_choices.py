@@ -283,7 +283,8 @@ def test_a_card_says_who_chose_only_where_something_did(make_trainer):
     """A metric that is only followed, with checkpoints of its best step, chooses nothing."""
     steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     for callbacks, chooses in (([], False), ([EarlyStoppingCallback(3)], True)):
-        trainer = make_trainer(**steps, metric_for_best_model="eval_id_nll", trainer={"callbacks": callbacks})
+        options = {**steps, "overwrite_output_dir": True, "metric_for_best_model": "eval_id_nll"}
+        trainer = make_trainer(**options, trainer={"callbacks": callbacks})
         trainer.train()
         trainer.evaluate()
         trainer.create_model_card()

@@ -111,10 +111,42 @@ def test_a_classifier_as_fine_tuned_end(ends, make_trainer, processor, tmp_path)
     torch.testing.assert_close(saved.head.weight * temperature, fine_tuned.head.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_defaults_are_wise_ft_on_the_start_model_of_the_suite():
+def test_defaults_are_wise_ft():
     options = interpolate.parse(["--fine_tuned", "x", "--output_dir", "y"])
     assert options.alphas == pytest.approx([k / 10 for k in range(11)])
-    assert (options.alpha, options.zero_shot) == (0.5, finetune_imagenet.START_MODELS["digits"])
+    assert (options.alpha, options.zero_shot) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("start", "suite", "expected"),
+    [
+        ("openai/clip-vit-base-patch32", "my.yaml", "openai/clip-vit-base-patch32"),
+        ("the suite's (clip)", "digits", finetune_imagenet.START_MODELS["digits"]),
+        ("the suite's (clip-vit-base-patch16)", "imagenet", "openai/clip-vit-base-patch16"),
+    ],
+)
+def test_the_start_model_is_the_one_of_the_run(tmp_path, start, suite, expected):
+    """It was that of --suite, whatever the run had started from."""
+    (tmp_path / "metrics.json").write_text(json.dumps({"start_model": start, "suite": suite}))
+    assert interpolate.recorded_start(tmp_path) == expected
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}"])
+def test_a_run_without_a_record_asks_for_its_start_model(tmp_path, text):
+    if text is not None:
+        (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.json to say which model the run started from.*--zero_shot"):
+        interpolate.main(["--fine_tuned", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "model/model.safetensors"])
+def test_an_earlier_sweep_is_not_written_over(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    flags = ["--fine_tuned", "x", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="without a finished model"):
+        interpolate.parse(flags)
+    assert interpolate.parse([*flags, "--overwrite_output_dir"]).output_dir == tmp_path
 
 
 @pytest.mark.parametrize("flags", [["--alpha", "1.5"], ["--alphas", "0", "nan"]])

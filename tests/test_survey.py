@@ -1,4 +1,4 @@
-"""What is said of a suite and of a run before the first step: counts, shared images, figures that look like mistakes."""
+"""What is said of a suite and of a run before the first step: counts, shared images, figures like mistakes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import math
 import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import Noise
 from layouts import picture
 
 from carot_hf import ShiftSet, ShiftSuite
+from carot_hf.evaluation import fit_scaling, scaling_bounds
 from carot_hf.header import Plan, header, plan_warnings, shared_class_share
 from carot_hf.survey import say_warnings, survey
 from carot_hf.training_args import CaRotTrainingArguments
@@ -280,3 +282,48 @@ def test_a_trainer_may_go_on_with_what_it_wrote_itself(make_trainer):
     other.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="without a finished model"):
         make_trainer().train()
+
+
+# ---- a temperature at a bound ----
+
+
+def test_a_temperature_at_a_bound_is_in_the_record_and_warned_of_once(suite, make_trainer, caplog):
+    trainer = make_trainer(calibration_bounds=[2.0, 3.0])
+    logging.getLogger("transformers").propagate = True
+    caplog.clear()
+    assert trainer.evaluate()["eval_temperature"] == 3.0  # an untrained model knows nothing
+    trainer.evaluate()
+    record = trainer.calibrate()
+    assert (record["temperature"], record["bounds"], record["at_bound"]) == (3.0, [2.0, 3.0], True)
+    said = [record.getMessage() for record in caplog.records if "at the bound" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("The best temperature is at the bound 3 of [2, 3]: the optimum may lie outside, and what")
+    assert said[0].endswith("Look at the validation set, or set `calibration_bounds` wider.")
+
+
+def test_wider_bounds_find_the_optimum():
+    """Two classes with logits 0 and z, right in 3 of 4 rows: the best T is z / ln 3, here 20."""
+    logits = torch.zeros(400, 2, dtype=torch.float64)
+    logits[:, 1] = 20 * math.log(3)
+    labels = (torch.arange(400) % 4 > 0).long()
+    options = {"link": "softmax", "criterion": "nll", "warn": False}
+    assert fit_scaling(logits, labels, **options) == {"temperature": 10.0}
+    assert fit_scaling(logits, labels, bounds=[1, 50], **options)["temperature"] == pytest.approx(20.0, rel=1e-6)
+    assert scaling_bounds(None, "sigmoid") == (0.05, 20.0)
+
+
+@pytest.mark.parametrize("bounds", [[1.0], [2.0, 1.0], [0.0, 1.0], [1.0, float("inf")], [1.0, 2.0, 3.0]])
+def test_bounds_that_are_none(tmp_path, bounds):
+    with pytest.raises(ValueError, match="Expected `calibration_bounds` as a lowest and a highest temperature"):
+        arguments(tmp_path, calibration_bounds=bounds)
+
+
+def test_bounds_on_the_command_line():
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(CaRotTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", "x", "--use_cpu", "--calibration_bounds", "0.1", "5"])
+    assert args.calibration_bounds == [0.1, 5.0]
+    assert args.unnamed() == {"warmup_steps", "teacher_update_every", "logging_steps"}
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", "x", "--use_cpu", "--warmup_steps", "500"])
+    assert args.unnamed() == {"teacher_update_every", "logging_steps"}
