@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .ece.binning import calibration_bins, check_n_bins, classwise_sums
+from .ece.binning import calibration_bins, check_n_bins, checked_weights, classwise_sums
+from .ece.inputs import AS_LOGITS, as_array, looks_like_probabilities, to_numpy, two_dimensional
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,8 @@ def calibration_metrics(
     temperature: float = 1.0,
     bias: float = 0.0,
     link: str = "softmax",
+    sample_weight: Tensor | NDArray[Any] | None = None,
+    ignore_index: int | None = None,
 ) -> dict[str, float]:
     r"""Accuracy and calibration of ``softmax(logits / temperature)`` over a whole data set.
 
@@ -76,6 +80,9 @@ def calibration_metrics(
         temperature: Divides the logits; > 0.
         bias: Is added to the divided logits; with the sigmoid only, for a softmax does not see it.
         link: From logits to probabilities: ``"softmax"``, or ``"sigmoid"`` of each logit (SigLIP).
+        sample_weight: ``(N,)`` weights >= 0, by which every mean is taken: a row of weight 2 counts as two, one of
+            weight 0 is left out. None: 1 each.
+        ignore_index: Label of rows that are left out.
 
     Returns:
         Python floats: fractions, never percent.
@@ -102,45 +109,49 @@ def calibration_metrics(
     """
     check_n_bins(n_bins)
     _check_link(link, bias)
-    logits, labels = checked_rows(logits, labels, temperature)
+    logits, labels, weights = _kept_rows(logits, labels, sample_weight, ignore_index)
+    logits, labels = checked_rows(logits, labels, temperature, warn=True)
     n_rows, n_classes = logits.shape
+    mass = float(n_rows) if weights is None else float(weights.sum())
     confidences, correct = _empty_like_rows(logits), np.empty(n_rows, dtype=bool)
-    nll = brier = 0.0
-    top5 = 0
+    nll = brier = top5 = 0.0
     class_sums = np.zeros((n_classes, n_bins))
     for start, rows, targets in row_chunks(logits, labels):
         at = slice(start, start + len(rows))
+        own_weights = None if weights is None else weights[at]
         shifted, margins, hits = _shift(rows, targets)
-        top5 += _count_top5(rows, targets, hits)
+        top5 += _total(_in_top5(rows, targets, hits), own_weights)
         if link == "softmax":
             exponentials = shifted.div_(temperature).clamp_(min=_LOWEST_EXPONENT).exp_()
             totals = exponentials.sum(dim=1)
-            nll += float((totals.double().log() - margins.double() / temperature).sum())
+            nll += _total(totals.double().log() - margins.double() / temperature, own_weights)
             probabilities = exponentials.div_(totals[:, None]).cpu().numpy()
             confidences[at] = totals.reciprocal().cpu().numpy()
         else:
             scaled = rows / temperature + bias
             own = scaled.gather(1, targets[:, None])[:, 0]
-            nll += float((F.softplus(scaled).sum(dim=1, dtype=torch.float64) - own.double()).sum())
+            nll += _total(F.softplus(scaled).sum(dim=1, dtype=torch.float64) - own.double(), own_weights)
             confidences[at] = scaled.amax(dim=1).sigmoid().cpu().numpy()
             probabilities = scaled.sigmoid_().cpu().numpy()
         correct[at] = hits.cpu().numpy()
         label_index = targets.cpu().numpy()
-        class_sums += classwise_sums(probabilities, label_index, n_bins)
+        class_sums += classwise_sums(probabilities, label_index, n_bins, own_weights)
         probabilities[np.arange(len(label_index)), label_index] -= 1.0
-        brier += float(np.einsum("ij,ij->i", probabilities, probabilities).sum(dtype=np.float64))
-    bins = calibration_bins(confidences, correct, n_bins)
+        squares = np.einsum("ij,ij->i", probabilities, probabilities)
+        brier += float(squares.sum(dtype=np.float64)) if own_weights is None else float(own_weights @ squares)
+    bins = calibration_bins(confidences, correct, n_bins, sample_weight=weights)
+    adaptive = calibration_bins(confidences, correct, n_bins, strategy="quantile", sample_weight=weights)
     return {
         "accuracy": bins.avg_accuracy,
-        "top5_accuracy": top5 / n_rows,
+        "top5_accuracy": top5 / mass,
         "ece": bins.ece,
-        "ece_batch_mean": _batch_mean_ece(confidences, correct, n_bins),
-        "adaptive_ece": calibration_bins(confidences, correct, n_bins, strategy="quantile").ece,
-        "classwise_ece": float(np.abs(class_sums).sum() / (n_rows * n_classes)),
+        "ece_batch_mean": _batch_mean_ece(confidences, correct, n_bins, weights),
+        "adaptive_ece": adaptive.ece,
+        "classwise_ece": float(np.abs(class_sums).sum() / (mass * n_classes)),
         "mce": bins.mce,
-        "nll": nll / n_rows,
-        "brier": brier / n_rows,
-        "auroc": _auroc(confidences, correct),
+        "nll": nll / mass,
+        "brier": brier / mass,
+        "auroc": _auroc(confidences, correct, weights),
         "overconfidence": bins.overconfidence,
     }
 
@@ -219,7 +230,7 @@ def fit_temperature(
     low, high = (float(bound) for bound in bounds)
     if not 0 < low < high < math.inf:
         raise ValueError(f"Expected `bounds` with 0 < low < high, got {bounds}. Pass e.g. `bounds=(0.5, 10.0)`.")
-    logits, labels = checked_rows(logits, labels)
+    logits, labels = checked_rows(logits, labels, warn=True)
     temperature = _fit_nll(logits, labels, low, high)
     if criterion == "ece":
         temperature = _fit_ece(logits, labels, low, high, temperature)
@@ -558,31 +569,48 @@ def _shift(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return shifted, shifted.gather(1, targets[:, None])[:, 0], predictions[:, 0] == targets
 
 
-def _count_top5(rows: Tensor, targets: Tensor, hits: Tensor) -> int:
-    """Rows whose label is among the first five classes by logit, equal logits in the order of the classes."""
+def _in_top5(rows: Tensor, targets: Tensor, hits: Tensor) -> Tensor:
+    """``(n,)`` whether the label is among the first five classes by logit, equal logits in the order of the classes."""
     label_logits = rows.gather(1, targets[:, None])
     larger = (rows > label_logits).sum(dim=1)
     near = (~hits & (larger < 5)).nonzero()[:, 0]  # only here can equal logits matter
     earlier = torch.arange(rows.shape[1], device=rows.device) < targets[near, None]
     equal = ((rows[near] == label_logits[near]) & earlier).sum(dim=1)
-    return int(hits.sum() + (larger[near] + equal < 5).sum())
+    found = hits.clone()
+    found[near] = larger[near] + equal < 5
+    return found
 
 
-def _batch_mean_ece(confidences: NDArray[Any], correct: NDArray[np.bool_], n_bins: int) -> float:
-    """Row-weighted mean of the ECE of consecutive batches of 512 rows."""
+def _total(values: Tensor, weights: NDArray[np.float64] | None) -> float:
+    """Sum by weight, in float64."""
+    if weights is None:
+        return float(values.sum())
+    return float(values.double() @ torch.from_numpy(weights).to(values.device))
+
+
+def _batch_mean_ece(
+    confidences: NDArray[Any], correct: NDArray[np.bool_], n_bins: int, weights: NDArray[np.float64] | None = None
+) -> float:
+    """Mean of the ECE of consecutive batches of 512 rows, by the weight of each."""
     total = 0.0
     for start in range(0, len(confidences), PUBLISHED_BATCH):
         batch = slice(start, start + PUBLISHED_BATCH)
-        bins = calibration_bins(confidences[batch], correct[batch], n_bins)
-        total += bins.ece * bins.n
-    return total / len(confidences)
+        own = None if weights is None else weights[batch]
+        bins = calibration_bins(confidences[batch], correct[batch], n_bins, sample_weight=own)
+        total += bins.ece * float(bins.n if own is None else own.sum())
+    return total / float(len(confidences) if weights is None else weights.sum())
 
 
-def _auroc(confidences: NDArray[Any], correct: NDArray[np.bool_]) -> float:
+def _auroc(confidences: NDArray[Any], correct: NDArray[np.bool_], weights: NDArray[np.float64] | None = None) -> float:
     """Mann-Whitney statistic over pairs of a right and a wrong row."""
     right, wrong = confidences[correct], np.sort(confidences[~correct])
     if len(right) == 0 or len(wrong) == 0:
         return math.nan
+    if weights is not None:
+        order = np.argsort(confidences[~correct], kind="stable")
+        reached = np.concatenate([[0.0], np.cumsum(weights[~correct][order])])
+        sides = [reached[np.searchsorted(wrong, right, side=side)] for side in ("left", "right")]  # type: ignore[arg-type]
+        return float(weights[correct] @ (sides[0] + sides[1]) / (2 * weights[correct].sum() * reached[-1]))
     below = np.searchsorted(wrong, right, side="left").sum() + np.searchsorted(wrong, right, side="right").sum()
     return float(below / (2 * len(right) * len(wrong)))
 
@@ -598,14 +626,77 @@ def _check_temperature(temperature: float) -> None:
         )
 
 
+class _Rows(LogitRows):
+    """Some rows of others, read when they are asked for.
+
+    Args:
+        logits: All rows.
+        rows: ``(n,)`` numbers of those that are kept, in order.
+    """
+
+    def __init__(self, logits: Tensor | LogitRows, rows: NDArray[np.int64]) -> None:
+        self._logits, self._kept = logits, rows
+        self.shape = len(rows), logits.shape[1]
+        self.dtype, self.device = logits.dtype, logits.device
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        kept = self._kept[rows]
+        if len(kept) == 0:
+            return self._logits[0:0]
+        first = int(kept[0])
+        block = self._logits[first : int(kept[-1]) + 1]
+        return block[torch.from_numpy(kept - first).to(block.device)]
+
+
+def _kept_rows(
+    logits: Logits, labels: Any, sample_weight: Any, ignore_index: int | None
+) -> tuple[Logits, Any, NDArray[np.float64] | None]:
+    """The rows that count, and their weights; None: 1 each."""
+    if sample_weight is None and ignore_index is None:
+        return logits, labels, None
+    labels = _as_labels(labels)
+    weights = checked_weights(sample_weight, len(labels))
+    kept = np.ones(len(labels), bool) if weights is None else weights > 0
+    if ignore_index is not None:
+        kept &= (labels != ignore_index).cpu().numpy()
+    if kept.all():
+        return logits, labels, weights
+    if not kept.any():
+        raise ValueError(
+            f"Expected a row with a label other than `ignore_index` {ignore_index} and a `sample_weight` above 0, got "
+            "none. There is nothing to measure."
+        )
+    rows = np.flatnonzero(kept)
+    whole = logits if isinstance(logits, LogitRows) else _as_logits(logits)
+    if tuple(labels.shape) != (len(whole),):
+        return whole, labels, weights  # to be refused
+    weights = None if weights is None else weights[rows]
+    return _Rows(whole, rows), labels[torch.from_numpy(rows).to(labels.device)], weights
+
+
+def _as_logits(logits: Any) -> Tensor:
+    return logits.detach() if isinstance(logits, Tensor) else _from_numpy(logits, "logits")
+
+
+def _as_labels(labels: Any) -> Tensor:
+    return labels.detach() if isinstance(labels, Tensor) else _from_numpy(labels, "labels")
+
+
 def checked_rows(
-    logits: Logits, labels: Tensor | NDArray[Any], temperature: float = 1.0
+    logits: Logits, labels: Tensor | NDArray[Any], temperature: float = 1.0, *, warn: bool = False
 ) -> tuple[Tensor | LogitRows, Tensor]:
-    """Return both as tensors on the device of the logits, shapes and values checked."""
+    """Return both as tensors on the device of the logits, shapes and values checked.
+
+    Args:
+        logits: See `calibration_metrics`.
+        labels: See there.
+        temperature: See there.
+        warn: Warn if all rows look like probabilities.
+    """
     _check_temperature(temperature)
     if not isinstance(logits, LogitRows):
-        logits = logits.detach() if isinstance(logits, Tensor) else _from_numpy(logits)
-    labels = labels.detach() if isinstance(labels, Tensor) else _from_numpy(labels)
+        logits = _as_logits(logits)
+    labels = _as_labels(labels)
     shape = tuple(logits.shape)
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not logits.dtype.is_floating_point:
         raise ValueError(
@@ -613,10 +704,9 @@ def checked_rows(
             f"{shape}. Pass one row of class scores, before the softmax, for each sample."
         )
     if tuple(labels.shape) != shape[:1]:
-        raise ValueError(
-            f"Expected `labels` of shape ({len(logits)},), got {tuple(labels.shape)}. "
-            "Pass class indices; for one-hot rows use `labels.argmax(-1)`."
-        )
+        two = labels.ndim == 2 and len(labels) == len(logits)
+        got = two_dimensional(labels.cpu().numpy(), "labels") if two else f"{tuple(labels.shape)}. Pass class indices."
+        raise ValueError(f"Expected `labels` of shape ({len(logits)},), got {got}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"Expected `labels` of an integer dtype, got {labels.dtype}. Pass class indices.")
     labels = labels.to(logits.device, torch.int64)
@@ -627,7 +717,9 @@ def checked_rows(
             f"Expected `labels` in [0, {logits.shape[1]}), got {int(labels[row])} in row {row}. "
             "Leave out rows without a class, and map labels to the columns of `logits`."
         )
+    probable = warn and len(logits) > 1
     for start, rows, _ in row_chunks(logits, labels):
+        probable = probable and looks_like_probabilities(rows)
         if math.isfinite(rows.sum()):  # the sum shows a nan or inf at a fifth of the cost of `isfinite`
             continue
         for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
@@ -635,12 +727,19 @@ def checked_rows(
                 f"Expected finite `logits`, got {float(rows[row, column])} in row {start + row}, column {column}. "
                 "Find out where the model diverged; to leave a class out, drop its column."
             )
+    if probable:
+        warnings.warn(AS_LOGITS + "Pass logits: `probabilities.log()` gives these probabilities back.", stacklevel=3)
     return logits, labels
 
 
-def _from_numpy(values: Any) -> Tensor:
+def _from_numpy(values: Any, name: str) -> Tensor:
     """A tensor that shares memory where torch allows it."""
-    array = np.asarray(values)
+    array = to_numpy(as_array(values, name))
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Expected `{name}` as numbers, got {array.dtype}. "
+            + ("Pass class indices." if name == "labels" else "Pass one row of class scores for each sample.")
+        )
     if array.dtype.kind == "u":
         array = array.astype(np.int64)
     return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())

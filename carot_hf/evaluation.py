@@ -119,7 +119,8 @@ def set_metrics(
     """
     metrics = calibration_metrics(logits, labels, n_bins=n_bins, link=link)
     if scaling is not None:
-        scaled = calibration_metrics(logits, labels, n_bins=n_bins, link=link, **scaling)
+        divided: Any = scaling
+        scaled = calibration_metrics(logits, labels, n_bins=n_bins, link=link, **divided)
         metrics.update({f"{name}_ts": scaled[name] for name in SCALED})
     return metrics
 

@@ -498,7 +498,7 @@ class SuiteTrainer(Trainer):
         embeds, labels = known["validation"][2:]
         logits = SetLogits(embeds, self._head(known), data)
         criterion = self.args.calibration_criterion
-        scaling = self._fit_scaling(logits, labels)
+        scaling: Any = self._fit_scaling(logits, labels)
         bounds = scaling_bounds(self.args.calibration_bounds, self._link)
         if len(labels) < FEW_ROWS:
             self._warn_of_few(logits, labels, scaling["temperature"])

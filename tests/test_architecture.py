@@ -40,7 +40,7 @@ ALLOWED = {
     "digits": set(),
     "imagenet": set(),
     "corruptions": set(),
-    "calibration": {"ece.binning"},
+    "calibration": {"ece.binning", "ece.inputs"},
     "merging": set(),
     # floor 1: data, options, and models beside CLIPModel
     "adapters": set(),  # LoRA; the only one that knows peft

@@ -18,9 +18,9 @@ import evaluate
 import numpy as np
 
 from .binning import CalibrationBins, calibration_bins
-from .inputs import ROW_OPTIONS, Options
+from .inputs import ROW_OPTIONS, Options, as_array, to_numpy
 from .rows import ROWS_KEPT, ReducedRows, RowBuffer, reduce_rows
-from .uncertainty import bootstrap_ece, debiased_ece
+from .uncertainty import debiased_ece, ece_interval
 
 _DESCRIPTION = """\
 Expected calibration error (ECE) of a classifier, with its relatives: how far the confidence of the predictions is
@@ -45,6 +45,7 @@ Inputs:
     predictions: (N, K) probabilities, or logits with from_logits=True; (N,) confidences with mode="top_label";
         (N,) probabilities of class 1 with mode="positive". numpy, torch on any device, or lists.
     references: (N,) class indices in [0, K); for 1-D predictions 0/1 hits ("top_label") or labels ("positive").
+    sample_weight: (N,) weights >= 0, e.g. importance weights; left out: 1 each.
 
 Example:
     >>> metric = evaluate.load("carot_hf/ece")
@@ -59,9 +60,10 @@ class ECE(evaluate.Metric):
 
     Every option may be given when the metric is loaded, and again in `compute`, which then takes precedence. With
     `add` and `add_batch` rows are reduced at once, so what acts on rows (``mode``, ``from_logits``, ``temperature``,
-    ``check_sums``, ``classwise``, and ``n_bins`` with ``classwise``) has to be known when the metric is loaded. From
-    some million rows on only sums are kept, so that memory does not grow: then this holds for ``n_bins``,
-    ``strategy`` and ``n_bootstrap`` as well, and the last two, given in time, keep the rows at 5 bytes each.
+    ``check_sums``, ``classwise``, ``ignore_index``, and ``n_bins`` with ``classwise``) has to be known when the metric
+    is loaded. From some million rows on only sums are kept, so that memory does not grow: then this holds for
+    ``n_bins``, ``strategy`` and ``n_bootstrap`` as well, and the last two, given in time, keep the rows at 5 bytes
+    each.
 
     Args:
         config_name: Name of a configuration, for evaluate only.
@@ -69,7 +71,7 @@ class ECE(evaluate.Metric):
         strategy: ``"uniform"``: bins of equal width. ``"quantile"``: of equal mass as far as ties allow; equal
             confidences share a bin, so there may be fewer.
         mode: What 1-D predictions are: ``"top_label"`` confidences with 0/1 hits, or ``"positive"`` probabilities
-            of class 1 with 0/1 labels, where ``accuracy`` is the share of class 1. Rows of class scores need none.
+            of class 1 with 0/1 labels. Rows of class scores need none.
         from_logits: The predictions are logits; take a softmax. Never guessed.
         temperature: Divides the logits; > 0.
         bins: Also return the table under ``"bins"``.
@@ -78,6 +80,7 @@ class ECE(evaluate.Metric):
         n_bootstrap: Draws for the interval, the floor and the p-value; 0 for none of them. 1000 is a good number.
         confidence_level: Of the interval.
         seed: Of the draws.
+        ignore_index: Label of rows that are left out.
         evaluate_options: ``keep_in_memory``, ``cache_dir``, ``experiment_id`` and so on, as for any metric.
 
     Raises:
@@ -100,6 +103,7 @@ class ECE(evaluate.Metric):
         n_bootstrap: int = 0,
         confidence_level: float = 0.95,
         seed: int = 0,
+        ignore_index: int | None = None,
         **evaluate_options: Any,
     ) -> None:
         self.options = Options(
@@ -114,6 +118,7 @@ class ECE(evaluate.Metric):
             n_bootstrap=n_bootstrap,
             confidence_level=confidence_level,
             seed=seed,
+            ignore_index=ignore_index,
         )
         known = inspect.signature(evaluate.EvaluationModule.__init__).parameters
         for name in evaluate_options.keys() - known.keys():  # evaluate itself would swallow a misspelt option
@@ -146,21 +151,44 @@ class ECE(evaluate.Metric):
         """Rows added since the last `compute`."""
         return 0 if self._buffer is None else len(self._buffer)
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
-        """Check and reduce a batch of rows at once; nothing is kept of it if it is refused."""
-        self._append(reduce_rows(*_both(predictions, references), self.options))
+    def add_batch(self, *, predictions: Any = None, references: Any = None, sample_weight: Any = None) -> None:
+        """Check and reduce a batch of rows at once; nothing is kept of it if it is refused.
 
-    def add(self, *, prediction: Any = None, reference: Any = None) -> None:
+        A batch of which no row counts adds nothing.
+        """
+        predictions, references = _both(predictions, references)
+        if self._counts(references, sample_weight):
+            self._append(reduce_rows(predictions, references, self.options, sample_weight))
+
+    def add(self, *, prediction: Any = None, reference: Any = None, sample_weight: float | None = None) -> None:
         """Check and reduce one row, ``(K,)`` scores or one number; batches are much faster."""
         prediction, reference = _both(prediction, reference)
         rows = prediction[None] if hasattr(prediction, "shape") else [prediction]
-        self._append(reduce_rows(rows, [reference], self.options))
+        self.add_batch(
+            predictions=rows, references=[reference], sample_weight=None if sample_weight is None else [sample_weight]
+        )
+
+    def _counts(self, references: Any, sample_weight: Any) -> bool:
+        """Whether a row of a batch counts: one has another label than `ignore_index`, or a weight above 0."""
+        ignored = self.options.ignore_index
+        if ignored is None and sample_weight is None:
+            return True
+        labels = to_numpy(as_array(references, "references"))
+        weights = (
+            np.ones(len(labels))
+            if sample_weight is None
+            else np.asarray(to_numpy(as_array(sample_weight, "sample_weight")))
+        )
+        if labels.ndim != 1 or weights.shape != labels.shape or labels.dtype.kind not in "biuf":
+            return True  # to be refused
+        return bool(((weights != 0) & (True if ignored is None else labels != ignored)).any())
 
     def compute(
         self,
         *,
         predictions: Any = None,
         references: Any = None,
+        sample_weight: Any = None,
         n_bins: int | None = None,
         strategy: str | None = None,
         mode: str | None = None,
@@ -172,10 +200,14 @@ class ECE(evaluate.Metric):
         n_bootstrap: int | None = None,
         confidence_level: float | None = None,
         seed: int | None = None,
+        ignore_index: int | None = None,
     ) -> dict[str, Any]:
         """Calibration errors of these rows and of all rows added before; the metric is empty afterwards.
 
-        Options are those of the class; None stands for what was given when the metric was loaded.
+        Options are those of the class; None stands for what was given when the metric was loaded. With
+        ``sample_weight`` every mean is by weight: a row of weight 2 counts as two, one of weight 0 not at all. What
+        says how far to trust it, ``ece_debiased`` and what ``n_bootstrap`` gives, takes weights as fixed: a row of
+        weight 2 is one row.
 
         Returns:
             Python numbers; errors are fractions, never percent:
@@ -186,11 +218,14 @@ class ECE(evaluate.Metric):
               closed form, on the same bins); may be just below 0.
             - ``adaptive_ece``: ECE on ``n_bins`` bins of equal mass (Nguyen and O'Connor 2015).
             - ``accuracy``, ``avg_confidence``, and ``overconfidence``, their signed difference: confidence - accuracy.
-            - ``n``, ``n_bins``: rows, and bins that were made.
-            - ``nll``, ``brier``: for ``(N, K)`` input; the Brier score is summed over the classes, in [0, 2]. ``nll``
-              is infinite where a label was given the probability 0.
+            - ``positive_rate`` with ``mode="positive"``: the share of class 1, which until the next minor version
+              stands under ``accuracy``, too.
+            - ``n``, ``n_bins``: rows that count, and bins that were made.
+            - ``nll``, ``brier``: for ``(N, K)`` input; the Brier score is summed over the classes, in [0, 2]. With
+              ``mode="positive"`` those of the probabilities: means of ``-ln p`` or ``-ln(1 - p)``, and of
+              ``(p - y)^2`` in [0, 1]. ``nll`` is infinite where a label was given the probability 0.
             - ``classwise_ece`` with ``classwise``: mean over the classes of the ECE of their probabilities.
-            - ``ece_low``, ``ece_high``, ``ece_floor``, ``p_value`` with ``n_bootstrap``: see `bootstrap_ece`.
+            - ``ece_low``, ``ece_high``, ``ece_floor``, ``p_value`` with ``n_bootstrap``: see `ece_interval`.
             - ``bins`` with ``bins``: lists ``edges``, ``count``, ``accuracy``, ``confidence``, ``gap`` (nan: empty).
 
         Raises:
@@ -209,11 +244,12 @@ class ECE(evaluate.Metric):
             "n_bootstrap": n_bootstrap,
             "confidence_level": confidence_level,
             "seed": seed,
+            "ignore_index": ignore_index,
         }
         options = replace(self.options, **{name: value for name, value in given.items() if value is not None})
         self._check_in_time(options)
         if predictions is not None or references is not None:
-            rows = reduce_rows(*_both(predictions, references), options)
+            rows = reduce_rows(*_both(predictions, references), options, sample_weight)
             if self._buffer is None:
                 result = _measure(rows, options)
             else:
@@ -263,17 +299,18 @@ def _both(predictions: Any, references: Any) -> tuple[Any, Any]:
 
 def _measure(rows: ReducedRows, options: Options) -> dict[str, Any]:
     """All numbers that `options` asks for."""
-    bins = calibration_bins(rows.confidences, rows.correct, options.n_bins, options.strategy)
-    adaptive_ece = calibration_bins(rows.confidences, rows.correct, options.n_bins, "quantile").ece
+    kept, weights = (rows.confidences, rows.correct), rows.weights
+    bins = calibration_bins(*kept, options.n_bins, options.strategy, sample_weight=weights)
+    adaptive_ece = calibration_bins(*kept, options.n_bins, "quantile", sample_weight=weights).ece
     result = _numbers(bins, adaptive_ece, rows, options)
     if options.n_bootstrap:
-        result |= bootstrap_ece(
-            rows.confidences,
-            rows.correct,
+        result |= ece_interval(
+            *kept,
             bins,
             n_bootstrap=options.n_bootstrap,
             confidence_level=options.confidence_level,
             seed=options.seed,
+            sample_weight=weights,
         )
     return result
 
@@ -300,10 +337,12 @@ def _numbers(bins: CalibrationBins, adaptive_ece: float, rows: ReducedRows, opti
         "n": bins.n,
         "n_bins": bins.n_bins,
     }
-    if rows.n_classes is not None:
-        result |= {"nll": rows.nll / bins.n, "brier": rows.brier / bins.n}
+    if rows.n_classes is not None or options.mode == "positive":
+        result |= {"nll": rows.nll / rows.mass, "brier": rows.brier / rows.mass}
+    if options.mode == "positive":
+        result["positive_rate"] = bins.avg_accuracy
     if rows.n_classes is not None and rows.class_sums is not None:
-        result["classwise_ece"] = float(np.abs(rows.class_sums).sum() / (bins.n * rows.n_classes))
+        result["classwise_ece"] = float(np.abs(rows.class_sums).sum() / (rows.mass * rows.n_classes))
     if options.bins:
         result["bins"] = bins.to_dict()
     return result

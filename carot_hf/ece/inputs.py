@@ -15,9 +15,14 @@ from numpy.typing import NDArray
 from .binning import STRATEGIES, check_n_bins
 
 MODES = ("top_label", "positive")
-ROW_OPTIONS = ("mode", "from_logits", "temperature", "check_sums", "classwise")
+ROW_OPTIONS = ("mode", "from_logits", "temperature", "check_sums", "classwise", "ignore_index")
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 _VALUE_TOLERANCE = {"float16": 2.0**-9, "bfloat16": 2.0**-6}  # 2 eps; 1e-6 for the finer ones
+PROBABLE = 1e-3  # by which the sum of a row of probabilities may differ from 1
+AS_LOGITS = (
+    "Every row is in [0, 1] and sums to 1: these look like probabilities, but are taken for logits, of which a "
+    "softmax is made. "
+)
 _SUM_TOLERANCE = {"float16": 5e-3, "bfloat16": 2e-2}  # 1e-3 for the finer ones
 
 
@@ -36,6 +41,7 @@ class Options:
     n_bootstrap: int = 0
     confidence_level: float = 0.95
     seed: int = 0
+    ignore_index: int | None = None
 
     def __post_init__(self) -> None:
         check_n_bins(self.n_bins)
@@ -59,6 +65,11 @@ class Options:
             raise ValueError(f"Expected `n_bootstrap` to be an integer, got {self.n_bootstrap!r}. Pass e.g. 1000.")
         if self.n_bootstrap < 0:
             raise ValueError(f"Expected `n_bootstrap` of at least 0, got {self.n_bootstrap}. Pass e.g. 1000.")
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, (int, np.integer, type(None))):
+            raise ValueError(
+                f"Expected `ignore_index` to be a whole number or None, got {self.ignore_index!r}. Pass the label of "
+                "the rows to leave out, e.g. -100."
+            )
         if not 0.0 < self.confidence_level < 1.0:
             raise ValueError(
                 f"Expected `confidence_level` between 0 and 1, got {self.confidence_level}. Pass a fraction, e.g. 0.95."
@@ -117,11 +128,8 @@ def check_shapes(scores: Any, labels: NDArray[Any], options: Options) -> None:
         raise ValueError(f"Expected `predictions` of shape (N, K) or (N,), got {shape}. Flatten all but the classes.")
     if shape[0] == 0:
         raise ValueError("Expected at least one row, got 0. Pass the predictions of a non-empty set.")
-    if labels.ndim == 2 and labels.shape == shape:
-        raise ValueError(
-            f"Expected `references` of shape ({shape[0]},), got one-hot rows of shape {labels.shape}. "
-            "Pass class indices: `references.argmax(-1)`."
-        )
+    if labels.ndim == 2 and labels.shape[0] == shape[0]:
+        raise ValueError(f"Expected `references` of shape ({shape[0]},), got {two_dimensional(labels, 'references')}")
     if labels.shape != shape[:1]:
         raise ValueError(
             f"Expected `references` of shape ({shape[0]},), got {labels.shape}. Pass one class index for each row."
@@ -150,8 +158,39 @@ def check_shapes(scores: Any, labels: NDArray[Any], options: Options) -> None:
         )
 
 
+def two_dimensional(labels: NDArray[Any], name: str) -> str:
+    """Say what labels of shape (N, M) are, and what to pass in their place."""
+    if labels.shape[1] == 1:
+        return (
+            f"{labels.shape}. Pass the column: `{name}[:, 0]`, and `predictions[:, 0]` if they are of one column, too."
+        )
+    binary = labels.dtype.kind in "biuf" and bool(np.isin(labels, (0, 1)).all())
+    if binary and bool((labels.sum(axis=1) == 1).all()):
+        return f"one-hot rows of shape {labels.shape}. Pass class indices: `{name}.argmax(-1)`."
+    if binary:
+        return (
+            f"rows of several or no labels (multi-label) of shape {labels.shape}. Each row is of one class here: "
+            "measure "
+            f'each label k by itself, with `predictions[:, k]`, `{name}[:, k]` and mode="positive".'
+        )
+    return f"{labels.shape}. Pass one class index for each row."
+
+
+def looks_like_probabilities(rows: Any) -> bool:
+    """Whether every row is in [0, 1] and sums to 1, as no logits do."""
+    if float(rows.min()) < 0.0 or float(rows.max()) > 1.0:
+        return False
+    return float(abs(rows.sum(1) - 1.0).max()) <= PROBABLE
+
+
 def checked_labels(labels: NDArray[Any], n_classes: int) -> NDArray[np.int64]:
     """Labels as int64, unless one is not an integer in ``[0, n_classes)``."""
+    if labels.dtype.kind in "USO":
+        raise ValueError(
+            f"Expected `references` of an integer dtype, got names ({str(labels[0])!r} in row 0). Pass class indices: "
+            "`[names.index(label) for label in references]`, with the names in the order of the columns of "
+            "`predictions`."
+        )
     if labels.dtype.kind not in "iu":
         whole = labels == np.rint(labels) if labels.dtype.kind == "f" else np.zeros(len(labels), bool)
         row = int(np.argmin(whole))
@@ -170,17 +209,60 @@ def checked_labels(labels: NDArray[Any], n_classes: int) -> NDArray[np.int64]:
 
 
 def as_array(values: Any, name: str) -> Any:
-    """A tensor without its graph, or anything else as a numpy array."""
+    """A tensor without its graph, or anything else as a numpy array of numbers or texts.
+
+    Raises:
+        ValueError: If rows have different lengths, values are masked, or there is something that is neither.
+    """
     if hasattr(values, "detach"):
         return values.detach()
+    if isinstance(values, np.ma.MaskedArray):
+        return _unmasked(values, name)
     if isinstance(values, (list, tuple)) and any(hasattr(item, "detach") for item in values):
         values = [to_numpy(as_array(item, name)) for item in values]
     try:
-        return np.asarray(values)
-    except ValueError as error:
+        array = np.asarray(values)
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"Expected `{name}` with rows of one length, got {error}. Pass an array or a list of equally long rows."
         ) from error
+    if array.dtype.kind == "O":
+        return _plain(array, name)
+    if array.dtype.kind == "f" and array.dtype.itemsize > np.dtype(np.float64).itemsize:
+        return array.astype(np.float64)  # long doubles
+    return array
+
+
+def _unmasked(values: Any, name: str) -> NDArray[Any]:
+    mask = np.ma.getmaskarray(values)
+    if mask.any():
+        row = int(np.argwhere(mask)[0][0])
+        raise ValueError(
+            f"Expected `{name}` without masked values, got one in row {row}. Leave such rows out: take "
+            "`.compressed()` of "
+            "labels and the same rows of predictions, or give them a `sample_weight` of 0 and some value."
+        )
+    return np.asarray(values.data)
+
+
+def _plain(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Numbers in Python objects as float64, or integers as int64; texts as they are."""
+    items = array.ravel().tolist()
+    if items and all(isinstance(item, str) for item in items):
+        return array.astype(str)
+    row_length = array.size // max(1, len(array))
+    for place, item in enumerate(items):
+        if hasattr(item, "__len__") or item is None:
+            what = "nothing (None)" if item is None else f"a {type(item).__name__} of {len(item)}"
+            raise ValueError(
+                f"Expected `{name}` as numbers in rows of one length, got {what} in row {place // max(1, row_length)}. "
+                "Pass an array or a list of equally long rows of numbers."
+            )
+    try:
+        whole = all(isinstance(item, (int, np.integer)) for item in items)
+        return array.astype(np.int64 if whole else np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"Expected `{name}` as numbers, got {error}. Convert them first.") from error
 
 
 def to_numpy(values: Any) -> NDArray[Any]:

@@ -7,14 +7,16 @@ into probabilities unless ``from_logits`` says so. numpy only.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .binning import BinSums, classwise_sums
+from .binning import BinSums, checked_weights, classwise_sums
 from .inputs import (
+    AS_LOGITS,
     FLOATS,
     Options,
     as_array,
@@ -24,6 +26,7 @@ from .inputs import (
     check_shapes,
     checked_labels,
     dtype_name,
+    looks_like_probabilities,
     to_numpy,
 )
 
@@ -39,10 +42,12 @@ class ReducedRows:
     Attributes:
         confidences: ``(n,)`` floats in [0, 1], in the dtype whose bin edges apply.
         correct: ``(n,)`` bool, whether the row was right (``mode="positive"``: whether it is of class 1).
-        nll: Sum of ``-ln p_y``.
-        brier: Sum of ``sum_k (p_k - 1[y = k])^2``.
-        n_classes: ``K``, or None for 1-D input, which leaves ``nll`` and ``brier`` at 0.
+        nll: Sum of ``-ln p_y``, by weight.
+        brier: Sum of ``sum_k (p_k - 1[y = k])^2``, by weight; of probabilities of class 1 of ``(p - y)^2``.
+        n_classes: ``K``, or None for 1-D input; confidences leave ``nll`` and ``brier`` at 0.
         class_sums: ``(K, n_bins)`` as `classwise_sums` returns it, or None.
+        weights: ``(n,)`` float64 weights above 0, or None: 1 each.
+        mass: Sum of the weights.
     """
 
     confidences: NDArray[Any]
@@ -51,6 +56,8 @@ class ReducedRows:
     brier: float = 0.0
     n_classes: int | None = None
     class_sums: NDArray[np.float64] | None = None
+    weights: NDArray[np.float64] | None = None
+    mass: float = 0.0
 
     @property
     def n(self) -> int:
@@ -69,6 +76,7 @@ class RowBuffer:
 
     def __init__(self, first: ReducedRows, n_bins: int, limit: int | None) -> None:
         self._confidences, self._correct = first.confidences[:0], first.correct[:0]
+        self._weights: NDArray[np.float64] | None = None  # from the first row on that does not weigh 1
         self._length, self._limit = 0, limit
         self._bins = BinSums(n_bins, first.confidences.dtype)
         self._sums = replace(
@@ -77,6 +85,8 @@ class RowBuffer:
             correct=self._correct,
             nll=0.0,
             brier=0.0,
+            weights=None,
+            mass=0.0,
             class_sums=None if first.class_sums is None else np.zeros_like(first.class_sums),
         )
         self.append(first)
@@ -104,6 +114,7 @@ class RowBuffer:
             self._sums,
             nll=self._sums.nll + rows.nll,
             brier=self._sums.brier + rows.brier,
+            mass=self._sums.mass + rows.mass,
             class_sums=None if sums is None or rows.class_sums is None else sums + rows.class_sums,
         )
 
@@ -116,7 +127,9 @@ class RowBuffer:
 
     def rows(self) -> ReducedRows:
         """All rows so far, as views; before they were folded."""
-        return replace(self._sums, confidences=self._confidences[: self._length], correct=self._correct[: self._length])
+        kept = slice(self._length)
+        weights = None if self._weights is None else self._weights[kept]
+        return replace(self._sums, confidences=self._confidences[kept], correct=self._correct[kept], weights=weights)
 
     def bins(self) -> BinSums:
         """All rows so far as sums."""
@@ -134,17 +147,25 @@ class RowBuffer:
             room = room if self._limit is None else max(end, min(room, self._limit))
             self._confidences = np.resize(self._confidences, room)
             self._correct = np.resize(self._correct, room)
+            if self._weights is not None:
+                self._weights = np.resize(self._weights, room)
+        if rows.weights is not None and self._weights is None:
+            self._weights = np.ones(len(self._confidences))
+        if self._weights is not None:
+            self._weights[self._length : end] = 1.0 if rows.weights is None else rows.weights
         self._confidences[self._length : end] = rows.confidences
         self._correct[self._length : end] = rows.correct
         self._length = end
 
     def _fold(self) -> None:
         if self._length:
-            self._bins.add(self._confidences[: self._length], self._correct[: self._length])
+            kept = slice(self._length)
+            weights = None if self._weights is None else self._weights[kept]
+            self._bins.add(self._confidences[kept], self._correct[kept], weights)
             self._length = 0
 
 
-def reduce_rows(predictions: Any, references: Any, options: Options) -> ReducedRows:
+def reduce_rows(predictions: Any, references: Any, options: Options, sample_weight: Any = None) -> ReducedRows:
     """Check predictions and references and reduce them to confidences, hits, and sums of NLL and Brier score.
 
     Args:
@@ -152,47 +173,107 @@ def reduce_rows(predictions: Any, references: Any, options: Options) -> ReducedR
             ``options.mode`` says. numpy, torch on any device, or nested lists.
         references: ``(N,)`` class indices in ``[0, K)``; 0/1 hits or labels for 1-D predictions.
         options: The part in `ROW_OPTIONS` and, with ``classwise``, ``n_bins``.
+        sample_weight: ``(N,)`` weights >= 0, of any sum above 0; None: 1 each. Rows of weight 0 are left out.
 
     Raises:
         ValueError: If a shape, dtype or value is not as above; the message names row, value and cure.
     """
     scores, labels = as_array(predictions, "predictions"), to_numpy(as_array(references, "references"))
     check_shapes(scores, labels, options)
+    scores, labels, weights = _kept_rows(scores, labels, options, checked_weights(sample_weight, len(labels)))
     name = dtype_name(scores)
     if name not in FLOATS and not name.startswith(("int", "uint", "bool")):
-        raise ValueError(f"Expected `predictions` of a float dtype, got {name}. Pass float32 or float64 numbers.")
+        cure = (
+            "`predictions.astype(float)`" if getattr(scores.dtype, "kind", "") in "US" else "float32 or float64 numbers"
+        )
+        raise ValueError(f"Expected `predictions` of a float dtype, got {name}. Pass {cure}.")
     if scores.ndim == 1:
-        return _reduce_single(scores, labels, name)
-    return _reduce_full(scores, checked_labels(labels, scores.shape[1]), name, options)
+        return _reduce_single(scores, labels, name, options, weights)
+    return _reduce_full(scores, checked_labels(labels, scores.shape[1]), name, options, weights)
 
 
-def _reduce_single(scores: Any, labels: NDArray[Any], name: str) -> ReducedRows:
+def _kept_rows(
+    scores: Any, labels: NDArray[Any], options: Options, weights: NDArray[np.float64] | None
+) -> tuple[Any, NDArray[Any], NDArray[np.float64] | None]:
+    """The rows that count: neither of the label to ignore, nor of weight 0."""
+    kept = np.ones(len(labels), bool) if weights is None else weights > 0
+    if options.ignore_index is not None and labels.dtype.kind in "biuf":
+        kept &= labels != options.ignore_index
+    if kept.all():
+        return scores, labels, weights
+    if not kept.any():
+        raise ValueError(
+            f"Expected a row with a label other than `ignore_index` {options.ignore_index} and a `sample_weight` "
+            "above 0, got none. There is nothing to measure."
+        )
+    rows = np.flatnonzero(kept)
+    return scores[rows], labels[rows], None if weights is None else weights[rows]
+
+
+def _reduce_single(
+    scores: Any, labels: NDArray[Any], name: str, options: Options, weights: NDArray[np.float64] | None
+) -> ReducedRows:
     values = to_numpy(scores)
     values = values.astype(np.float64) if name not in FLOATS else values.copy()
     check_range(values, name, 0, cure="Pass probabilities; a logit has to go through a softmax or sigmoid first.")
-    binary = np.isin(labels, (0, 1))
-    if not binary.all():
-        row = int(np.argmin(binary))
+    _check_binary(labels, options)
+    values, hits = np.clip(values, 0, 1), labels.astype(bool)
+    mass = float(len(values)) if weights is None else float(weights.sum())
+    if options.mode != "positive":
+        return ReducedRows(values, hits, weights=weights, mass=mass)
+    chances = values.astype(np.float64)
+    with np.errstate(divide="ignore"):  # a label that was given the probability 0 has an infinite NLL
+        nll = -np.log(np.where(hits, chances, 1.0 - chances))
+    return ReducedRows(
+        values, hits, nll=_total(nll, weights), brier=_total((chances - hits) ** 2, weights), weights=weights, mass=mass
+    )
+
+
+def _check_binary(labels: NDArray[Any], options: Options) -> None:
+    """Raise unless labels of 1-D predictions are 0 and 1."""
+    if labels.dtype.kind in "USO":
+        found = sorted(set(labels.tolist()))
         raise ValueError(
-            f"Expected `references` of 0 and 1 for 1-D `predictions`, got {labels[row]} in row {row}. "
-            'Pass `predicted == labels` for mode="top_label", or the binary labels for mode="positive".'
+            f"Expected `references` of 0 and 1 for 1-D `predictions`, got names ({', '.join(map(repr, found[:4]))}). "
+            "Pass "
+            f"`[int(label == {found[-1]!r}) for label in references]`, with the name whose probability is predicted."
         )
-    return ReducedRows(np.clip(values, 0, 1), labels.astype(bool))
+    binary = np.isin(labels, (0, 1))
+    if binary.all():
+        return
+    row = int(np.argmin(binary))
+    if np.isin(labels, (-1, 1)).all():
+        cure = "Pass `[int(label > 0) for label in references]`."
+    elif options.mode == "positive":
+        cure = "Pass 1 for the rows of the class whose probability is predicted, and 0 for the others."
+    else:
+        cure = 'Pass `predicted == labels` for mode="top_label", or the binary labels for mode="positive".'
+    raise ValueError(f"Expected `references` of 0 and 1 for 1-D `predictions`, got {labels[row]} in row {row}. {cure}")
 
 
-def _reduce_full(scores: Any, labels: NDArray[np.int64], name: str, options: Options) -> ReducedRows:
+def _total(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> float:
+    """Sum by weight."""
+    return float(values.sum() if weights is None else weights @ values)
+
+
+def _reduce_full(
+    scores: Any, labels: NDArray[np.int64], name: str, options: Options, weights: NDArray[np.float64] | None
+) -> ReducedRows:
     n_rows, n_classes = scores.shape
     work = np.dtype(np.float32 if name in ("bfloat16", "float16", "float32") else np.float64)
     kept = np.dtype(np.float16) if name == "float16" and not options.from_logits else work
     confidences, correct = np.empty(n_rows, kept), np.empty(n_rows, bool)
     class_sums = np.zeros((n_classes, options.n_bins)) if options.classwise else None
     nll = brier = 0.0
+    probable = options.from_logits and n_rows > 1
     step = max(1, _CHUNK_VALUES // n_classes)
     for start in range(0, n_rows, step):
         at = slice(start, min(start + step, n_rows))
         block = np.array(to_numpy(scores[at]), dtype=work, order="C")  # a copy, so that it may be overwritten
         rows, targets = np.arange(len(block)), labels[at]
+        own = None if weights is None else weights[at]
         if options.from_logits:
+            probable = probable and looks_like_probabilities(block)
             top, label_nll = _softmax(
                 block, targets, start, 1.0 if options.temperature is None else options.temperature
             )
@@ -201,12 +282,16 @@ def _reduce_full(scores: Any, labels: NDArray[np.int64], name: str, options: Opt
             with np.errstate(divide="ignore"):  # p_y = 0 has an infinite NLL
                 label_nll = -np.log(block[rows, targets], dtype=np.float64)
         confidences[at], correct[at] = block[rows, top], top == targets
-        nll += float(label_nll.sum())
+        nll += _total(label_nll, own)
         if class_sums is not None:
-            class_sums += classwise_sums(block.astype(kept, copy=False), targets, options.n_bins)
+            class_sums += classwise_sums(block.astype(kept, copy=False), targets, options.n_bins, own)
         block[rows, targets] -= 1.0
-        brier += float(np.einsum("ij,ij->i", block, block).sum(dtype=np.float64))
-    return ReducedRows(confidences, correct, nll, brier, n_classes, class_sums)
+        squares = np.einsum("ij,ij->i", block, block)
+        brier += float(squares.sum(dtype=np.float64)) if own is None else float(own @ squares)
+    if probable:
+        warnings.warn(AS_LOGITS + "Leave from_logits out.", stacklevel=4)
+    mass = float(n_rows) if weights is None else float(weights.sum())
+    return ReducedRows(confidences, correct, nll, brier, n_classes, class_sums, weights, mass)
 
 
 def _softmax(

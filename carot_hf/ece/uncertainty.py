@@ -1,14 +1,18 @@
-"""How far to trust a measured ECE: its bias, its spread, and what noise alone would give. numpy only."""
+"""How far to trust a measured ECE: its bias, an interval of the true one, and what noise alone gives. numpy only."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .binning import CalibrationBins
+
+_FARTHEST = 12.0  # standard deviations by which the gaps of a hypothesis go beyond the measured ones
+_HALVINGS = 50
 
 
 def debiased_ece(bins: CalibrationBins) -> float:
@@ -18,22 +22,24 @@ def debiased_ece(bins: CalibrationBins) -> float:
 
     The expectation is the mean of a folded normal, so nothing is drawn at random. A bin whose rows are all right
     or all wrong counts as free of noise. The result may fall below 0; clipping would make it biased again. For a
-    perfectly calibrated model about 40 % of the bias goes: compare with ``ece_floor`` of `bootstrap_ece`.
+    perfectly calibrated model about 40 % of the bias goes: compare with ``ece_floor`` of `ece_interval`. With weights
+    :math:`n_b / n` is the share of the weight, and the noise that of ``bins.effective`` rows.
 
     Source:
         Kumar, Liang and Ma 2019, "Verified Uncertainty Calibration"; its code for the L1 error resamples this.
     """
     bias = 0.0
-    for count, gap, accuracy in zip(bins.count, bins.gap, bins.accuracy, strict=True):
-        deviation = math.sqrt(accuracy * (1.0 - accuracy) / count) if count else 0.0
+    shares = bins.mass / bins.mass.sum()
+    for share, rows, gap, accuracy in zip(shares, bins.rows, bins.gap, bins.accuracy, strict=True):
+        deviation = math.sqrt(max(0.0, accuracy * (1.0 - accuracy)) / rows) if rows else 0.0
         if deviation > 0.0:
             z = gap / deviation
             folded = deviation * math.sqrt(2 / math.pi) * math.exp(-z * z / 2) + gap * math.erf(z / math.sqrt(2))
-            bias += count / bins.n * (folded - abs(gap))
+            bias += share * (folded - abs(gap))
     return bins.ece - float(bias)
 
 
-def bootstrap_ece(
+def ece_interval(
     confidences: NDArray[Any],
     correct: NDArray[np.bool_],
     bins: CalibrationBins,
@@ -41,45 +47,103 @@ def bootstrap_ece(
     n_bootstrap: int,
     confidence_level: float = 0.95,
     seed: int = 0,
+    sample_weight: NDArray[np.float64] | None = None,
 ) -> dict[str, float]:
-    """Percentile interval of the ECE, and the ECE that perfectly calibrated hits would have. The bins stay fixed.
+    r"""An interval of the true ECE on these bins, and the ECE that perfectly calibrated hits would have.
+
+    The measured ECE is too large in the mean, by what noise adds to each gap, so that quantiles of resampled values
+    miss the true one. Here a test is inverted: a true ECE is in the interval if a model that has it would measure
+    neither a larger nor a smaller ECE than was measured with less than half the remaining chance each. Its gaps are
+    the measured ones brought nearer to 0, or further away, by a multiple of their standard deviation :math:`s_b`,
+
+    .. math:: \gamma_b(t) = \operatorname{sign}(g_b) \max(|g_b| - t s_b, 0), \quad
+              g_b = \tfrac1n \sum_{i \in b} (c_i - h_i), \quad
+              s_b^2 = \max\Big(\tfrac1{n^2} \sum_{i \in b} c_i (1 - c_i),
+                               \tfrac1{n^2} \sum_{i \in b} (c_i - h_i)^2 - \tfrac{g_b^2}n\Big),
+
+    and it measures :math:`\sum_b |\gamma_b(t) + s_b Z_b|` with normal :math:`Z_b`, drawn once. Half a row is allowed
+    for, since hits are whole. The measured ECE is always inside. ``benchmarks/interval_coverage.py`` measures how
+    often the true one is.
 
     Args:
         confidences: ``(N,)`` floats in [0, 1], in any order.
         correct: ``(N,)`` bool.
         bins: The table made from both.
         n_bootstrap: Draws of each kind; > 0.
-        confidence_level: Share of the draws inside the interval.
+        confidence_level: Of the interval, in (0, 1).
         seed: Seed of the draws; the order of the rows does not matter.
+        sample_weight: ``(N,)`` weights > 0 that the table was made with. They are taken as fixed: rows are independent,
+            and one of weight 2 is one row, not two.
 
     Returns:
-        ``ece_low``, ``ece_high``: quantiles of the ECE over resampled rows. As an ECE is never negative, they stay
-        above 0 even for a perfect model: read them beside ``ece_floor``, the mean ECE over hits drawn with the
-        given confidences as their chances, and ``p_value``, the share of these draws with at least the measured
-        ECE (one is added to both counts).
+        ``ece_low``, ``ece_high``: the interval, cut at 0 and 1. ``ece_floor``: the mean ECE over hits drawn with the
+        given confidences as their chances. ``p_value``: the share of these draws with at least the measured ECE (one is
+        added to both counts).
 
     Source:
-        Vaicenavicius et al. 2019, "Evaluating model calibration in classification" (the draws from the confidences).
+        Vaicenavicius et al. 2019, "Evaluating model calibration in classification" (the draws from the confidences);
+        Neyman 1937 (an interval by inverting a test).
     """
     generator = np.random.default_rng(seed)
-    n = len(confidences)
-    order = np.lexsort((correct, confidences))
-    chances, hits = confidences[order].astype(np.float64), correct[order]
+    even = sample_weight is None
+    weights = np.ones(len(confidences)) if sample_weight is None else sample_weight
+    order = np.lexsort((weights, correct, confidences))
+    chances, hits, weights = confidences[order].astype(np.float64), correct[order], weights[order]
+    total = float(weights.sum())
     filled = bins.count > 0
     starts = np.concatenate([[0], np.cumsum(bins.count)[:-1]])[filled]  # sorted rows: each bin is one slice
-    excess = chances - hits
-    expected = np.add.reduceat(chances, starts)
-    resampled, simulated = np.empty(n_bootstrap), np.empty(n_bootstrap)
+    excess = weights * (chances - hits)
+    gaps = np.add.reduceat(excess, starts) / total
+    squares = np.add.reduceat(excess * excess, starts) / total**2 - gaps**2 * float(weights @ weights) / total**2
+    binomial = np.add.reduceat(weights**2 * chances * (1 - chances), starts) / total**2
+    noise = np.sqrt(np.maximum(binomial, squares))
+    half_row = 0.5 * float(weights.max()) / total
+    low, high = _inverted(gaps, noise, half_row, generator.standard_normal((n_bootstrap, len(gaps))), confidence_level)
+    expected = np.add.reduceat(weights * chances, starts)
+    simulated = np.empty(n_bootstrap)
     for i in range(n_bootstrap):
-        times = np.bincount(generator.integers(0, n, n), minlength=n)
-        resampled[i] = np.abs(np.add.reduceat(times * excess, starts)).sum() / n
-        lucky = np.add.reduceat(generator.random(n) < chances, starts, dtype=np.int64)
-        simulated[i] = np.abs(expected - lucky).sum() / n
-    low, high = np.quantile(resampled, [(1 - confidence_level) / 2, (1 + confidence_level) / 2])
+        right = generator.random(len(chances)) < chances
+        lucky = np.add.reduceat(right, starts, dtype=np.int64) if even else np.add.reduceat(weights * right, starts)
+        simulated[i] = np.abs(expected - lucky).sum() / total
     reached = int((simulated >= bins.ece - 1e-12).sum())  # equal sums may differ by rounding
     return {
-        "ece_low": float(low),
-        "ece_high": float(high),
+        "ece_low": max(0.0, min(low, bins.ece)),
+        "ece_high": min(1.0, max(high, bins.ece)),
         "ece_floor": float(simulated.mean()),
         "p_value": (1 + reached) / (1 + n_bootstrap),
     }
+
+
+def _inverted(
+    gaps: NDArray[np.float64], noise: NDArray[np.float64], half_row: float, normal: NDArray[np.float64], level: float
+) -> tuple[float, float]:
+    """Smallest and largest ECE that would neither measure a larger nor a smaller one than the gaps' too seldom."""
+    measured, rare = float(np.abs(gaps).sum()), (1.0 - level) / 2
+    signs = np.where(gaps < 0, -1.0, 1.0)
+    noisy = noise > 0
+    farthest = float((np.abs(gaps[noisy]) / noise[noisy]).max(initial=0.0))  # there all gaps that noise explains are 0
+
+    def true_gaps(t: float) -> NDArray[np.float64]:
+        return signs * np.maximum(np.abs(gaps) - t * noise, 0.0)
+
+    def draws(t: float) -> NDArray[np.float64]:
+        drawn: NDArray[np.float64] = np.abs(true_gaps(t) + normal * noise).sum(axis=1)
+        return drawn
+
+    def reaches(t: float) -> bool:
+        return bool((draws(t) >= measured - half_row).mean() >= rare)
+
+    def stays(t: float) -> bool:
+        return bool((draws(t) <= measured + half_row).mean() >= rare)
+
+    low = farthest if reaches(farthest) else _border(reaches, -_FARTHEST, farthest)
+    high = _border(lambda t: not stays(t), -_FARTHEST, farthest) if stays(farthest) else farthest
+    return float(np.abs(true_gaps(low)).sum()), float(np.abs(true_gaps(high)).sum())
+
+
+def _border(holds: Callable[[float], bool], inside: float, outside: float) -> float:
+    """Where a property that holds at ``inside`` ceases to hold on the way to ``outside``."""
+    for _ in range(_HALVINGS):
+        middle = 0.5 * (inside + outside)
+        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
+    return inside
