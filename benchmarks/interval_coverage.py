@@ -99,12 +99,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1000, help="samples a cell")
     options = parser.parse_args()
-    print(
-        f"{options.samples} samples a cell, {DRAWS} draws, 95 %; numpy {np.__version__}, python {sys.version.split()[0]}\n"
-    )
-    print(
-        "| confidences | error | true ECE | rows | holds it: ours | percentiles | holds its estimate: ours | percentiles |"
-    )
+    versions = f"numpy {np.__version__}, python {sys.version.split()[0]}"
+    print(f"{options.samples} samples a cell, {DRAWS} draws, 95 %; {versions}\n")
+    titles = ["holds it: ours", "percentiles", "holds its estimate: ours", "percentiles"]
+    print(f"| confidences | error | true ECE | rows | {' | '.join(titles)} |")
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     for shape in SHAPES:
         for kind in KINDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
@@ -22,8 +23,15 @@ def test_an_ece_of_zero_is_in_its_interval():
     result = ECE(mode="top_label", n_bootstrap=1000).compute(predictions=confidences, references=hits)
     assert result["ece"] == pytest.approx(0.0, abs=1e-12)
     assert result["ece_low"] == 0.0
-    # one bin of 100 rows: sqrt(.7 * .3 / 100) = .0458, and 1.96 of it less what the half row hides
-    assert result["ece_high"] == pytest.approx(1.96 * 0.0458, abs=0.01)
+    # one bin of 100 rows: the gap at which a measured one within half a row of 0 has a chance of 2.5 %
+    deviation, half_row = math.sqrt(0.7 * 0.3 / 100), 0.5 / 100
+
+    def chance(gap):
+        ends = ((half_row - gap) / deviation, (-half_row - gap) / deviation)
+        return 0.5 * (math.erf(ends[0] / math.sqrt(2)) - math.erf(ends[1] / math.sqrt(2)))
+
+    assert chance(result["ece_high"]) == pytest.approx(0.025, abs=0.006)
+    assert result["ece_high"] == pytest.approx(0.0695, abs=0.004)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
 from carot_hf.ece.binning import CalibrationBins, calibration_bins
+from carot_hf.ece.ece import ECE
 from carot_hf.plots import (
     OVER,
     OVER_HATCH,
@@ -72,7 +73,8 @@ def test_bars_are_accuracies_and_gaps_end_at_the_mean_confidence(bins):
 
 def test_bars_are_as_wide_as_their_bins(quantiles):
     top, bottom = reliability_diagram(quantiles).axes
-    expected = np.stack([quantiles.edges[:-1], np.diff(quantiles.edges)], axis=1)
+    edges = np.r_[quantiles.span[0], quantiles.edges[1:-1], quantiles.span[1]]
+    expected = np.stack([edges[:-1], np.diff(edges)], axis=1)
     assert expected[:, 1].max() > 2 * expected[:, 1].min()
     np.testing.assert_allclose(np.array(bars(top, "accuracy"))[:, [0, 2]], expected)
     np.testing.assert_allclose([(bar.get_x(), bar.get_width()) for bar in bottom.patches], expected)
@@ -213,3 +215,67 @@ def test_without_matplotlib_the_error_names_the_cure(bins, monkeypatch):
     for draw in (reliability_diagram, confidence_histogram):
         with pytest.raises(ImportError, match=r"pip install carot_hf\[plot\]"):
             draw(bins)
+
+
+# ---- what is drawn of what ----
+
+
+def test_bins_of_equal_mass_begin_and_end_where_rows_are():
+    """A bar began at 0, where no row was."""
+    confidences = np.linspace(0.61, 0.97, 100)
+    bins = calibration_bins(confidences, np.arange(100) % 4 > 0, 5, strategy="quantile")
+    assert bins.edges[0] == 0
+    for table in (bins, bins.to_dict()):
+        drawn = bars(reliability_diagram(table).axes[0], "accuracy")
+        assert drawn[0][0] == pytest.approx(0.61)
+        assert drawn[-1][0] + drawn[-1][2] == pytest.approx(0.97)
+    assert calibration_bins(confidences, np.arange(100) % 4 > 0, 5).span is None
+
+
+def test_the_rows_of_a_bin_are_written_on_it_and_named_in_the_legend(bins):
+    ax = reliability_diagram(bins).axes[1]
+    assert [text.get_text() for text in ax.texts] == ["", "10", "40", "50", "100"]
+    assert "rows" in [text.get_text() for text in ax.get_legend().get_texts()]
+    many = CalibrationBins(np.linspace(0, 1, 41), np.ones(40, int), np.full(40, 0.5), np.full(40, 0.5))
+    assert not reliability_diagram(many).axes[1].texts
+
+
+def test_a_grid_has_one_legend(bins, quantiles):
+    figure = reliability_grid({"a": {"x": bins}, "b": {"x": quantiles}})
+    (legend,) = figure.legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == ["accuracy", "noise alone (95 %)", "over-confident", "under-confident"]
+
+
+def test_a_result_of_the_metric_is_drawn_like_its_bins():
+    rows, labels = np.array([[0.7, 0.3], [0.2, 0.8], [0.6, 0.4]]), [0, 1, 1]
+    result = ECE().compute(predictions=rows, references=labels, bins=True)
+    whole, table = (reliability_diagram(part).axes[0] for part in (result, result["bins"]))
+    assert bars(whole, "accuracy") == bars(table, "accuracy")
+    with pytest.raises(ValueError, match=r"got the keys \['accuracy', .*\. Compute it with bins=True"):
+        reliability_diagram(ECE().compute(predictions=rows, references=labels))
+
+
+def test_forecasts_are_too_high_or_too_low():
+    result = ECE(mode="positive", bins=True).compute(predictions=[0.9, 0.8, 0.1, 0.2], references=[0, 1, 1, 0])
+    for figure in (reliability_diagram(result), reliability_diagram(result["bins"], mode="positive")):
+        top, bottom = figure.axes
+        labels = {text.get_text() for text in top.get_legend().get_texts()}
+        assert {"share of class 1", "too high", "too low"} <= labels
+        assert (top.get_ylabel(), bottom.get_xlabel()) == ("share of class 1", "probability of class 1")
+        assert "mean probability" in texts(top)
+    assert "confident" not in "".join(labels)
+    confident = {text.get_text() for text in reliability_diagram(result["bins"]).axes[0].get_legend().get_texts()}
+    assert {"over-confident", "under-confident"} <= confident
+    with pytest.raises(ValueError, match="Expected `mode` to be None"):
+        reliability_diagram(result, mode="binary")
+
+
+def test_weighted_bins_are_drawn_by_weight():
+    table = calibration_bins([0.3, 0.9], [0, 1], 2, sample_weight=[3.0, 1.0])
+    ax = confidence_histogram(table).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [0.75, 0.25]
+    assert ax.get_ylabel() == "share of weight"
+    even = calibration_bins([0.4] * 4, [1] * 4, 1, sample_weight=[1.0, 1.0, 1.0, 5.0])
+    assert even.effective.tolist() == [64 / 28]
+    assert noise_band(even)[1][0] == pytest.approx(min(1.0, 0.4 + 1.96 * np.sqrt(0.24 * 28 / 64)), rel=1e-9)

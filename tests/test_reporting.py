@@ -9,6 +9,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +71,28 @@ def test_the_option_switches_it_off(make_trainer, drawn, tmp_path, monkeypatch):
 
 
 def wandb_history(file):
-    """Rows of an offline run: LevelDB's log format (blocks of 32 KiB, records in parts) around protobuf."""
+    """Rows of an offline run, once all of it is on the disk: another process writes it, and ends when it likes."""
+    from google.protobuf.message import DecodeError
+
+    for _ in range(200):
+        try:
+            rows, ended = wandb_rows(file)
+        except DecodeError:  # of a record that is being written
+            ended = False
+        if ended:
+            return rows
+        time.sleep(0.1)
+    raise AssertionError(f"{file} was not finished within 20 seconds")
+
+
+def wandb_rows(file):
+    """Rows, and whether the run's end is among its records.
+
+    LevelDB's log format (blocks of 32 KiB, records in parts) around protobuf.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, rows, whole, at = file.read_bytes(), [], b"", 7
+    data, rows, whole, at, ended = file.read_bytes(), [], b"", 7, False
     while at + 7 <= len(data):
         left = 32768 - at % 32768
         if left < 7:
@@ -84,10 +103,11 @@ def wandb_history(file):
         at += 7 + size
         if kind in (1, 4):  # all of a record, or its last part
             record, whole = Record.FromString(whole), b""
+            ended |= record.HasField("exit")
             if record.HasField("history"):
                 items = record.history.item
                 rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+    return rows, ended
 
 
 def test_wandb_gets_terms_metrics_and_diagrams_offline(make_trainer, tmp_path, monkeypatch):
