@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import warnings
 import zipfile
 from functools import partial, wraps
 from pathlib import Path
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from carot_hf import load_ece
+from carot_hf.ece.csv_rows import cells_of, is_number, label_of, number_of, read_csv
 from carot_hf.plots import reliability_diagram
 
 MAX_FILE = "100mb"
@@ -37,13 +39,20 @@ MEANINGS = {
     "ece_high": "upper end of it",
     "ece_floor": "mean `ece` of a perfectly calibrated model with these confidences",
     "p_value": "how often such a model has at least this `ece`",
-    "accuracy": "share of rows that are right; of class 1 with `mode` positive",
+    "accuracy": "share of rows that are right",
     "avg_confidence": "mean confidence",
     "overconfidence": "`avg_confidence` - `accuracy`",
     "nll": "mean of -ln p of the label; inf if a label had probability 0",
     "brier": "mean squared distance to the one-hot label, summed over the classes, in [0, 2]",
     "n": "rows",
     "n_bins": "bins made",
+}
+FORECASTS = {  # with `mode` positive
+    "accuracy": "",  # the share of class 1, which has a name of its own
+    "positive_rate": "share of rows of class 1",
+    "avg_confidence": "mean probability of class 1",
+    "overconfidence": "`avg_confidence` - `positive_rate`",
+    "brier": "mean of (probability - label)^2, in [0, 1]",
 }
 INTRODUCTION = """\
 # Expected calibration error
@@ -59,7 +68,9 @@ or logits with `from_logits` on: nothing is turned into probabilities by guess. 
 **One number a row.** Say what it is with `mode`: the confidence of the predicted class, with labels 1 (right) and 0
 (wrong), or the probability of class 1, with labels 0 and 1.
 
-**CSV.** The same rows with the label in the column named `label`, or in the last one. **NPZ.** The arrays `predictions`
+**CSV.** The same rows with the label in the column named `label`, `labels`, `target` or `y_true`, or in the last one.
+Columns that number the rows are left out: `id`, `index`, one without a name, or a first one of consecutive integers.
+Cells may be quoted, and separated by `;` with decimal commas. **NPZ.** The arrays `predictions`
 and `references`.
 
 **Reading it.** Errors are fractions, never percent. They depend on the bins, so say `n_bins` and `strategy` with each
@@ -164,7 +175,10 @@ def compute(
     Raises:
         ValueError: If an input is unreadable, or the metric refuses it.
     """
-    scores, labels = read_file(file) if file else (parse_predictions(predictions), parse_labels(references))
+    if file:
+        scores, labels, notes = read_file(file)
+    else:
+        scores, labels, notes = parse_predictions(predictions), parse_labels(references), []
     divisor = parse_temperature(temperature)
     result = measure(
         scores,
@@ -177,6 +191,8 @@ def compute(
         n_bootstrap=n_bootstrap,
         check_sums=check_sums,
     )
+    if notes:
+        result["notes"] = [*notes, *result.get("notes", [])]
     return result, draw(result, divisor)
 
 
@@ -208,14 +224,19 @@ def measure(predictions: NDArray[Any], references: NDArray[Any], **options: Any)
     Raises:
         ValueError: If an input or an option is not as the metric describes it.
     """
-    result: dict[str, Any] = load_ece().compute(predictions=predictions, references=references, bins=True, **options)
-    return result
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        result: dict[str, Any] = load_ece().compute(
+            predictions=predictions, references=references, bins=True, **options
+        )
+    said = [str(warning.message) for warning in caught if "look like probabilities" in str(warning.message)]
+    return {**result, "notes": said} if said else result
 
 
 def draw(result: dict[str, Any], temperature: float | None = None) -> Image.Image:
     """The reliability diagram of the bins in `result`."""
     buffer = io.BytesIO()
-    figure = reliability_diagram(result["bins"], title="Reliability diagram", temperature=temperature)
+    figure = reliability_diagram(result, title="Reliability diagram", temperature=temperature)
     figure.savefig(buffer, format="png", dpi=150)
     return Image.open(buffer)
 
@@ -223,19 +244,25 @@ def draw(result: dict[str, Any], temperature: float | None = None) -> Image.Imag
 def as_summary(result: dict[str, Any], source: str) -> str:
     """The ECE, the sign of the miscalibration and where the rows are from, in HTML."""
     gap = round(result["overconfidence"], 4)
-    verdict = "over-confident" if gap > 0 else "under-confident" if gap < 0 else "neither over- nor under-confident"
+    confidence, hits, over, under = "confidence", "accuracy", "over-confident", "under-confident"
+    if "positive_rate" in result:
+        confidence, hits, over, under = "probability", "share of class 1", "forecasts too high", "forecasts too low"
+    neither = "as high as they should be" if "positive_rate" in result else "neither over- nor under-confident"
+    verdict = over if gap > 0 else under if gap < 0 else neither
+    notes = "".join(f'<p role="note">{html.escape(note)}</p>' for note in result.get("notes", []))
     return (
         f"<h2>ECE {result['ece']:.4f}</h2>"
-        f"<p>{result['n']:,} rows from {html.escape(source)}. Mean confidence {result['avg_confidence']:.4f}, "
-        f"accuracy {result['accuracy']:.4f}: on the whole {verdict}.</p>"
+        f"<p>{result['n']:,} rows from {html.escape(source)}. Mean {confidence} {result['avg_confidence']:.4f}, "
+        f"{hits} {result['accuracy']:.4f}: on the whole {verdict}.</p>{notes}"
     )
 
 
 def as_table(result: dict[str, Any]) -> str:
     """Each number with what it says, in Markdown."""
     lines = ["| number | value | what it is |", "|---|--:|---|"]
-    for name, meaning in MEANINGS.items():
-        if name in result:
+    meanings = {**MEANINGS, **FORECASTS} if "positive_rate" in result else MEANINGS
+    for name, meaning in meanings.items():
+        if name in result and meaning:
             value = result[name]
             lines.append(f"| {name} | {f'{value:,}' if isinstance(value, int) else f'{value:.4f}'} | {meaning} |")
     return "\n".join(lines)
@@ -268,7 +295,7 @@ def parse_labels(text: str) -> NDArray[Any]:
     if text.lstrip().startswith("["):
         return _from_json(text, "labels")
     found = [(number, cell) for number, cells in _lines(text, "labels") for cell in cells]
-    return np.array([_label(cell, number) for number, cell in found])
+    return np.array([label_of(cell, number) for number, cell in found])
 
 
 def parse_temperature(text: str | None) -> float | None:
@@ -279,41 +306,28 @@ def parse_temperature(text: str | None) -> float | None:
     """
     if text is None or not text.strip():
         return None
-    if not _is_number(text):
+    if not is_number(text):
         raise ValueError(
             f"Expected `temperature` to be a number, got {text[:40]!r}. Write e.g. 1.5, or leave it empty."
         )
     return float(text)
 
 
-def read_file(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Predictions and labels of a CSV (label column named ``label``, else the last) or an NPZ.
+def read_file(path: str) -> tuple[NDArray[Any], NDArray[Any], list[str]]:
+    """Predictions and labels of a CSV or an NPZ, and what was left out of it; see `carot_hf.ece.csv_rows`.
 
     Raises:
         ValueError: If the file is neither, or not as described; the message names the line.
     """
     if path.lower().endswith(".npz"):
-        return _read_npz(path)
+        return *_read_npz(path), []
     if not path.lower().endswith(".csv"):
         raise ValueError(f"Expected a file .csv or .npz, got {Path(path).name!r}. Save it as one of these.")
     try:
-        lines = _lines(Path(path).read_text(encoding="utf-8-sig"), "rows in the file")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected a CSV in UTF-8, got {error}. Save it as text in UTF-8.") from error
-    column = -1
-    names = [name.strip("\"'").lower() for name in lines[0][1]]
-    if not all(_is_number(name) for name in names):
-        lines = lines[1:]
-        column = names.index("label") if "label" in names else -1
-        _check_width(lines, len(names))
-    if not lines or len(names) < 2:
-        raise ValueError(
-            f"Expected at least one row of predictions and a label, got {len(lines)} rows of {len(names)} columns. "
-            "Write the predictions, then the label, separated by commas."
-        )
-    rows = _rows([(number, cells[:column] + (cells[column + 1 :] if column >= 0 else [])) for number, cells in lines])
-    labels = np.array([_label(cells[column], number) for number, cells in lines])
-    return (rows[:, 0] if rows.shape[1] == 1 else rows), labels
+    return read_csv(text)
 
 
 def _read_npz(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -336,56 +350,23 @@ def _read_npz(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
 
 def _lines(text: str, what: str) -> list[tuple[int, list[str]]]:
     """The cells of each line that is not blank, with its number from 1."""
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
+    if not text.strip():
         raise ValueError(f"Expected {what}, got none. Paste at least one row, click an example, or upload a file.")
-    return [(number, _cells(line)) for number, line in lines]
+    if any(mark in text for mark in ",;\t"):
+        return cells_of(text)
+    return [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
-def _cells(line: str) -> list[str]:
-    for separator in ",;\t":
-        if separator in line:
-            return [cell.strip() for cell in line.split(separator)]
-    return line.split()
-
-
-def _check_width(lines: list[tuple[int, list[str]]], width: int) -> None:
+def _rows(lines: list[tuple[int, list[str]]]) -> NDArray[np.float64]:
+    """``(N, K)`` numbers of equally long rows."""
+    width = len(lines[0][1])
     for number, cells in lines:
         if len(cells) != width:
             raise ValueError(
                 f"Expected {width} columns in line {number}, as in the first row, got {len(cells)}. "
                 "Give each row one number for each class."
             )
-
-
-def _rows(lines: list[tuple[int, list[str]]]) -> NDArray[np.float64]:
-    """``(N, K)`` numbers of equally long rows."""
-    _check_width(lines, len(lines[0][1]))
-    return np.array([[_number(cell, number) for cell in cells] for number, cells in lines])
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _number(cell: str, line: int) -> float:
-    if not _is_number(cell):
-        raise ValueError(
-            f"Expected a number in line {line}, got {cell[:40]!r}. "
-            "Write numbers with a decimal point, separated by commas, tabs or spaces, or one JSON list."
-        )
-    return float(cell)
-
-
-def _label(cell: str, line: int) -> int:
-    value = _number(cell, line)
-    if not value.is_integer():
-        raise ValueError(f"Expected a whole number as label in line {line}, got {cell[:40]!r}. Write class indices.")
-    return int(value)
+    return np.array([[number_of(cell, number) for cell in cells] for number, cells in lines])
 
 
 def _from_json(text: str, what: str) -> NDArray[Any]:

@@ -122,7 +122,7 @@ def test_unreadable_labels(app, text, message):
 )
 def test_csv(app, tmp_path, text):
     (tmp_path / "rows.csv").write_text(text, encoding="utf-8")
-    predictions, references = app.read_file(str(tmp_path / "rows.csv"))
+    predictions, references, _ = app.read_file(str(tmp_path / "rows.csv"))
     assert predictions.tolist() == [[0.7, 0.3], [0.4, 0.6]]
     assert references.tolist() == [1, 0]
     assert references.dtype.kind == "i"
@@ -130,7 +130,7 @@ def test_csv(app, tmp_path, text):
 
 def test_csv_of_one_number_a_row(app, tmp_path):
     (tmp_path / "rows.CSV").write_text("confidence,label\n0.7,1\n0.4,0\n", encoding="utf-8")
-    predictions, references = app.read_file(str(tmp_path / "rows.CSV"))
+    predictions, references, _ = app.read_file(str(tmp_path / "rows.CSV"))
     assert (predictions.tolist(), references.tolist()) == ([0.7, 0.4], [1, 0])
 
 
@@ -160,10 +160,37 @@ def test_files_of_other_kinds(app, tmp_path):
         app.read_file(str(tmp_path / "rows.xlsx"))
 
 
+def test_an_index_column_is_left_out_and_said_on_the_page(app, tmp_path):
+    """It gave ECE .661 for .119 without a word."""
+    rows = ["0.7,0.2,0.1,0", "0.1,0.8,0.1,2", "0.3,0.3,0.4,2", "0.05,0.9,0.05,1"]
+    (tmp_path / "plain.csv").write_text("a,b,c,label\n" + "\n".join(rows))
+    (tmp_path / "index.csv").write_text(",a,b,c,label\n" + "\n".join(f"{i},{row}" for i, row in enumerate(rows)))
+    (plain, _), (index, _) = (app.compute("", "", str(tmp_path / name)) for name in ("plain.csv", "index.csv"))
+    assert index["ece"] == plain["ece"]
+    assert "notes" not in plain
+    assert "Left out, since they number the rows: the one without a name." in app.as_summary(index, "index.csv")
+
+
+def test_probabilities_taken_for_logits_are_said_on_the_page(app):
+    result, _ = app.compute("0.7 0.3\n0.2 0.8", "0 1", from_logits=True)
+    assert "look like probabilities" in app.as_summary(result, "the text")
+
+
+def test_forecasts_are_too_high_or_too_low(app):
+    result = app.measure(np.array([0.9, 0.8]), np.array([0, 1]), mode="positive")
+    assert "on the whole forecasts too high" in app.as_summary(result, "x")
+    table = app.as_table(result)
+    assert "| positive_rate | 0.5000 | share of rows of class 1 |" in table
+    assert "| accuracy |" not in table
+    low = app.as_summary(app.measure(np.array([0.1, 0.2]), np.array([0, 1]), mode="positive"), "x")
+    assert "on the whole forecasts too low" in low
+    assert "confident" not in low
+
+
 def test_npz(app, tmp_path):
     rows = np.array([[0.7, 0.3], [0.4, 0.6]], dtype=np.float16)
     np.savez(tmp_path / "rows.npz", predictions=rows, references=np.array([1, 0]), more=np.zeros(3))
-    predictions, references = app.read_file(str(tmp_path / "rows.npz"))
+    predictions, references, _ = app.read_file(str(tmp_path / "rows.npz"))
     assert predictions.dtype == np.float16  # the metric's bin edges and tolerances are those of the dtype
     assert (predictions == rows).all()
     assert references.tolist() == [1, 0]
