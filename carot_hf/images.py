@@ -20,9 +20,13 @@ _EXIF_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1", "xmp", "
 MAX_PIXELS = 89_478_485  # PIL's own limit for a warning: 1 GiB / 4 / 3
 _DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, IndexError, KeyError),
-    *(RuntimeError, Image.DecompressionBombError),  # the first of PIL's AVIF decoder
+    *(RuntimeError, Image.DecompressionBombError, MemoryError),  # the first of PIL's AVIF decoder
 )
-_FILE_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)  # what PIL raises of a damaged file
+_FILE_ERRORS = (  # what PIL raises of a damaged file, or of one that is too large for this machine
+    *(OSError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError),
+)
+_TOPS = (255, 1023, 4095, 16383, 65535)  # largest values of 8, 10, 12, 14 and 16 bits
+_BLOCK = 2**20  # values that are scaled at once
 _ON_THE_SIDE = (5, 6, 7, 8)  # width and height change places
 _NO_PICTURES = {  # formats whose suffixes PIL knows, of which it makes no pixels by itself
     *("PDF", "PALM"),  # written only
@@ -45,8 +49,13 @@ def read_image(
 ) -> Image.Image:
     """Decode an image.
 
-    Alpha is dropped, as in transformers' pipelines. 16-bit grey is scaled to 8 bits (PIL alone would saturate it). Of
-    an animation the first frame is taken.
+    Alpha is dropped, as in transformers' pipelines. Of an animation the first frame is taken.
+
+    Grey values of more than 8 bits are brought to 0 to 255, which PIL alone would cut off. What is white follows from
+    the header where it tells (PGM; TIFF of 12 bits), else from the image: the smallest of 255, 1,023, 4,095, 16,383 and
+    65,535 that no value exceeds, for cameras store 10, 12 or 14 bits in 16. A dark image in 16 bits, with nothing
+    above a quarter of full scale, is thus made brighter. Of colours in 16 bits PIL keeps the high bytes: where none of
+    these exceeds 16 the image is refused.
 
     Args:
         value: A PIL image, a ``(h, w)`` or ``(h, w, 3)`` uint8 array, bytes, a path, or ``{"bytes": ..., "path": ...}``
@@ -56,8 +65,10 @@ def read_image(
         exif: Turn the image as its EXIF orientation says, as `datasets` does; published ImageNet figures are of pixels
             as they are stored.
         max_pixels: Larger images are refused by their header, before they are decoded.
+    Returns:
+        An image of mode RGB.
     Raises:
-        BadImageError: If there is no image, it is damaged, or too large.
+        BadImageError: If there is no image, it is damaged, or too large, for this machine's memory too.
         NotAnImageError: If the value is of another kind: then the code that made it is wrong, and no image.
     """
     if isinstance(value, np.ndarray):
@@ -72,11 +83,14 @@ def read_image(
             if min_size is not None and image.format in ("JPEG", "MPO") and image is not value:
                 # not an image of the caller's, which would stay small
                 image.draft("RGB", min_size[::-1] if orientation in _ON_THE_SIDE else min_size)
+            layout = _layout(image)  # known until it is decoded
             if orientation != 1:
                 image = ImageOps.exif_transpose(image)
-            return _rgb(image)
+            return _rgb(image, layout)
     except (BadImageError, NotAnImageError):
         raise
+    except MemoryError as error:
+        raise BadImageError("an image that needs more memory than there is; shrink it") from error
     except _DECODING_ERRORS as error:
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
@@ -152,13 +166,33 @@ def _check_array(value: NDArray[Any]) -> None:
         )
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _layout(image: Image.Image) -> tuple[str, int | None]:
+    """How an image that is not yet decoded stores a pixel, in PIL's words, and what its PGM or PPM header calls white.
+
+    Both are empty of an image that is decoded.
+    """
+    tiles = getattr(image, "tile", None)
+    if not tiles:
+        return "", None
+    codec, arguments = tiles[0][0], tiles[0][3]
+    raw = arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
+    return raw, int(arguments[1]) if codec in ("ppm", "ppm_plain") else None
+
+
+def _rgb(image: Image.Image, layout: tuple[str, int | None]) -> Image.Image:
+    raw, white = layout
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise BadImageError(f"grey values from {grey.min()} to {grey.max()}, outside of 16 bits")
-        image = Image.fromarray(np.rint(grey / 257).astype(np.uint8))
-    elif image.mode == "F":
+        grey = np.asarray(image)
+        low, high = int(grey.min()), int(grey.max())
+        if low < 0 or high > _TOPS[-1]:
+            raise BadImageError(f"grey values from {low} to {high}, outside of 16 bits")
+        top = next(top for top in _TOPS if high <= top)
+        if white is not None and white < 65535:
+            top = 65535  # PIL has scaled the values by the header
+        elif raw == "I;12":
+            top = 4095
+        return Image.fromarray(_levels(grey, top)).convert("RGB")
+    if image.mode == "F":
         grey = np.asarray(image)
         if not (grey.min() >= 0 and grey.max() <= 1):
             raise BadImageError(f"float values from {grey.min()} to {grey.max()}, outside of [0, 1]")
@@ -166,7 +200,31 @@ def _rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # or PIL warns
     image.load()
+    if white == 65535 or (";16" in raw and image.mode in ("L", "LA", "RGB", "RGBA")):
+        _check_high_bytes(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_high_bytes(image: Image.Image) -> None:
+    """Raise if the high bytes of 16-bit values, all that PIL keeps of them, are of 12 bits or less.
+
+    An image that is black all over passes.
+    """
+    brightest = int(np.asarray(image.convert("RGB")).max())
+    if 0 < brightest <= 16:  # 4,095 of 65,535 is 15.9 of 255, which PIL cuts off or rounds
+        raise BadImageError(
+            f"16-bit colours of which the brightest is {brightest} of 255, as if of 12 bits; save them with 8 bits each"
+        )
+
+
+def _levels(grey: NDArray[Any], top: int) -> NDArray[np.uint8]:
+    """Whole grey values from 0 to ``top``, as 0 to 255; a block at a time, for the indices take 8 bytes a value."""
+    table = np.rint(np.arange(top + 1) / (top / 255)).astype(np.uint8)
+    values = grey.reshape(-1)
+    result = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _BLOCK):
+        result[start : start + _BLOCK] = table[values[start : start + _BLOCK]]
+    return result.reshape(grey.shape)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import struct
 import sys
 import warnings
 import zlib
+from types import FunctionType
 
 import datasets
 import numpy as np
@@ -39,14 +40,20 @@ def distance(first, second):
     return float(np.abs(np.asarray(first, float) - np.asarray(second, float)).mean())
 
 
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def header_only_png(width, height):
     """A PNG that says that it is so large, with hardly any data behind it."""
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", head)
+        + png_chunk(b"IDAT", zlib.compress(b"\0"))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 # ---- decoded right ----
@@ -98,6 +105,119 @@ def test_16_bit_grey_is_scaled(form):
     expected = np.array([[0, 1, 128], [255, 200, 4]])  # by 257; 1000 / 257 = 3.89
     assert np.array_equal(np.asarray(read_image(data))[:, :, 1], expected)
     assert np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[0, 2, 0] == 255
+
+
+def as_uint16(values, form):
+    """Grey values that a file holds as they are, in 16 bits."""
+    if form == "PGM":
+        height, width = np.shape(values)
+        return b"P5 %d %d 65535\n" % (width, height) + np.asarray(values, ">u2").tobytes()
+    return encoded(Image.fromarray(np.asarray(values, np.uint16)), form)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PGM", "JPEG2000", "array", "mode I", "turned"])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[0, 255, 128, 1]], [[0, 255, 128, 1]]),  # 8 bits: as they are
+        ([[0, 256, 1023, 512]], [[0, 64, 255, 128]]),  # 10 bits: 256 * 255 / 1023 = 63.8, 127.6
+        ([[0, 1024, 4095, 2048]], [[0, 64, 255, 128]]),  # 12 bits: 63.77, 127.53
+        ([[0, 4096, 16383, 8192]], [[0, 64, 255, 128]]),  # 14 bits: 63.75, 127.51
+        ([[0, 16384, 32896, 8192]], [[0, 64, 128, 32]]),  # 16 bits: 63.75, 128, 31.9
+        ([[0, 0, 0, 0]], [[0, 0, 0, 0]]),
+    ],
+)
+def test_grey_is_scaled_by_the_bits_that_it_needs(form, values, expected):
+    if form == "array":
+        value = np.asarray(values, np.uint16)
+    elif form == "mode I":
+        value = encoded(Image.fromarray(np.asarray(values, np.int32)), "TIFF")
+    elif form == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 2  # mirrored
+        value = encoded(Image.fromarray(np.asarray(values, np.uint16)), "PNG", exif=exif)
+        expected = np.flip(expected)
+    else:
+        value = as_uint16(values, form)
+    result = np.asarray(read_image(value))
+    assert result.shape == (1, 4, 3)
+    assert np.array_equal(result, np.stack([expected] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("high", [16384, 40000, 65535])
+def test_all_values_of_full_16_bits_are_divided_by_257(high):
+    """As transformers' own users scale them, bit for bit; more values than are scaled at once."""
+    values = (np.arange(1100 * 1000) % (high + 1)).astype(np.uint16).reshape(1100, 1000)
+    result = np.asarray(read_image(encoded(Image.fromarray(values), "TIFF")))
+    assert np.array_equal(result[:, :, 2], np.rint(values.astype(np.int64) / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_header_that_says_what_is_white_is_believed(plain):
+    """A dark PGM of 12 bits stays dark: 1000 / 4095 * 255 = 62.3; 100 is 6.2."""
+    data = b"P2 2 1 4095\n1000 100\n" if plain else b"P5 2 1 4095\n" + np.array([1000, 100], ">u2").tobytes()
+    assert np.asarray(read_image(data))[0, :, 0].tolist() == [62, 6]
+
+
+def test_a_tiff_of_12_bits_stays_dark():
+    """Two values of 12 bits in three bytes, as PIL reads but does not write them: 0x3E8 = 1000 and 0x064 = 100."""
+    entries = [(256, 4, 2), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (279, 4, 3)]
+    table = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    pixels = bytes([0x3E, 0x80, 0x64, 0])
+    data = b"II*\0" + struct.pack("<I", 12) + pixels + struct.pack("<H", len(entries)) + table + bytes(4)
+    assert np.asarray(Image.open(io.BytesIO(data))).tolist() == [[1000, 100]]
+    assert np.asarray(read_image(data))[0, :, 0].tolist() == [62, 6]
+
+
+def png_of_16_bits(values):
+    """A PNG of ``(h, w, 3)`` colours of 16 bits, which PIL does not write."""
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return (
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["PNG", "PPM"])
+def test_colours_of_12_bits_in_16_are_refused(form):
+    def data(values):
+        values = np.asarray(values)
+        header = b"P6 %d %d 65535\n" % (values.shape[1], values.shape[0])
+        return png_of_16_bits(values) if form == "PNG" else header + values.astype(">u2").tobytes()
+
+    with pytest.raises(
+        BadImageError, match=r"16-bit colours of which the brightest is 1[56] of 255, .* with 8 bits each"
+    ):
+        read_image(data([[[0, 4095, 300], [9, 9, 9]]]))
+    assert read_image(data([[[0, 4370, 0]]])).getpixel((0, 0)) == (0, 17, 0)
+    assert read_image(data([[[0, 0, 0]]])).getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("place", ["decoding", "the data set"])
+def test_too_little_memory_is_said_of_the_image(photo, monkeypatch, place):
+    """The image is refused, or replaced, in place of the end of a run of hours."""
+
+    class Rows:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            image = Image.open(io.BytesIO(encoded(photo, "PNG" if index else "BMP")))
+            return {"image": image.resize((9, 9)) if place == "the data set" else image, "label": 0}
+
+    def load(image):
+        raise MemoryError
+
+    module = sys.modules["PIL.ImageFile"]
+    monkeypatch.setattr(
+        sys.modules["PIL.BmpImagePlugin"].BmpImageFile, "load", FunctionType(load.__code__, vars(module))
+    )
+    data = ShiftSet(Rows(), name="far", num_classes=2)
+    reason = "MemoryError" if place == "the data set" else "more memory than there is; shrink it"
+    with pytest.raises(BadImageError, match=rf"in set 'far' at index 0, got .*{reason}"):
+        data[0]
+    assert ReadSet(data, skip=True)[0]["replaced"] == [("far", 0)]
 
 
 def test_float_grey():
