@@ -463,6 +463,30 @@ def test_a_format_of_tensors_is_put_aside(photo, form):
     assert distance(data[2]["image"], read_image(rows[2]["image"])) == 0
 
 
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas"])
+def test_a_set_of_any_format_is_judged_and_predicted_as_a_plain_one(make_trainer, form, tmp_path):
+    """Every image of another colour, labels in no order; through `evaluate`, `predict`, training, and from disk."""
+    colours = np.random.default_rng(0).integers(0, 256, (12, 3)).tolist()
+    labels = [2, 0, 3, 1, 1, 0, 2, 2, 3, 0, 1, 3]
+    images = [Image.new("RGB", (18, 20), tuple(colour)) for colour in colours]
+    plain = datasets.Dataset.from_dict({"image": images, "label": labels})
+    formatted = plain.with_format(form, columns=["label"])  # as some do to keep images as they are
+    plain.with_format(form).save_to_disk(tmp_path / "rows")
+    trainer = make_trainer()
+    expected, logits = trainer.evaluate(plain), trainer.predict(plain).predictions
+    for data in (plain.with_format(form), formatted, datasets.load_from_disk(tmp_path / "rows")):
+        found = trainer.evaluate(data)
+        assert {k: v for k, v in found.items() if "_nll" in k or "_ece" in k or "_accuracy" in k} == {
+            k: v for k, v in expected.items() if "_nll" in k or "_ece" in k or "_accuracy" in k
+        }
+        result = trainer.predict(data)
+        assert result.label_ids.tolist() == labels
+        assert np.array_equal(result.predictions, logits)
+        held = ShiftSet(data, name="far", num_classes=len(CLASSES))
+        assert [held[index]["label"] for index in range(12)] == held.labels.tolist() == labels
+        assert held.subset(np.array([7, 2]), "part").labels.tolist() == [2, 3]
+
+
 def test_the_error_of_a_transform_stops_a_run_that_skips(photo, make_trainer, suite):
     def transform(batch):
         return {**batch, "image": [image.nonsense for image in batch["image"]]}
