@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 _LEVELS = 2.0  # of 255 by which the pixels of a processor may differ in the mean: torchvision's do by less than 1
+_LONG = 32  # times as long as wide is an image of which the crop is cut out before it is resized
+_SUPPORT = 3  # pixels to each side that the widest of PIL's filters (Lanczos) takes into account
 _TORCH_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's filters: torch's, with antialias
 
 
@@ -80,7 +82,11 @@ class ImageTransform:
         return made
 
     def evaluate(self, image: Image.Image) -> Tensor:
-        """Resize, and crop the centre unless the whole image is resized: ``(3, height, width)`` uint8."""
+        """Resize, and crop the centre unless the whole image is resized: ``(3, height, width)`` uint8.
+
+        Of an image more than 32 times as long as it is wide, what the crop shows is cut out and then resized: the same
+        pixels to within rounding, without a resized image of as many times the crop.
+        """
         height, width = self.crop
         size = self.crop if self.size is None else self.size
         if isinstance(size, tuple):
@@ -89,10 +95,11 @@ class ImageTransform:
             short, long = sorted(image.size)
             scaled = (size, int(size * long / short))
             target = scaled if image.width <= image.height else scaled[::-1]
-        if target != image.size:
-            image = image.resize(target, self.resample)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return _to_tensor(image.crop((left, top, left + width, top + height)))
+        left, top = (target[0] - width) // 2, (target[1] - height) // 2
+        box = (left, top, left + width, top + height)
+        if not isinstance(size, tuple) and max(image.size) > _LONG * min(image.size):
+            return _to_tensor(_resized_part(image, target, box, self.resample))
+        return _to_tensor(_resized(image, target, self.resample).crop(box))
 
     @property
     def train_size(self) -> tuple[int, int]:
@@ -329,6 +336,41 @@ def normalize_pixels(
     mean_ = torch.tensor(mean, dtype=dtype, device=pixel_values.device).view(shape)
     std_ = torch.tensor(std, dtype=dtype, device=pixel_values.device).view(shape)
     return pixel_values.to(dtype, copy=True).div_(255).sub_(mean_).div_(std_)  # one array, not four
+
+
+def _resized(image: Image.Image, target: tuple[int, int], resample: int) -> Image.Image:
+    """Resize to a width and a height: in PIL's way, but for what is so thin that rows made longer would fill memory."""
+    if target == image.size:
+        return image
+    if target[0] * image.height > _LONG * (image.width * image.height + target[0] * target[1]):
+        image = image.resize((image.width, target[1]), resample)
+    return image.resize(target, resample)
+
+
+def _resized_part(
+    image: Image.Image, target: tuple[int, int], box: tuple[int, int, int, int], resample: int
+) -> Image.Image:
+    """Return a part of an image, resized, and make no more than that part.
+
+    Args:
+        image: Any.
+        target: Width and height of the resized image.
+        box: Left, top, right and bottom of the part in it.
+        resample: PIL's filter.
+    """
+    cut, inner = [], []
+    for axis in (0, 1):
+        scale = image.size[axis] / target[axis]  # pixels of the image a pixel of the result
+        first, last = box[axis] * scale, box[axis + 2] * scale
+        margin = _SUPPORT * max(1.0, scale) + 1  # beyond which the filter does not reach
+        low = max(0, math.floor(first - margin))
+        cut.append((low, min(image.size[axis], math.ceil(last + margin))))
+        inner.append((first - low, last - low))
+    (left, right), (top, bottom) = cut
+    part = image.crop((left, top, right, bottom))
+    (left_, right_), (top_, bottom_) = inner
+    size = (box[2] - box[0], box[3] - box[1])
+    return part.resize(size, resample, box=(left_, top_, min(right_, part.width), min(bottom_, part.height)))
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
