@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -162,6 +163,68 @@ def load_renamed(model: Any, folder: str | Path) -> bool:
     saved: Any = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
     return True
+
+
+def fit_image_size(model: Any, size: int | tuple[int, int]) -> Any:
+    """Make a model one of images of another size: its table of positions is resized once, and for good.
+
+    Logits are those of the model before, called with ``interpolate_pos_encoding=True`` on images of the new size. What
+    is saved is an ordinary model of that size, which the stock pipeline takes with the processor of that size. Do it
+    before the trainer is made; the temperature is fitted afterwards.
+
+    Args:
+        model: Of one of the families but ``Siglip2Model``; changed in place.
+        size: Side of the images in pixels, or height and width, which must be the same.
+    Returns:
+        The model.
+    Raises:
+        TypeError: If the model is of another kind, or takes images of any size as it is.
+        ValueError: If the sides differ, are not whole patches, or the model has a fitted temperature.
+    """
+    family = backbone_of(model)
+    if family.model_class == "Siglip2Model":
+        raise TypeError(
+            "Expected a model with a table of positions for one size of images, got Siglip2Model, which takes any. Set "
+            "`max_num_patches` of its image processor instead."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    vision = model.config.vision_config
+    patch = vision.patch_size
+    if height != width:
+        raise ValueError(
+            f"Expected a square size, got {height} x {width}. {type(model).__name__} keeps one number as its "
+            "`image_size`: set the processor to square images."
+        )
+    if height < patch or height % patch:
+        raise ValueError(
+            f"Expected a size of whole patches of {patch} x {patch} pixels, got {height}. Take "
+            f"{max(1, round(height / patch)) * patch}: pixels beyond the last patch would not be seen."
+        )
+    if getattr(model.config, "calibration", None) is not None:
+        raise ValueError(
+            "Expected a model without a fitted temperature, got one with `config.calibration`, which was fitted at "
+            f"{vision.image_size} pixels. Call carot_hf.unbake_temperature(model) first, and fit it again afterwards."
+        )
+    if height == vision.image_size:
+        return model
+    embeddings = model.vision_model.embeddings
+    old = embeddings.position_embedding
+    before, after = vision.image_size // patch, height // patch
+    first = old.num_embeddings - before**2  # 1: the class token's, which is no place in the image
+    with torch.no_grad():
+        weight = torch.cat([old.weight[:first], _resized_grid(old.weight[first:], before, after)])
+    embeddings.position_embedding = nn.Embedding.from_pretrained(weight, freeze=not old.weight.requires_grad)
+    embeddings.position_ids = torch.arange(len(weight), device=weight.device).expand(1, -1)
+    embeddings.num_patches, embeddings.num_positions = after**2, len(weight)
+    embeddings.image_size = vision.image_size = height
+    return model
+
+
+def _resized_grid(rows: Tensor, before: int, after: int) -> Tensor:
+    """``(before ** 2, D)`` positions of a square grid, in rows, as ``(after ** 2, D)``: bicubic, as in transformers."""
+    grid = rows.T.reshape(1, -1, before, before)
+    grid = nn.functional.interpolate(grid, size=(after, after), mode="bicubic", align_corners=False)
+    return grid.flatten(2)[0].T
 
 
 def embedding_size(model: Any) -> int:

@@ -200,11 +200,20 @@ def check_image_size(model: Any, transform: ImageTransform | PatchTransform) -> 
         takes = getattr(vision, "image_size", None)
     takes = (takes, takes) if isinstance(takes, int) else takes
     if takes is not None and tuple(takes) != gives:
+        cure = f"or set its {options}"
+        if isinstance(transform, ImageTransform) and _can_be_fitted(model, gives):
+            cure = f"set its {options}, or fit the model: carot_hf.backbones.fit_image_size(model, {gives[0]})"
         raise ValueError(
             f"Expected a processor that gives {what} of {takes[0]} x {takes[1]} pixels, which {type(model).__name__} "
-            f"takes, got one that gives {gives[0]} x {gives[1]}. Pass the processor of this checkpoint, or set its "
-            f"{options}."
+            f"takes, got one that gives {gives[0]} x {gives[1]}. Pass the processor of this checkpoint, {cure}."
         )
+
+
+def _can_be_fitted(model: Any, size: tuple[int, int]) -> bool:
+    """Whether :func:`~carot_hf.backbones.fit_image_size` takes a model of two towers and a size."""
+    patch = getattr(model.config.vision_config, "patch_size", None)
+    paired = getattr(model.config, "text_config", None) is not None
+    return paired and isinstance(patch, int) and size[0] == size[1] and size[0] % patch == 0
 
 
 def _check_flags(images: Any) -> None:

@@ -10,14 +10,21 @@ import finetune_imagenet
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, TEMPLATES
+from conftest import CLASSES, TEMPLATES, tiny_clip, tiny_processor
 from families import CONTEXT, FAMILIES, SIGMOID, model_of, processor_of
 from safetensors.torch import load_file
 from tolerances import EXACT, float32_bound
 from transformers import AutoModel, AutoProcessor, ViTConfig, ViTModel, pipeline
 
-from carot_hf import interpolate, unbake_temperature
-from carot_hf.backbones import BACKBONES, backbone_of, caption_options, embedding_size, pair_inputs
+from carot_hf import bake_temperature, interpolate, unbake_temperature
+from carot_hf.backbones import (
+    BACKBONES,
+    backbone_of,
+    caption_options,
+    embedding_size,
+    fit_image_size,
+    pair_inputs,
+)
 from carot_hf.losses import similarity_logits
 from carot_hf.prepare import captions_of
 from carot_hf.prompts import CaptionTable, class_embeddings
@@ -303,3 +310,117 @@ def test_the_script_fine_tunes_a_folder_of_another_family(tmp_path):
     assert report["calibration"]["bias"] == report["metrics"]["eval_bias"]
     card_free = AutoModel.from_pretrained(tmp_path / "out")
     assert card_free.config.calibration["temperature"] == report["calibration"]["temperature"]
+
+
+# ---- images of another size ----
+
+GROWN = [family for family in (*FAMILIES, "clip") if family != "siglip2"]  # which takes any size as it is
+
+
+def with_size(family, side):
+    """A processor of the family that gives square images of a side."""
+    processor = tiny_processor() if family == "clip" else processor_of(family)
+    size = {"height": side, "width": side}
+    images = processor.image_processor
+    images.size = size if family in ("siglip", "chinese_clip") else {"shortest_edge": side}
+    if images.size != size:
+        images.crop_size = size
+    return processor
+
+
+def small(family, seed=0):
+    if family == "clip":
+        return tiny_clip(tiny_processor().tokenizer, seed)
+    return model_of(family, processor_of(family).tokenizer, seed=seed)
+
+
+@pytest.mark.parametrize("side", [8, 24, 40])
+@pytest.mark.parametrize("family", GROWN)
+def test_a_fitted_model_is_the_one_that_interpolates_at_each_call(family, side, tmp_path):
+    """Against `interpolate_pos_encoding` of transformers, in float64; then the saved files in stock transformers."""
+    processor = with_size(family, side)
+    model = small(family).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "pixel_values": torch.randn(3, 3, side, side, generator=generator, dtype=torch.float64),
+        **processor.tokenizer(["a photo of one", "two"], padding=True, return_tensors="pt"),
+    }
+    with torch.no_grad():
+        expected = model(**inputs, interpolate_pos_encoding=True).logits_per_image
+        assert fit_image_size(model, (side, side)) is model
+        torch.testing.assert_close(model(**inputs).logits_per_image, expected, rtol=0, atol=EXACT)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert (type(loaded), loaded.dtype) == (type(model), torch.float64)
+        assert loaded.config.vision_config.image_size == side
+        torch.testing.assert_close(loaded(**inputs).logits_per_image, expected, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_fitted_model_trains_and_works_in_the_stock_pipeline(make_trainer, family):
+    processor, model = with_size(family, 24), small(family)
+    with pytest.raises(ValueError, match=r"or fit the model: carot_hf\.backbones\.fit_image_size\(model, 24\)\."):
+        make_trainer(model, processing_class=processor)
+    model.vision_model.embeddings.position_embedding.weight.requires_grad_(family == "clip")
+    fit_image_size(model, 24)
+    positions = model.vision_model.embeddings.position_embedding.weight
+    assert positions.requires_grad == (family == "clip")  # as it was
+    before = positions.detach().clone()
+    trainer = make_trainer(model, processing_class=processor, max_steps=2)
+    trainer.train()
+    assert torch.equal(trainer.model.vision_model.embeddings.position_embedding.weight, before) == (family != "clip")
+    trainer.calibrate()
+    trainer.save_model()
+    image = trainer.suite.test[3]["image"]
+    captions = [TEMPLATES[0].replace("{}", name) for name in CLASSES]
+    logits = stock_logits(trainer.model, processor, image, captions).double()
+    expected = logits.sigmoid() if family in SIGMOID else logits.softmax(0)
+    classify = pipeline("zero-shot-image-classification", model=trainer.args.output_dir)
+    scores = classify(image, candidate_labels=CLASSES, hypothesis_template=TEMPLATES[0])
+    found = {row["label"]: row["score"] for row in scores}
+    bound = float32_bound(trainer.model.logit_scale.exp().item(), 12)
+    assert [found[name] for name in CLASSES] == pytest.approx(expected.tolist(), abs=bound)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((24, 16), "a square size, got 24 x 16"),
+        (20, r"whole patches of 8 x 8 pixels, got 20\. Take 16: pixels beyond"),
+        (21, r"got 21\. Take 24:"),
+        (0, r"got 0\. Take 8:"),
+    ],
+)
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_size_that_does_not_fit_is_refused(family, size, message):
+    model = small(family)
+    with pytest.raises(ValueError, match=message):
+        fit_image_size(model, size)
+    assert model.config.vision_config.image_size == 16
+
+
+def test_the_cure_is_named_only_where_it_is_one(make_trainer):
+    processor = with_size("clip", 20)
+    with pytest.raises(
+        ValueError, match=r"16 x 16 pixels, .* gives 20 x 20\. .*, or set its `size` and `crop_size`\.$"
+    ):
+        make_trainer(small("clip"), processing_class=processor)
+
+
+def test_a_size_is_not_fitted_to_what_has_none_or_is_calibrated():
+    with pytest.raises(TypeError, match="got Siglip2Model, which takes any"):
+        fit_image_size(small("siglip2"), 24)
+    with pytest.raises(TypeError, match=r"CLIPModel, MetaClip2Model.*got Linear"):
+        fit_image_size(torch.nn.Linear(2, 2), 24)
+    model = small("clip")
+    bake_temperature(model, 2.0)
+    with pytest.raises(ValueError, match=r"fitted at 16 pixels\. Call carot_hf\.unbake_temperature"):
+        fit_image_size(model, 24)
+    unbake_temperature(model)
+    assert fit_image_size(model, 24).config.vision_config.image_size == 24
+
+
+def test_the_same_size_changes_nothing():
+    model = small("clip")
+    before = model.vision_model.embeddings.position_embedding
+    assert fit_image_size(model, 16).vision_model.embeddings.position_embedding is before
