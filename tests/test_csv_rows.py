@@ -36,6 +36,7 @@ def lines(*, header=None, before=None, separator=",", quote="", comma=False, lab
         lines(quote='"', comma=True),
         lines(separator=";", quote='"', comma=True, header=["a", "b", "c", "label"]),
         lines(separator=", "),
+        lines(separator=" "),
         lines() + "\n\n",
     ],
 )
@@ -85,8 +86,8 @@ def test_one_column_of_scores():
     ("text", "message"),
     [
         ("", "Expected rows in the file, got none"),
-        ("a,b,label\n", "got 0 rows of 2 columns"),
-        ("0.5\n0.6\n", "got 2 rows of 0 columns of predictions"),
+        ("a,b,label\n", "got 0 rows of 3 columns"),
+        ("0.5\n0.6\n", "got 2 rows of 1 columns, of which 0 are predictions"),
         ("a,label,target\n0.1,1,1\n", r"one column of labels, got \['label', 'target'\]"),
         ("0.5,0.5,0\n0.5,0\n", "Expected 3 columns in line 2, as in the first row, got 2"),
         ("a,b,label\n0.5,x,0\n", "Expected a number in line 2, got 'x'"),

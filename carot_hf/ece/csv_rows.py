@@ -41,8 +41,8 @@ def read_csv(text: str) -> CsvRows:
     `INDICES`, those without a name, and a first column of consecutive integers.
 
     Args:
-        text: Lines of cells, separated by ``,``, ``;`` or tabs, with or without a header. Numbers have a point, or a
-            comma where it separates no cells.
+        text: Lines of cells, separated by ``,``, ``;``, tabs or spaces, with or without a header. Numbers have a
+            point, or a comma where it separates no cells.
     Raises:
         ValueError: If there are no rows, a row has another width, a cell is no number, or a label is not whole; the
             message names the line.
@@ -65,8 +65,8 @@ def read_csv(text: str) -> CsvRows:
     kept = [column for column in range(width) if column != label and column not in dropped]
     if not rows or not kept:
         raise ValueError(
-            f"Expected at least one row of predictions and a label, got {len(rows)} rows of {len(kept)} columns of "
-            "predictions. Write the predictions, then the label, separated by commas."
+            f"Expected at least one row of predictions and a label, got {len(rows)} rows of {width} columns, of which "
+            f"{len(kept)} are predictions. Write the predictions, then the label, separated by commas."
         )
     values = np.array([[number_of(cells[column], line) for column in kept] for line, cells in rows])
     labels = np.array([label_of(cells[label], line) for line, cells in rows])
@@ -78,7 +78,10 @@ def cells_of(text: str) -> list[tuple[int, list[str]]]:
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return []
-    separator = next((mark for mark in ";\t" if mark in lines[0]), ",")
+    separator = next((mark for mark in ";\t," if mark in lines[0]), None)
+    if separator is None:
+        numbered = enumerate(text.splitlines(), 1)
+        return [(number, line.split()) for number, line in numbered if line.strip()]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     found = []
     for row in reader:
@@ -155,9 +158,7 @@ def _index_columns(
     first = [cells[0] for _, cells in rows]
     if 0 not in found and label != 0 and len(first) >= _FEW and all(is_number(cell) for cell in first):
         values = [float(cell) for cell in first]
-        if values[0].is_integer() and all(
-            after == before + 1 for before, after in pairwise(values)
-        ):
+        if values[0].is_integer() and all(after == before + 1 for before, after in pairwise(values)):
             found.add(0)
             notes.append(f"The first column, {first[0]}, {first[1]}, {first[2]} ..., is an index and left out.")
     return found
