@@ -97,12 +97,13 @@ def _check_files(paths: Sequence[Any], root: Path, name: str) -> None:
 
 
 def split_off(data: ShiftSet, share: float, seed: int, *, balanced: bool = False) -> tuple[ShiftSet, ShiftSet]:
-    """Split a set into one to train on and a class-balanced share, ``validation``.
+    """Split a set into one to train on and a share of each class, ``validation``.
 
     Args:
         data: The set; its labels are known.
         share: See :func:`~carot_hf.loading.hold_out`.
         seed: See there.
+        balanced: See there.
     Raises:
         ValueError: If the labels are not known, or no class has two rows.
     """
