@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -347,6 +349,21 @@ class ShiftSet(Dataset):
         if feature is None or getattr(feature, "decode", False) or not hasattr(rows, "with_format"):
             return ()
         return rows.with_format(None)[self.image_column]
+
+    def encoded_lengths(self) -> list[int | None]:
+        """Bytes of the images of all rows that are stored with them; ``None`` of one that is a file of its own."""
+        rows = self.data if self._encoded is None else self._encoded
+        column = rows.data.column(self.image_column)
+        kind = column.type
+        if pa.types.is_struct(kind):
+            column, kind = pc.struct_field(column, "bytes"), kind.field("bytes").type
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            return [None] * len(rows)
+        lengths = pc.binary_length(column)  # of the offsets alone: nothing that is mapped is read
+        if rows._indices is not None:
+            lengths = lengths.take(rows._indices.column(0))
+        found: list[int | None] = lengths.to_pylist()
+        return found
 
     def located(self, value: Any) -> Any:
         """What stands for an image, with the path from the folder that it is relative to."""

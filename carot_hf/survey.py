@@ -18,7 +18,7 @@ from .sets import ShiftSet, ShiftSuite
 
 logger = logging.getLogger(__name__)
 
-MOST_IMAGES = 500_000  # in all sets of a suite: more are not compared
+MOST_IMAGES = 200_000  # in all sets of a suite: more are not compared
 _CLASSES_SHOWN = 40
 _TRAIN = "train"
 _HEAD = 4096  # bytes at both ends that are compared before a whole file is read
@@ -58,12 +58,13 @@ class Survey:
                 cells.append("?" if counts is None else f"{counts.min():,}-{counts.max():,}")
             rows.append([f"a class, of {len(self.classes):,}", *cells])
         rows.append(["all", *(f"{size:,}" for size in self.sizes.values())])
+        note = "" if self.compared else f"\nmore than {MOST_IMAGES:,} images: those that sets share were not looked for"
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join(
             "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
             for row in rows
-        )  # fmt: skip
+        ) + note  # fmt: skip
 
     def warnings(self) -> list[str]:
         """What of it is likely to be a mistake, one sentence each."""
@@ -170,7 +171,7 @@ class _Contents:
     def __init__(self, data: ShiftSet) -> None:
         self._data = data
         self._column = data.encoded_column()
-        self.sizes = np.fromiter(self._sizes(), dtype=np.int64)
+        self.sizes = np.fromiter(self._sizes(), dtype=np.int64) if len(self._column) else np.empty(0, dtype=np.int64)
 
     def ends(self, row: int) -> bytes:
         """Hash of the first and the last bytes."""
@@ -198,12 +199,9 @@ class _Contents:
         return _encoded(self._data, self._column[row])
 
     def _sizes(self) -> Iterator[int]:
-        for value in _values(self._data, self._column):
-            yield len(value) if isinstance(value, bytes) else _size_of(value)
-
-
-def _values(data: ShiftSet, column: Iterable[Any]) -> Iterator[Any]:
-    return (_encoded(data, value) for value in column)
+        """Of each image in bytes, without reading what is stored in a table."""
+        for row, length in enumerate(self._data.encoded_lengths()):
+            yield _size_of(self._value(row)) if length is None else length
 
 
 def _encoded(data: ShiftSet, value: Any) -> Any:

@@ -426,7 +426,7 @@ class CaRotTrainingArguments(TrainingArguments):
         self._set_accumulation(before=self._of_cache)
         self._check_batch()
 
-    def scale_constants(self, steps: int) -> dict[str, int]:
+    def scale_constants(self, steps: int) -> dict[str, Any]:
         """Bring the published numbers of steps that nobody has named to their share of a short run.
 
         Args:
@@ -438,13 +438,13 @@ class CaRotTrainingArguments(TrainingArguments):
         share = max(1, round(steps / _PARTS))
         return self.take_constants(dict.fromkeys(self.unnamed(), share if short else PUBLISHED_STEPS))
 
-    def take_constants(self, values: Mapping[str, Any]) -> dict[str, int]:
+    def take_constants(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Set numbers of steps that nobody has named, and say which of them changed."""
         changed = {}
         for name in self.unnamed() & values.keys():
             if values[name] != getattr(self, name):
-                setattr(self, name, int(values[name]))
-                changed[name] = int(values[name])
+                setattr(self, name, values[name])
+                changed[name] = values[name]
             self._unnamed[name] = float(values[name])
         return changed
 

@@ -129,7 +129,7 @@ THIRD_PARTY = {
     "corruptions": {"numpy", "PIL"},  # and the package of the corruptions, when it is asked for
     "class_names": {"huggingface_hub"},
     "evaluation": {"numpy", "torch"},
-    "sets": {"numpy", "torch"},
+    "sets": {"numpy", "pyarrow", "torch"},
     "images": {"numpy", "PIL"},
     "gradient_cache": {"torch"},
     "input_wait": set(),

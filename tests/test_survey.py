@@ -106,6 +106,24 @@ def test_images_of_one_size_and_other_content_are_others():
     assert dict(survey(again).shared) == {("train", "validation"): 1}
 
 
+def test_nothing_is_read_of_images_of_other_sizes(monkeypatch):
+    """Sizes are those of the table's offsets, also of rows that were selected."""
+    train, other, test = (
+        stored([data + b"x" * size for data in pictures(0, 1, 2)], [0, 1, 0]) for size in (0, 900, 1800)
+    )
+    assert train.encoded_lengths() == [len(data) for data in pictures(0, 1, 2)]
+    assert train.subset(np.array([2, 0]), "part").encoded_lengths() == [len(pictures(2)[0]), len(pictures(0)[0])]
+    monkeypatch.setattr("carot_hf.survey._Contents._value", lambda self, row: pytest.fail("an image was read"))
+    assert dict(survey(suite_of(train, other, test)).shared) == {}
+
+
+def test_more_images_than_are_compared(suite, monkeypatch):
+    monkeypatch.setattr("carot_hf.survey.MOST_IMAGES", 50)
+    found = survey(suite)
+    assert not found.compared
+    assert found.table().splitlines()[-1] == "more than 50 images: those that sets share were not looked for"
+
+
 def test_rows_of_one_object_are_shared(suite):
     data = Noise(20, 0)
     whole = ShiftSet(data, name="train", num_classes=4, labels=data.labels)
@@ -173,7 +191,7 @@ def test_a_short_run_trains_with_its_shares_and_says_them(suite, make_trainer, c
     losses = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == list(range(2, 101, 2))
     rates = {entry["step"]: entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry}
-    assert max(rates.values()) <= 1e-2
+    assert rates[2] == pytest.approx(5e-3)  # in the middle of 2 steps of warm-up; with 500 of them 2e-5
     run = json.loads((tmp_path / "run/checkpoint-60/run.json").read_text())
     assert (run["method"]["teacher_update_every"], run["options"]["warmup_steps"]) == (2, 2)
     before = trainer.model.state_dict()
