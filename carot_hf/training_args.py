@@ -23,6 +23,7 @@ from .teacher import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
 ON_BAD_IMAGE = ("raise", "skip")
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
 _SCALED_STEPS = ("warmup_steps", "teacher_update_every", "logging_steps")
 PUBLISHED_STEPS = 500  # of the papers
 _SHORT_RUN, _PARTS = 5_000, 50
@@ -628,9 +629,7 @@ class CaRotTrainingArguments(TrainingArguments):
 
     def _set_best_metric(self) -> None:
         if self.metric_for_best_model is None and (
-            self.load_best_model_at_end
-            or self.save_strategy == "best"
-            or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+            self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in _BY_METRIC
         ):
             self.metric_for_best_model = DEFAULT_BEST_METRIC
         metric = self.metric_for_best_model
@@ -640,6 +639,20 @@ class CaRotTrainingArguments(TrainingArguments):
         check_selection(metric, self.greater_is_better, homes=(SPLIT, HOME), shifts=(SHIFTED,), all_sets=False)
         if self.greater_is_better is None:
             self.greater_is_better = greater_is_better(metric)
+        if self.lr_scheduler_type in _BY_METRIC:
+            self._set_direction()
+
+    def _set_direction(self) -> None:
+        """Let a schedule that follows a metric know which direction is better: it takes any for one of a loss."""
+        given = self.lr_scheduler_kwargs
+        options: dict[str, Any] = json.loads(given) if isinstance(given, str) else dict(given or {})
+        better = "max" if self.greater_is_better else "min"
+        if options.setdefault("mode", better) != better:
+            raise ValueError(
+                f"Expected `mode` '{better}' in `lr_scheduler_kwargs` for `metric_for_best_model` "
+                f"{self.metric_for_best_model!r}, got {options['mode']!r}. Leave it out."
+            )
+        self.lr_scheduler_kwargs: Any = options
 
 
 def preset_arguments(preset: str) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def test_nothing_that_evaluates_depends_on_the_mode(make_trainer, preset):
 
 
 def test_each_metric_has_a_direction():
-    logits, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
+    logits, labels = 2 * torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
     assert set(DIRECTIONS) == set(METRICS) == set(calibration_metrics(logits, labels))
     higher = {name for name in METRICS if name != "overconfidence" and greater_is_better(f"eval_id_{name}")}
     assert higher == {"accuracy", "top5_accuracy", "auroc"}
@@ -240,6 +240,48 @@ def test_a_search_is_for_the_metric_that_chooses_and_sees_no_shift(make_trainer,
     )
     assert {"eval_home_nll", "eval_id_nll", "eval_validation_nll", "eval_temperature"} <= seen[0].keys()
     assert not [name for name in seen[0] if "_far_" in name or "_part_" in name or "_ood_" in name]
+
+
+def test_a_search_of_optuna_goes_through_all_its_trials(make_trainer, suite, processor):
+    """The second trial ended in an AttributeError; with and without a teacher."""
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    arguments = make_trainer(eval_strategy="steps", eval_steps=2, max_steps=2).args
+    searching = CaRotTrainer(
+        None, arguments, suite=suite, processing_class=processor, model_init=lambda: tiny_clip(processor.tokenizer)
+    )
+    space = {"distillation_weight": [0.0, 1.0], "learning_rate": [1e-3, 1e-2]}
+    best = searching.hyperparameter_search(
+        lambda trial: {name: trial.suggest_categorical(name, values) for name, values in space.items()},
+        backend="optuna",
+        n_trials=4,
+        sampler=optuna.samplers.GridSampler(space, seed=0),
+    )
+    assert best.hyperparameters.keys() == space.keys()
+    found = {}
+    for weight in space["distillation_weight"]:
+        for rate in space["learning_rate"]:
+            single = make_trainer(max_steps=2, distillation_weight=weight, learning_rate=rate)
+            single.train()
+            found[weight, rate] = single.evaluate()["eval_validation_nll"]
+    assert best.objective == pytest.approx(min(found.values()), abs=1e-6)
+    assert found[best.hyperparameters["distillation_weight"], best.hyperparameters["learning_rate"]] == min(
+        found.values()
+    )
+
+
+@pytest.mark.parametrize("metric", [None, "eval_validation_nll", "eval_validation_accuracy"])
+def test_a_plateau_is_one_of_our_metric(make_trainer, metric):
+    options = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": metric, "max_steps": 4}
+    trainer = make_trainer(**options, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert trainer.args.metric_for_best_model == (metric or "eval_validation_nll")
+    assert trainer.lr_scheduler.mode == ("max" if metric == "eval_validation_accuracy" else "min")
+    with pytest.raises(ValueError, match="reduce_lr_on_plateau requires an eval strategy"):
+        make_trainer(**options)
+    other = {"max": "min", "min": "max"}[trainer.lr_scheduler.mode]
+    with pytest.raises(ValueError, match=f"Expected `mode` '{trainer.lr_scheduler.mode}' in `lr_scheduler_kwargs`"):
+        make_trainer(**options, eval_strategy="steps", lr_scheduler_kwargs={"mode": other})
 
 
 # ---- arguments ----
