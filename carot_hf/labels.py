@@ -105,9 +105,9 @@ class ClassNames:
 class LabelTable:
     """From what stands in a label column to the index of a class.
 
-    Numbers are indices. Text is looked up among the names; text of digits that is no name is the number it spells. The
-    names of a ``ClassLabel`` are looked up in the same way, so that the order in which a data set has them does not
-    matter, and one made from a sorted listing of "0", "1", "10", ... gives the numbers.
+    Numbers are indices. Text, and True and False as text, is looked up among the names; text of digits that is no name
+    is the number it spells. The names of a ``ClassLabel`` are looked up in the same way, so that the order in which a
+    data set has them does not matter, and one made from a sorted listing of "0", "1", "10", ... gives the numbers.
 
     Args:
         own: The names of the column's ``ClassLabel``, in its order; ``None``: it is none.
@@ -145,6 +145,8 @@ class LabelTable:
 
     def __call__(self, value: Any) -> Any:
         """Return the index; what is neither text nor a number passes, for `ShiftSet` to refuse."""
+        if isinstance(value, bool | np.bool_):
+            value = str(value)  # a name like any other: nobody said which class is True
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace").strip()
         if isinstance(value, str):
@@ -163,10 +165,10 @@ class LabelTable:
         result = np.empty(len(values), dtype=np.int64)
         for row, value in enumerate(values.tolist() if isinstance(values, np.ndarray) else values):
             try:
-                result[row] = known[value]
+                result[row] = known[type(value), value]  # True equals 1
             except (KeyError, TypeError):  # TypeError: a list
                 index = self._whole(value, row)
-                known[value] = result[row] = index
+                known[type(value), value] = result[row] = index
         return result
 
     def _whole(self, value: Any, row: int) -> int:

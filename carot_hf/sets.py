@@ -185,8 +185,8 @@ class ShiftSet(Dataset):
         return values
 
     def _indices(self, values: NDArray[Any]) -> NDArray[Any] | None:
-        """Labels as integers in range; ``None`` of text, which the names of a suite have to be matched with."""
-        if values.dtype.kind in "USO":
+        """Labels as integers in range; ``None`` of text or truth, which names of a suite have to be matched with."""
+        if values.dtype.kind in "USOb":
             return None
         if values.dtype.kind not in "iu":
             checked = [self._in_range(label, f"index {index}") for index, label in enumerate(values.tolist())]

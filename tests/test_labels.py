@@ -205,6 +205,18 @@ def test_a_suite_of_yaml_with_two_orders(tmp_path):
     assert sorted(load_suite(path).shifts["far"].labels.tolist()) == [0, 1, 2]
 
 
+def test_true_and_false_are_names_like_any_other(tmp_path):
+    """They were the classes 1 and 0, in silence."""
+    data = rows([True, False, True], datasets.Value("bool"))
+    with pytest.raises(ValueError, match=r"2 names \['good', 'flaw'\], got 'True'\. .*`label_names`.*\(row 0\)"):
+        ShiftSet(data, name="s", num_classes=2).matched(ClassNames(["good", "flaw"]))
+    names = ClassNames(["good", "flaw"], {"false": "good", "true": "flaw"})
+    assert ShiftSet(data, name="s", num_classes=2).matched(names).labels.tolist() == [1, 0, 1]
+    assert LabelTable(None, names, "'s'").all([True, 1, False, 0]).tolist() == [1, 1, 0, 0]
+    with pytest.raises(ValueError, match="got 'True'"):
+        LabelTable(None, ["good", "flaw"], "'s'").all([1, True])
+
+
 # ---- what is no label ----
 
 
