@@ -58,9 +58,9 @@ def test_it_narrows_with_the_square_root_of_the_rows():
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.25)
 
 
-def covered(shape, kind, target, size, samples):
+def covered(shape, kind, target, size, samples, peer=True):
     error = study.error_of(shape, kind, target)
-    return np.array(list(study.coverage(shape, kind, error, target, size, samples))).mean(axis=0)
+    return np.array(list(study.coverage(shape, kind, error, target, size, samples, peer=peer))).mean(axis=0)
 
 
 def test_it_holds_the_true_ece_where_percentiles_do_not():
@@ -76,11 +76,11 @@ def test_it_holds_the_true_ece_where_percentiles_do_not():
 @pytest.mark.parametrize("target", [0.0, 0.01, 0.05, 0.1])
 @pytest.mark.parametrize("size", [300, 2000])
 def test_coverage(shape, target, size):
-    """At least 90 % of 200 samples; .92 in truth gives fewer than 88 % in 3 of 100 studies, so that is the line."""
+    """At least 90 %: of 100 samples .935, the lowest of the study, gives fewer than 86 in 3 of 1,000 studies."""
     kinds = study.KINDS if target else study.KINDS[:1]
     for kind in kinds:
         if study.error_of(shape, kind, target) is None:
             continue
-        ours, _, inside, _ = covered(shape, kind, target, size, 200)
-        assert ours >= 0.88, (shape, kind)
+        ours, _, inside, _ = covered(shape, kind, target, size, 100, peer=False)
+        assert ours >= 0.86, (shape, kind)
         assert inside == 1.0
