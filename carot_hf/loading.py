@@ -256,8 +256,8 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Opened:
 def _read_rows(found: Found, root: Path) -> datasets.Dataset:
     """The rows of tables; of an ImageFolder's ``metadata`` with the folders as labels if it has none."""
     if found.files[0].suffix == ".parquet":
-        rows = datasets.load_dataset("parquet", data_files=[glob.escape(str(path)) for path in found.files],  # nosec B615
-                                     split="train")  # fmt: skip
+        names = [glob.escape(str(path)) for path in found.files]
+        rows = datasets.load_dataset("parquet", data_files=names, split="train")  # nosec B615  # local files
     else:
         rows = read_tables(found.files, root)
     return with_folders(rows, image_column(rows)) if found.layout == "metadata" else rows

@@ -250,24 +250,21 @@ def test_a_search_of_optuna_goes_through_all_its_trials(make_trainer, suite, pro
     searching = CaRotTrainer(
         None, arguments, suite=suite, processing_class=processor, model_init=lambda: tiny_clip(processor.tokenizer)
     )
-    space = {"distillation_weight": [0.0, 1.0], "learning_rate": [1e-3, 1e-2]}
+    space = {"distillation_weight": [0.0, 1.0]}
     best = searching.hyperparameter_search(
         lambda trial: {name: trial.suggest_categorical(name, values) for name, values in space.items()},
         backend="optuna",
-        n_trials=4,
+        n_trials=2,
         sampler=optuna.samplers.GridSampler(space, seed=0),
     )
     assert best.hyperparameters.keys() == space.keys()
     found = {}
     for weight in space["distillation_weight"]:
-        for rate in space["learning_rate"]:
-            single = make_trainer(max_steps=2, distillation_weight=weight, learning_rate=rate)
-            single.train()
-            found[weight, rate] = single.evaluate()["eval_validation_nll"]
+        single = make_trainer(max_steps=2, distillation_weight=weight)
+        single.train()
+        found[weight] = single.evaluate()["eval_validation_nll"]
     assert best.objective == pytest.approx(min(found.values()), abs=1e-6)
-    assert found[best.hyperparameters["distillation_weight"], best.hyperparameters["learning_rate"]] == min(
-        found.values()
-    )
+    assert found[best.hyperparameters["distillation_weight"]] == min(found.values())
 
 
 @pytest.mark.parametrize("metric", [None, "eval_validation_nll", "eval_validation_accuracy"])

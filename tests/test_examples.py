@@ -46,13 +46,24 @@ def test_the_suite_recommends_about_200_steps_and_a_fiftieth_for_the_teacher(tmp
         (["--suite", "digits", "--no_such_flag"], "--no_such_flag"),
     ],
 )
-def test_bad_options_end_with_one_line_before_anything_is_loaded(tmp_path, flags, message):
+def test_bad_options_end_with_one_line_before_anything_is_loaded(tmp_path, flags, message, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune_imagenet.py", "--use_cpu", "--output_dir", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as ended:
+        finetune_imagenet.run(finetune_imagenet.main)
+    said = f"{capsys.readouterr().err}{ended.value.code}"
+    assert ended.value.code not in (0, None)
+    assert message in said
+    assert "Loading weights" not in said
+
+
+def test_the_script_itself_ends_with_one_line(tmp_path):
     script = str(ROOT / "examples" / "finetune_imagenet.py")
-    command = [sys.executable, script, "--use_cpu", "--output_dir", str(tmp_path), *flags]
+    command = [sys.executable, script, "--use_cpu", "--output_dir", str(tmp_path), "--suite", "none.yaml"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode != 0
-    assert message in result.stderr
-    assert "Loading weights" not in result.stderr
+    assert "Expected a YAML file, found none at none.yaml" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_folder_with_an_interrupted_save_alone_can_be_started_anew(tmp_path, monkeypatch):
