@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import datasets
-
 LABEL_COLUMNS = ("label", "labels", "cls", "wnid")
 PATH_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file", "img")  # where no column is of images
 _TEXTS = ("string", "large_string", "string_view")
@@ -21,6 +19,8 @@ def image_column(rows: Any) -> str:
     Raises:
         ValueError: If there is none, or more than one.
     """
+    import datasets  # of rows with features; the rest of the package runs without it
+
     features = rows.features or {}
     found: list[str] = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not found:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -352,6 +350,9 @@ class ShiftSet(Dataset):
 
     def encoded_lengths(self) -> list[int | None]:
         """Bytes of the images of all rows that are stored with them; ``None`` of one that is a file of its own."""
+        import pyarrow as pa  # of a datasets.Dataset; the rest of the package runs without it
+        import pyarrow.compute as pc
+
         rows = self.data if self._encoded is None else self._encoded
         column = rows.data.column(self.image_column)
         kind = column.type

@@ -1,7 +1,7 @@
 """WiSE-FT: the models on the line from a zero-shot to a fine-tuned one, each with its own temperature.
 
     python examples/interpolate.py --fine_tuned out/carot --suite digits --output_dir out/wise
-    python examples/interpolate.py --fine_tuned out/carot --suite digits --output_dir out/wise --alpha 0.5 --save
+    python examples/interpolate.py --fine_tuned out/carot --suite digits --output_dir out/half --alpha 0.5 --save
 
 takes about a minute and a half on two cores without a GPU and prints one row for each alpha, the weight of the
 fine-tuned end: accuracy and ECE in distribution (ID) and as mean over the shifted sets (OOD), the ECE without and with
