@@ -383,7 +383,7 @@ class CaRotTrainer(SuiteTrainer):
         if self.is_world_process_zero():
             kept = [folder.name for folder in checkpoint_folders(self.args.output_dir) if is_complete(folder)]
             where = f"{', '.join(kept)} in {self.args.output_dir}" if kept else "no checkpoint; `save_model` saves it"
-            tqdm.write(f"{'trained':<11}{self.state.global_step:,} steps; {where}\n")
+            tqdm.write(f"{'finished':<11}{self.state.global_step:,} steps; {where}\n")
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args, **kwargs)

@@ -187,7 +187,7 @@ def test_a_short_run_trains_with_its_shares_and_says_them(suite, make_trainer, c
     assert "method     contrastive (softmax) + 0.75 x distillation" in said
     assert "zero        7           4     5    5     ?" in said
     assert f"writes     {tmp_path / 'run'}: checkpoint-<step> every 60 steps" in said
-    assert f"trained    100 steps; checkpoint-60, checkpoint-100 in {tmp_path / 'run'}" in said
+    assert f"finished   100 steps; checkpoint-60, checkpoint-100 in {tmp_path / 'run'}" in said
     losses = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == list(range(2, 101, 2))
     rates = {entry["step"]: entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry}
