@@ -41,7 +41,9 @@ class _Words:
 
 
 CONFIDENCE = _Words("confidence", "accuracy", "mean confidence", "over-confident", "under-confident")
-FORECAST = _Words("probability of class 1", "share of class 1", "mean probability", "too high", "too low")
+FORECAST = _Words(
+    "probability of class 1", "share of class 1", "mean probability", "forecasts too high", "forecasts too low"
+)
 
 
 def reliability_diagram(

@@ -261,7 +261,7 @@ def test_forecasts_are_too_high_or_too_low():
     for figure in (reliability_diagram(result), reliability_diagram(result["bins"], mode="positive")):
         top, bottom = figure.axes
         labels = {text.get_text() for text in top.get_legend().get_texts()}
-        assert {"share of class 1", "too high", "too low"} <= labels
+        assert {"share of class 1", "forecasts too high", "forecasts too low"} <= labels
         assert (top.get_ylabel(), bottom.get_xlabel()) == ("share of class 1", "probability of class 1")
         assert "mean probability" in texts(top)
     assert "confident" not in "".join(labels)
