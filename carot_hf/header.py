@@ -152,7 +152,12 @@ def model_line(model: Any) -> str:
 def _teacher(plan: Plan) -> str:
     if not plan.update_every:
         return f"{plan.teacher}, never moves"
-    return f"{plan.teacher}, moves {plan.moves:,} times, every {plan.update_every:,} steps"
+    return f"{plan.teacher}, moves {plan.moves:,} times, {every(plan.update_every)}"
+
+
+def every(steps: float) -> str:
+    """``every 4 steps``; of 1 ``every step``."""
+    return "every step" if steps == 1 else f"every {steps:,g} steps"
 
 
 def _log_choose(n: int, k: int) -> float:

@@ -34,7 +34,7 @@ from .content_hash import sha256_of_facts
 from .distributed import gather_rows, local_columns, lost_process, row_counts
 from .evaluation import Comparison
 from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
-from .header import Plan, header, model_line, plan_warnings, refuse_finished, shared_class_share
+from .header import Plan, every, header, model_line, plan_warnings, refuse_finished, shared_class_share
 from .input_wait import InputWait
 from .losses import (
     contrastive_loss,
@@ -368,15 +368,15 @@ class CaRotTrainer(SuiteTrainer):
         strategy = getattr(options.save_strategy, "value", options.save_strategy)
         when = {
             "no": "no checkpoints",
-            "steps": f"checkpoint-<step> every {options.save_steps:g} steps",
+            "steps": f"checkpoint-<step> {every(options.save_steps)}",
             "epoch": "checkpoint-<step> after each epoch",
             "best": "checkpoint-<step> when it is the best",
         }
         kept = f", the last {options.save_total_limit} are kept" if options.save_total_limit else ""
         reporters = options.report_to if isinstance(options.report_to, list) else [options.report_to]
         logs = ", ".join(name for name in reporters if name and name != "none")
-        every = f"a line of the log every {options.logging_steps:g} steps" + (f", also to {logs}" if logs else "")
-        return [f"{options.output_dir}: {when[str(strategy)]}{kept if strategy != 'no' else ''}", every]
+        lines = f"a line of the log {every(options.logging_steps)}" + (f", also to {logs}" if logs else "")
+        return [f"{options.output_dir}: {when[str(strategy)]}{kept if strategy != 'no' else ''}", lines]
 
     def _written(self) -> None:
         """Say which checkpoints there are at the end."""

@@ -185,7 +185,8 @@ def table(suite: ShiftSuite, metrics: dict[str, float]) -> str:
     """One row a set: accuracy, ECE and ECE after temperature scaling."""
     titles = {suite.test.name: f"{suite.test.name} (in distribution)", **{name: name for name in suite.shifts}}
     rows = {title: _of_set(metrics, name) for name, title in titles.items()}
-    rows["mean of shifts"] = _of_set(metrics, "ood")
+    if suite.shifts:
+        rows["mean of shifts"] = _of_set(metrics, "ood")
     return comparison_table(rows, [("accuracy", "accuracy"), ("ECE", "ece"), ("ECE after T", "ece_ts")])
 
 
