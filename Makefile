@@ -23,8 +23,8 @@ ALL := docs test-cpus rehearsal test-space test-package test-versions test-slow 
 PIP := -m pip install --quiet --disable-pip-version-check
 # The tests that touch transformers, datasets, accelerate, evaluate, huggingface_hub and Pillow.
 VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture classifier content_hash data ece evaluation hub \
-	choices images imagenet_suite loading model_card prepare processors resume resume_facts security streaming \
-	suite_file suites training training_args))
+	choices folders images imagenet_suite labels loading model_card prepare processors resume resume_facts security streaming \
+	suite_file suites survey table_files training training_args))
 
 # One thread: the models of the demo and of the tests are small. Offline: nothing here needs a network.
 export OMP_NUM_THREADS := 1

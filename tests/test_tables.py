@@ -1,345 +1,198 @@
-"""Every kind of table of images that people have: what is read, relative to what, and what is refused."""
+"""The report: intervals against scipy, verdicts, the page, and cells that survive an interruption."""
 
 from __future__ import annotations
 
-import json
+import argparse
+import csv
+import re
+from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
-import yaml
-from layouts import content, picture
+import reproduce_tables
+import tables
+from PIL import Image
+from reproduce_tables import Cell, Runner
+from scipy import stats
 
-from carot_hf import ShiftSet, load_suite
-from carot_hf.loading import open_source
-from carot_hf.splits import as_set
-from carot_hf.tables import read_text
-
-NAMES = ["cat", "dog"]
-LABELS = [0, 1, 1, 0, 1]
+from carot_hf import load_suite
+from carot_hf.checkpoints import write_manifest
+from carot_hf.ece.binning import calibration_bins
+from carot_hf.plots import id_ood_scatter
 
 
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def test_intervals_are_students():
+    values = [0.81, 0.83, 0.80, 0.86, 0.84]
+    mean, half = tables.mean_and_half_width(values)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high), abs=1e-12)
+    assert np.isnan(tables.mean_and_half_width([0.5])[1])
+    assert tables.number([0.5]) == "0.500"
+    assert tables.number([0.4, 0.6]) == f"0.500 ± {12.706204736 * np.std([0.4, 0.6], ddof=1) / np.sqrt(2):.3f}"
+
+
+def rows(accuracies, eces=None):
+    eces = accuracies if eces is None else eces
+    return [
+        {"eval_ood_accuracy": a, "eval_ood_ece": e, "eval_ood_ece_ts": e} for a, e in zip(accuracies, eces, strict=True)
+    ]
+
+
+def test_the_paired_verdict_follows_the_interval():
+    """Differences of .1 with little spread decide; the same mean with a large spread does not."""
+    theirs = rows([0.5, 0.6, 0.7], [0.10, 0.10, 0.10])
+    lines = tables.paired(rows([0.6, 0.7, 0.801], [0.2, 0.2, 0.201]), theirs)
+    assert "+0.100 ± 0.001" in lines[2]
+    assert lines[2].endswith("| CaRot is better |")  # more accurate
+    assert lines[3].endswith("| FLYP is better |")  # a larger error
+    assert tables.paired(rows([0.9, 0.6, 0.6], [0.1, 0.2, 0.0]), theirs)[2].endswith("| undecided |")
+    assert tables.paired(theirs[:1], theirs[:1])[2].endswith("| one seed: undecided |")
+
+
+def fake_results(suite, seeds):
+    rng = np.random.default_rng(0)
+    names = [suite.test.name, *suite.shifts]
+    keys = [*tables.COLUMNS.values(), "eval_validation_nll", "eval_runtime"]
+
+    def run():
+        bins = {
+            name: calibration_bins(rng.random(200), rng.random(200) < 0.7).to_dict() for name in [*names, "validation"]
+        }
+        return {
+            "metrics": {key: float(rng.random()) for key in keys},
+            "bins": bins,
+            "bins_ts": {name: bins[name] for name in names},
+        }
+
+    trained = ("ft", "ft-ls", "flyp", "flyp-ls", "carot", "lp-ft", "carot-2024", "tracer")
+    runs = {"zero-shot": [run()]}
+    runs |= {name: [run() for _ in seeds] for name in (*trained, "every-1", "every-2x", "never")}
+    merged = ("wise-ft", "wise-ft-ls", "wise-carot")
+    sweeps = {
+        name: [[{"alpha": alpha, **run()["metrics"]} for alpha in (0.0, 0.5, 1.0)] for _ in seeds] for name in merged
+    }
+    return runs, sweeps
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_page_holds_every_figure_that_was_measured(tmp_path, published):
+    suite, seeds = load_suite("digits"), [42, 43, 44]
+    if published:
+        suite.name = "imagenet"
+    runs, sweeps = fake_results(suite, seeds)
+    page = tables.write_report(
+        tmp_path,
+        suite,
+        runs=runs,
+        sweeps=sweeps,
+        smoothings={"ft-ls": {0.1: 0.3, 0.2: 0.25}, "flyp-ls": {0.1: 0.4, 0.2: 0.5}},
+        seeds=seeds,
+        interval=4,
+        command="python examples/reproduce_tables.py --seeds 3",
+        seconds=(1200.0, 60.0),
+        quick=False,
+    ).read_text()
+    suite.name = "digits"
+    for method, title in tables.TITLES.items():
+        results = [run["metrics"] for run in runs[method]] if method in runs else [s[1] for s in sweeps[method]]
+        cells = [tables.number([r[key] for r in results]) for key in tables.COLUMNS.values()]
+        assert f"| {title} | {' | '.join(cells)} |" in page
+    for method, title in tables.INTERVALS.items():
+        cells = [tables.number([r["metrics"][key] for r in runs[method]]) for key in list(tables.COLUMNS.values())[:4]]
+        assert f"| {title} | {' | '.join(cells)} |" in page
+    assert "FT + LS 0.2 (validation NLL 0.1: 0.3000, 0.2: 0.2500), FLYP + LS 0.1 (" in page
+    assert "default 4)" in page
+    assert "Seeds 42, 43, 44" in page
+    assert ("| CaRot | 0.8319 | 0.6197 |" in page) == published
+    assert ("not evidence for ImageNet" in page) == (not published)
+    for picture in re.findall(r"\((\w+\.png)\)", page):
+        with Image.open(tmp_path / picture) as image:
+            assert min(image.size) > 100
+    with (tmp_path / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 1 + 3 * 11 + 3 * 3
+    (cell,) = [row for row in table if (row["method"], row["seed"]) == ("tracer", "43")]
+    assert float(cell["eval_ood_ece"]) == pytest.approx(runs["tracer"][1]["metrics"]["eval_ood_ece"], rel=1e-5)
+    assert "eval_runtime" not in cell
+
+
+def test_the_interval_of_the_teacher_is_the_published_share_of_the_run():
+    suite = load_suite("digits")
+    assert reproduce_tables.teacher_interval(suite, argparse.Namespace(quick=False)) == 4  # 198 steps / 50.06
+    assert reproduce_tables.teacher_interval(suite, argparse.Namespace(quick=True)) == 2
+    imagenet = SimpleNamespace(train=range(1_281_167), recommended={})
+    assert reproduce_tables.teacher_interval(imagenet, argparse.Namespace(quick=False)) == 500
 
 
 @pytest.fixture
-def images(tmp_path):
-    """Five images, red by class and green by row, beside which tables are put."""
-    (tmp_path / "data/img").mkdir(parents=True)
-    for row, label in enumerate(LABELS):
-        (tmp_path / f"data/img/{row}.png").write_bytes(picture(label, row))
-    return tmp_path / "data"
+def script(tmp_path, monkeypatch):
+    """A script that fails while a file `broken` exists and counts its runs otherwise."""
+    monkeypatch.setattr(reproduce_tables, "HERE", tmp_path)
+    (tmp_path / "job.py").write_text(
+        "import pathlib, sys\n"
+        "here, out = pathlib.Path(__file__).parent, pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+        "(out / 'seen').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        "print('hello'); (here / 'broken').exists() and sys.exit(3)\n"
+        "(out / 'metrics.json').write_text('{\"metrics\": 1}')\n"
+    )
+    return tmp_path
 
 
-def opened(source, split="train", **options):
-    found = open_source(source, split)
-    return as_set(found.rows, name="mine", num_classes=2, label_names=NAMES, image_root=found.root, **options)
+def test_finished_cells_are_not_run_again_and_failures_are_named(script, capsys):
+    runner = Runner(script / "cells", 2)
+    cells = [Cell(f"cell-{i}", "job.py", ("--seed", str(i))) for i in range(3)]
+    (script / "broken").touch()
+    with pytest.raises(RuntimeError, match=r"job.py to finish for 'cell-\d', got exit status 3.*log.txt"):
+        runner.run(cells)
+    (script / "broken").unlink()
+    runner = Runner(script / "cells", 2)
+    runner.run(cells)
+    seconds = runner.seconds()
+    assert seconds > 0
+    before = [(runner.folder(cell) / "seen").read_text() for cell in cells]
+    Runner(script / "cells", 2).run(cells)
+    assert [(runner.folder(cell) / "seen").read_text() for cell in cells] == before
+    assert "3 cells, 3 of them finished before" in capsys.readouterr().out
+    assert runner.read(cells[0]) == {"metrics": 1}
+    assert runner.seconds() == seconds
+    assert "hello" in (runner.folder(cells[0]) / "log.txt").read_text()
+    other = Cell("cell-1", "job.py", ("--seed", "7"))
+    with pytest.raises(ValueError, match=r"Expected the arguments .*cell-1 was begun, --seed 1, got --seed 7"):
+        runner.run([other])
 
 
-RIGHT = [(label, label, row) for row, label in enumerate(LABELS)]
+def test_an_interrupted_training_run_goes_on_from_its_checkpoint(script):
+    (script / "finetune_imagenet.py").write_text((script / "job.py").read_text())
+    cell = Cell("run-42", "finetune_imagenet.py", ("--seed", "42"))
+    runner = Runner(script / "cells", 1)
+    checkpoint = runner.folder(cell) / "checkpoint-50"
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint)
+    runner.run([cell])
+    assert "--resume_from_checkpoint" in (runner.folder(cell) / "seen").read_text()
 
 
-def lines(separator=",", quote="", header=("file_name", "label")):
-    rows = [header, *((f"img/{row}.png", NAMES[label]) for row, label in enumerate(LABELS))]
-    return "\n".join(separator.join(f"{quote}{cell}{quote}" for cell in row) for row in rows)
+@pytest.mark.parametrize("argv", [["--seeds", "0"], ["--jobs", "0"], ["--quick", "--suite", "imagenet"], ["--nothing"]])
+def test_bad_options_end_before_anything_is_loaded(argv, capsys):
+    with pytest.raises(SystemExit):
+        reproduce_tables.parse(argv)
+    assert "error" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.csv", lines()),
-        ("a.csv", lines(";", '"')),
-        ("a.csv", lines(", ")),
-        ("a.tsv", lines("\t")),
-        ("a.csv", lines(header=("path", "labels"))),
-        ("a.csv", lines(header=("Image_Path", "label"))),
-        ("a.jsonl", "\n".join(json.dumps({"image": f"img/{r}.png", "label": NAMES[x]}) for r, x in enumerate(LABELS))),
-        ("a.json", json.dumps([{"image": f"img/{r}.png", "label": x} for r, x in enumerate(LABELS)])),
-    ],
-)
-def test_tables_of_text(images, name, text):
-    (images / name).write_text(text)
-    assert content(opened(images / name)) == RIGHT
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
-def test_a_byte_order_mark_says_the_encoding(images, encoding):
-    (images / "a.csv").write_bytes(lines().encode(encoding))
-    assert content(opened(images / "a.csv")) == RIGHT
-    (images / "b.csv").write_bytes("file_name,label\nimg/0.png,ca\xf1\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"Expected a table in UTF-8, or with a byte-order mark, in .*b\.csv, got"):
-        read_text(images / "b.csv", "a table")
-
-
-def test_names_that_other_readers_take_for_nothing(images):
-    """pandas reads NA, None and 01 as nothing and a number."""
-    (images / "a.csv").write_text("file_name,label\nimg/0.png,NA\nimg/1.png,None\nimg/2.png,01\n")
-    found = open_source(images / "a.csv", "train")
-    data = as_set(found.rows, name="m", num_classes=3, label_names=["01", "NA", "None"], image_root=found.root)
-    assert data.labels.tolist() == [1, 2, 0]
-
-
-@pytest.mark.parametrize("kind", ["path", "bytes", "dict", "image"])
-@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_tables_of_columns(images, kind, suffix):
-    values = {
-        "path": [f"img/{row}.png" for row in range(5)],
-        "bytes": [picture(label, row) for row, label in enumerate(LABELS)],
-        "dict": [{"bytes": None, "path": f"img/{row}.png"} for row in range(5)],
-        "image": [{"bytes": picture(label, row), "path": None} for row, label in enumerate(LABELS)],
-    }[kind]
-    feature = {
-        "path": datasets.Value("large_string"),
-        "bytes": datasets.Value("binary"),
-        "dict": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
-        "image": datasets.Image(),
-    }[kind]
-    features = datasets.Features({"image": feature, "label": datasets.Value("large_string")})
-    rows = datasets.Dataset.from_dict({"image": values, "label": [NAMES[x] for x in LABELS]}, features=features)
-    if suffix == "parquet":
-        rows.to_parquet(images / "train.parquet")
-        source = images / "train.parquet"
-    else:
-        rows.save_to_disk(images / "saved")
-        source = next((images / "saved").glob("*.arrow"))
-        source = source.rename(images / "train.arrow")
-    assert content(opened(source)) == RIGHT
-
-
-@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
-@pytest.mark.parametrize("where", ["split", "root"])
-def test_an_image_folder_with_metadata(images, name, where):
-    """With the file beside the images of a split, or one for all."""
-    splits = {"train": [0, 1, 2], "test": [3, 4]}
-    written = {}
-    for split, members in splits.items():
-        (images / split).mkdir()
-        for row in members:
-            (images / f"img/{row}.png").rename(images / f"{split}/{row}.png")
-        place = f"{split}/" if where == "root" else ""
-        written[split] = [{"file_name": f"{place}{row}.png", "label": NAMES[LABELS[row]]} for row in members]
-    (images / "img").rmdir()
-    files = written if where == "split" else {"": [row for rows in written.values() for row in rows]}
-    for split, rows in files.items():
-        text = "\n".join(map(json.dumps, rows))
-        if name.endswith("csv"):
-            text = "file_name,label\n" + "\n".join(f"{row['file_name']},{row['label']}" for row in rows)
-        (images / split / name).write_text(text)
-    for split, members in splits.items():
-        assert content(opened(images, split)) == [RIGHT[row] for row in members]
-    assert not set(open_source(images, "train").files) & set(open_source(images, "test").files)
-
-
-def test_metadata_with_captions_only_has_the_folders_as_labels(images):
-    for row, label in enumerate(LABELS):
-        (images / NAMES[label]).mkdir(exist_ok=True)
-        (images / f"img/{row}.png").rename(images / f"{NAMES[label]}/{row}.png")
-    (images / "img").rmdir()
-    rows = [{"file_name": f"{NAMES[x]}/{r}.png", "text": [f"one {r}", f"two {r}"]} for r, x in enumerate(LABELS)]
-    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = opened(images, caption_column="text")
-    assert content(data) == RIGHT
-    assert data[3]["caption"] == ["one 3", "two 3"]
-
-
-def test_one_table_a_split_in_a_folder(images):
-    text = lines().splitlines()
-    (images / "train.csv").write_text("\n".join(text[:4]))
-    (images / "val.csv").write_text("\n".join([text[0], *text[4:]]))
-    assert content(opened(images, "train")) == RIGHT[:3]
-    assert content(opened(images, "validation")) == RIGHT[3:]
-
-
-def test_a_table_beside_folders_of_classes_is_not_guessed(images):
-    for name in NAMES:
-        (images / name).mkdir()
-        (images / name / "1.png").write_bytes(picture(0, 0))
-    (images / "train.csv").write_text(lines())
-    with pytest.raises(ValueError, match=r"got train\.csv beside folders such as 'cat'\. Name the table itself"):
-        open_source(images, "train")
-    assert len(open_source(images, "train", layout="folders").rows) == 7
-    assert content(opened(images / "train.csv")) == RIGHT
-
-
-def test_data_sets_that_were_saved_to_disk(images):
-    feature = datasets.Features({"image": datasets.Image(), "labels": datasets.ClassLabel(names=["dog", "cat"])})
-    parts = {}
-    for split, members in {"training": [0, 1, 2], "test": [3, 4]}.items():
-        values = [{"bytes": picture(LABELS[row], row), "path": None} for row in members]
-        numbers = [1 - LABELS[row] for row in members]
-        parts[split] = datasets.Dataset.from_dict({"image": values, "labels": numbers}, features=feature)
-    datasets.DatasetDict(parts).save_to_disk(images / "saved")
-    assert content(opened(images / "saved", "train")) == RIGHT[:3]
-    assert content(opened(images / "saved", "test")) == RIGHT[3:]
-    with pytest.raises(ValueError, match=r"Expected the split 'validation' in .*saved, got \['test', 'training'\]"):
-        open_source(images / "saved", "validation")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("file_name,label\nimg/0.png,cat,x\n", r"Expected 2 cells in line 2 of .*a\.csv, as in its header, got 3"),
-        ("file_name,label\n", "Expected a header and rows in .*a.csv, got 1 lines"),
-        ("file_name,file_name\nx,y\n", r"distinct names of columns in .*got \['file_name', 'file_name'\]"),
-        ("file_name,label\nimg/0.png,\n", r"to be numbers or names, got ''\. Fill it in\. \(row 0\)"),
-        ("file_name,label\nimg/0.png,cow\n", r"one of 2 names \['cat', 'dog'\], got 'cow'.*\(row 0\)"),
-        ("file_name,kind\nimg/0.png,cat\n", r"a label column called label.*\['file_name', 'kind'\]\. Name it with"),
-        ("photo,label\nimg/0.png,cat\n", r"one column of images, got \[\] among \['label', 'photo'\]"),
-        ("file_name,label\nimg/0.png,cat\nimg/9.png,dog\nimg/8.png,dog\n", r"2 of its 3 images.*row 1: .*img/9\.png"),
-    ],
-)
-def test_tables_that_are_refused(images, text, message):
-    (images / "a.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        opened(images / "a.csv")
-
-
-def test_json_lines_that_are_none(images):
-    (images / "a.jsonl").write_text('{"image": "img/0.png", "label": "cat"}\n{"image": \n')
-    with pytest.raises(ValueError, match=r"Expected a JSON object in line 2 of .*a\.jsonl"):
-        open_source(images / "a.jsonl", "train")
-    (images / "a.jsonl").write_text('["img/0.png", "cat"]\n')
-    with pytest.raises(ValueError, match=r"Expected an object in row 1 of .*a\.jsonl, got 'img/0\.png'"):
-        open_source(images / "a.jsonl", "train")
-
-
-def test_a_table_in_yaml(images, tmp_path):
-    (images / "all.csv").write_text(lines())
-    (images / "test.jsonl").write_text(json.dumps({"image": "img/extra.png", "label": "dog"}))
-    (images / "img/extra.png").write_bytes(picture(1, 7))
-    description = {"train": {"path": "data/all.csv"}, "validation": 0.4, "test": {"path": "data/test.jsonl"}}
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(description))
-    suite = load_suite(tmp_path / "a.yaml")
-    assert suite.class_names == NAMES
-    assert sorted(content(suite.train) + content(suite.validation), key=lambda row: row[2]) == RIGHT
-    assert content(suite.test) == [(1, 1, 7)]
-    streamed = load_suite(tmp_path / "a.yaml", streaming=True).test
-    assert [streamed.decode(item, "x")["label"] for _, item in streamed.share(0, 1)] == [1]
-
-
-# ---- captions ----
-
-
-def captioned(captions):
-    rows = {"image": [picture(0, row) for row in range(len(captions))], "text": captions}
-    return datasets.Dataset.from_dict(rows)
-
-
-@pytest.mark.parametrize("captions", [["a", None], ["a", "  "], ["a", ""], [["a"], []], [["a"], ["b", " "]]])
-def test_missing_captions_are_refused_with_their_row(captions):
-    with pytest.raises(ValueError, match=r"Expected a text in the column 'text' of set 's' at index 1, got"):
-        ShiftSet(captioned(captions), name="s", num_classes=2, label_column=None, caption_column="text")
-
-
-def test_of_several_captions_one_is_drawn_by_the_number_of_the_draw(processor):
-    """The text of the list was trained on."""
-    from carot_hf.data import CaRotCollator, DrawnSet
-    from carot_hf.prompts import CaptionTable
-    from carot_hf.transforms import image_transform
-
-    given = [["zero", "one two three"], ["four five"], ["six", "seven", "eight"]]
-    data = ShiftSet(captioned(given), name="s", num_classes=2, label_column=None, caption_column="text")
-    table = CaptionTable(processor.tokenizer, ["x", "y"], ["a {}"], 32)
-    calls = []
-    tokenizer = processor.tokenizer.__class__.__call__
-
-    def counted(self, *args, **kwargs):
-        calls.append(args)
-        return tokenizer(self, *args, **kwargs)
-
-    assert table.remember([text for texts in given for text in texts]) == 0
-    collator = CaRotCollator(image_transform(processor), table, 3)
-    drawn = DrawnSet(data)
-    seen = {0: set(), 1: set(), 2: set()}
-    patched = pytest.MonkeyPatch()
-    patched.setattr(processor.tokenizer.__class__, "__call__", counted)
-    for draw in range(60):
-        tokens = collator([drawn[draw]])["input_ids"][0].tolist()
-        again = collator([drawn[draw], drawn[0]])["input_ids"][0].tolist()
-        assert again[: len(tokens)] == tokens  # whatever else is in the batch
-        seen[draw % 3].add(processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
-    patched.undo()
-    assert {row: sorted(texts) for row, texts in seen.items()} == {
-        row: sorted(texts) for row, texts in enumerate(given)
-    }
-    assert not calls  # all of them were tokenised once
-
-
-def test_captions_that_are_cut_are_said(processor):
-    from carot_hf.prompts import CaptionTable
-
-    table = CaptionTable(processor.tokenizer, ["x", "y"], ["a {}"], 8)
-    long = " ".join(["zero"] * 40)
-    assert table.remember(["one", long, long, "two"]) == 1
-    ids = table.tokenize([long, "one"])["input_ids"]
-    assert ids.shape == (2, 8)
-    assert ids[0, -1] == processor.tokenizer.eos_token_id
-
-
-# ---- paths ----
-
-
-@pytest.mark.parametrize(
-    ("path", "hint"),
-    [
-        ("data/trian", r"Did you mean data/train\?"),
-        ("dtaa/train", r"Did you mean data/train\?"),
-        ("./nothing", r"In .* there are \['a\.yaml', 'data'\]; correct the path"),
-        ("data/train/deep/er", r"no such folder as .*data/train/deep"),
-        ("labels.csv", r"no such folder as .*labels\.csv"),
-    ],
-)
-def test_what_looks_like_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch, path, hint):
-    (tmp_path / "data/train/cat").mkdir(parents=True)
-
-    def asked(*args, **kwargs):
-        raise AssertionError("the Hub was asked")
-
-    monkeypatch.setattr("datasets.load_dataset", asked)
-    description = {"train": {"path": path}, "validation": 0.5, "test": {"path": "x"}}
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(description))
-    with pytest.raises(ValueError, match=rf"a\.yaml: train\.path: expected data at .*{hint}"):
-        load_suite(tmp_path / "a.yaml")
-
-
-def test_ids_of_the_hub_are_asked_of_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    asked = []
-
-    def fake(*args, **kwargs):
-        asked.append(args[0])
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("datasets.load_dataset", fake)
-    for path in ("timm/mini-imagenet", "beans"):
-        (tmp_path / "a.yaml").write_text(
-            yaml.safe_dump({"train": {"path": path}, "validation": 0.5, "test": {"path": path}})
-        )
-        with pytest.raises(ValueError, match="from the Hub, got ConnectionError"):
-            load_suite(tmp_path / "a.yaml")
-    assert asked == ["timm/mini-imagenet", "beans"]
-
-
-def test_paths_and_names_in_any_form_of_unicode(tmp_path):
-    """A Mac writes file names decomposed, an editor composed."""
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    for row, name in enumerate([decomposed, "th\u00e9", decomposed, "th\u00e9"]):
-        place = tmp_path / decomposed / "train" / name
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{row}.png").write_bytes(picture(row % 2, row))
-    (tmp_path / decomposed / "test" / "th\u00e9").mkdir(parents=True)
-    (tmp_path / decomposed / "test" / "th\u00e9" / "9.png").write_bytes(picture(1, 9))
-    description = {
-        "class_names": [composed, "th\u00e9"],
-        "train": {"path": composed},
-        "validation": 0.5,
-        "test": {"path": composed},
-    }
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(description, allow_unicode=True), encoding="utf-8")
-    suite = load_suite(tmp_path / "a.yaml")
-    found = content(suite.train) + content(suite.validation)
-    assert sorted(found, key=lambda row: row[2]) == [(0, 0, 0), (1, 1, 1), (0, 0, 2), (1, 1, 3)]
-    assert np.all(suite.test.labels == 1)
+def test_the_scatter_draws_what_it_is_given():
+    points = {f"method {i}": (0.5 + i / 100, 0.4 + i / 50) for i in range(12)}
+    curves = {"WiSE-FT": [(0.5, 0.6), (0.7, 0.65), (0.8, 0.5)]}
+    figure = id_ood_scatter(points, curves, title="here")
+    (ax,) = figure.axes
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert set(lines) == {*points, "WiSE-FT, sweep"}
+    for name, (home, shifted) in points.items():
+        assert (lines[name].get_xdata()[0], lines[name].get_ydata()[0]) == (home, shifted)
+    assert list(zip(*lines["WiSE-FT, sweep"].get_data(), strict=True)) == curves["WiSE-FT"]
+    looks = {(lines[name].get_color(), lines[name].get_marker()) for name in points}
+    assert len(looks) == 12
+    assert len({look[1] for look in looks}) == 12  # told apart without colour
+    assert ax.get_title() == "here"
+    assert id_ood_scatter(points, ax=ax) is figure
+    with pytest.raises(ValueError, match="at least one point"):
+        id_ood_scatter({})
