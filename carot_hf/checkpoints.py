@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,31 @@ def damage_of(checkpoint: str | Path, *, checksums: bool = True) -> str | None:
 def is_complete(checkpoint: Path) -> bool:
     """Tell whether the saving of a checkpoint came to its end and its files have their sizes."""
     return damage_of(checkpoint, checksums=False) is None
+
+
+def rotate_checkpoints(
+    output_dir: str | Path, limit: int | None, *, written: str | Path, best: str | Path | None = None
+) -> None:
+    """Delete complete checkpoints of the lowest steps until no more than a limit are left.
+
+    Steps are what a run knows; the times of files are of whoever copied them. What is not complete neither counts nor
+    goes.
+
+    Args:
+        output_dir: The run's folder.
+        limit: How many to keep; ``None`` or 0: all.
+        written: The checkpoint just written, which stays.
+        best: The best one, which stays, too.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {Path(folder).resolve() for folder in (written, best) if folder is not None and Path(folder).is_dir()}
+    others = [
+        folder for folder in checkpoint_folders(output_dir) if folder.resolve() not in kept and is_complete(folder)
+    ]
+    for folder in others[: max(0, len(others) - max(0, limit - len(kept)))]:
+        logger.info("Deleting %s: %d checkpoints are kept.", folder, limit)
+        shutil.rmtree(folder)
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:

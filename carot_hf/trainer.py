@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPModel
-from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from .adapters import adapter_facts, base_model, is_adapted, load_beside, merged
@@ -27,6 +26,7 @@ from .checkpoints import (
     checkpoint_folders,
     is_complete,
     newest_complete_checkpoint,
+    rotate_checkpoints,
     write_manifest,
 )
 from .classifier import linear_probe
@@ -689,12 +689,7 @@ class CaRotTrainer(SuiteTrainer):
             if limit is not None:
                 self._finish_current_push()  # of a checkpoint that may go now
             # only now an older checkpoint may go: until here the new one did not count
-            rotate_checkpoints(
-                output_dir=str(folder.parent),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate_checkpoints(folder.parent, limit, written=folder, best=self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 

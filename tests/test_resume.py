@@ -19,7 +19,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from carot_hf import CaRotTrainer
-from carot_hf.checkpoints import check_checkpoint, checkpoint_folders, newest_complete_checkpoint, write_manifest
+from carot_hf.checkpoints import (
+    check_checkpoint,
+    checkpoint_folders,
+    newest_complete_checkpoint,
+    rotate_checkpoints,
+    write_manifest,
+)
 
 
 class Recorder(CaRotTrainer):
@@ -266,3 +272,43 @@ def test_data_seed_goes_before_seed(make_trainer, tmp_path):
     two = run(make_trainer, tmp_path / "b", save_strategy="no", seed=2, data_seed=5, max_steps=1)
     assert torch.equal(one.seen[0]["input_ids"], two.seen[0]["input_ids"])
     assert Path(tmp_path / "a").exists()
+
+
+def test_older_checkpoints_go_by_their_step_not_by_the_time_of_their_files(make_trainer, tmp_path):
+    """With an older one dated an hour ahead only that one was left."""
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    make_trainer(**{**options, "max_steps": 2}).train()
+    ahead = time.time() + 3600
+    for path in [tmp_path / "run/checkpoint-2", *(tmp_path / "run/checkpoint-2").iterdir()]:
+        os.utime(path, (ahead, ahead))
+    make_trainer(**{**options, "max_steps": 6}).train(resume_from_checkpoint=True)
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == ["checkpoint-6"]
+
+
+def complete(folder):
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(folder.name)
+    write_manifest(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("limit", "written", "best", "left"),
+    [
+        (1, 40, None, [40]),
+        (2, 40, None, [30, 40]),
+        (2, 40, 10, [10, 40]),
+        (1, 40, 10, [10, 40]),
+        (3, 40, 10, [10, 30, 40]),
+        (1, 10, None, [10]),  # of a run that went on from an earlier step: what was just written stays
+        (2, 10, None, [10, 40]),
+        (None, 40, None, [10, 20, 30, 40]),
+        (9, 40, None, [10, 20, 30, 40]),
+    ],
+)
+def test_what_is_kept(tmp_path, limit, written, best, left):
+    folders = {step: complete(tmp_path / f"checkpoint-{step}") for step in (10, 20, 30, 40)}
+    unfinished = tmp_path / "checkpoint-50"
+    unfinished.mkdir()
+    rotate_checkpoints(tmp_path, limit, written=folders[written], best=folders.get(best))
+    assert [int(folder.name.split("-")[1]) for folder in checkpoint_folders(tmp_path)] == [*left, 50]
