@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .ece.binning import CalibrationBins
 from .plots import reliability_diagram, reliability_grid
+from .whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ def write_diagrams(path: Path, tables: Tables) -> None:
         tables: Of `diagram_tables`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    reliability_grid(tables).savefig(path, dpi=100)
+    with whole_file(path) as beside:
+        reliability_grid(tables).savefig(beside, dpi=100)
 
 
 def send_diagrams(callbacks: Iterable[Any], tables: Tables, *, prefix: str, step: int) -> None:

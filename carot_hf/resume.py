@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from .training_args import SECRET, CaRotTrainingArguments
+from .whole_file import write_whole
 
 RUN_NAME = "run.json"
 _STATE_NAME = "trainer_state.json"
@@ -179,7 +180,7 @@ def write_run(
 ) -> None:
     """Write what the run is into a checkpoint, before its manifest."""
     written = {**facts, "epochs": epochs and asdict(epochs), "changes": [asdict(change) for change in changes]}
-    Path(checkpoint, RUN_NAME).write_text(json.dumps(written, indent=1), encoding="utf-8")
+    write_whole(Path(checkpoint, RUN_NAME), json.dumps(written, indent=1))
 
 
 def read_run(checkpoint: str | Path) -> SavedRun:

@@ -75,6 +75,7 @@ from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import CaRotTrainingArguments
 from .transforms import check_image_size, check_processor, image_transform, normalize_pixels
+from .whole_file import whole_file
 
 logger = logging.get_logger(__name__)
 
@@ -430,7 +431,7 @@ class SuiteTrainer(Trainer):
         self._memory_tracker.stop_and_update_metrics(flat)
         if compared is not None and self._draws():
             tables = diagram_tables(compared.bins, compared.bins_ts, compared.temperature)
-            write_diagrams(diagrams_path(self.args.output_dir, prefix), tables)
+            self._write_diagrams(diagrams_path(self.args.output_dir, prefix), tables)
             send_diagrams(self.callback_handler.callbacks, tables, prefix=prefix, step=self.state.global_step)
         return flat
 
@@ -677,7 +678,7 @@ class SuiteTrainer(Trainer):
         latest = self._latest if self._latest.model is self.model else Comparison()
         diagram = diagrams_path(str(folder), "eval") if latest.bins and self._draws() else None
         if diagram is not None:  # anew: the file of that name may be of some other evaluation
-            write_diagrams(diagram, diagram_tables(latest.bins, latest.bins_ts, latest.temperature))
+            self._write_diagrams(diagram, diagram_tables(latest.bins, latest.bins_ts, latest.temperature))
         card = model_card(
             CardFacts(
                 name=model_name or folder.name,
@@ -711,7 +712,8 @@ class SuiteTrainer(Trainer):
                 changes=[f"After step {change.step:,} the run was resumed with {change}" for change in self._changes],
             )
         )
-        card.save(folder / "README.md")
+        with whole_file(folder / "README.md") as beside:
+            card.save(beside)
 
     def hyperparameter_search(
         self,
@@ -964,6 +966,13 @@ class SuiteTrainer(Trainer):
         named = with_aggregates(plain, self.suite)
         flat = {f"{name}_{key}": value for name, values in named.items() for key, value in values.items()}
         return Comparison(self.model, flat, temperature, bins, bins_ts)
+
+    def _write_diagrams(self, path: Path, tables: Any) -> None:
+        """Write a picture; one that cannot be written is no reason to lose what was computed."""
+        try:
+            write_diagrams(path, tables)
+        except OSError as error:
+            logger.warning("The reliability diagrams could not be written to %s: %s.", path, _one_line(error))
 
     def _draws(self) -> bool:
         """Whether this process draws reliability diagrams."""

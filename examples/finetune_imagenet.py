@@ -35,6 +35,7 @@ from carot_hf.header import FINISHED, refuse_finished
 from carot_hf.model_card import command_line
 from carot_hf.survey import say_warnings, survey
 from carot_hf.training_args import PRESETS, preset_arguments
+from carot_hf.whole_file import write_whole
 
 START_MODELS = {
     "imagenet": "openai/clip-vit-base-patch16",
@@ -142,6 +143,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         say_warnings(suite)
     if not script.zero_shot:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()  # whatever may come of the rest
     metrics = trainer.evaluate()
     calibration = trainer.calibrate()
     if not args.push_to_hub:  # pushing saves
@@ -169,7 +171,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     }
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan, e.g. of empty bins, is no JSON
     if trainer.is_world_process_zero():
-        (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_whole(output_dir / "metrics.json", json.dumps(report, indent=2) + "\n")
         print(f"\n{report['method']} on {script.suite}, temperature {calibration['temperature']:.3f}\n")
         print(table(suite, metrics))
         written = [*FINISHED, "config.json", "eval_reliability.png", "checkpoint-*"]

@@ -36,6 +36,7 @@ from carot_hf.classifier import CLIPClassifier
 from carot_hf.evaluation import comparison_table
 from carot_hf.header import refuse_finished
 from carot_hf.merging import SWEEP, alpha_sweep, interpolate
+from carot_hf.whole_file import whole_file, write_whole
 
 KINDS = {**dict.fromkeys(BACKBONES, AutoModel), "clip_classifier": CLIPClassifier}
 TABLE = [*COLUMNS, ("T", "eval_temperature")]
@@ -155,9 +156,9 @@ def write(rows: Sequence[dict[str, float]], argv: Sequence[str], folder: Path) -
     """Write all metrics as JSON and the table as CSV."""
     report = {"command": " ".join(["examples/interpolate.py", *argv]), "rows": rows}
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan, e.g. an AUROC without errors
-    (folder / "sweep.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "sweep.json", json.dumps(report, indent=2) + "\n")
     keys = ["alpha", *(key for _, key in TABLE)]
-    with (folder / "sweep.csv").open("w", encoding="utf-8", newline="") as file:
+    with whole_file(folder / "sweep.csv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, keys, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

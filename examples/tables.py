@@ -18,6 +18,7 @@ import carot_hf
 from carot_hf import ShiftSuite
 from carot_hf.ece.binning import CalibrationBins
 from carot_hf.plots import id_ood_scatter, reliability_grid
+from carot_hf.whole_file import whole_file, write_whole
 
 Metrics = Mapping[str, float]
 TITLES = {
@@ -148,7 +149,7 @@ def write_report(
         *(f"{title}\n\n![{title}]({name})\n" for name, title in FIGURES.items()),
     ]
     page = folder / "README.md"
-    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_whole(page, "\n".join(lines).rstrip() + "\n")
     return page
 
 
@@ -233,7 +234,7 @@ def write_csv(path: Path, metrics: Mapping[str, Sequence[Metrics]], seeds: Seque
     """One row a method and seed, one column a metric."""
     names = sorted({name for runs in metrics.values() for run in runs for name in run if name.startswith("eval_")})
     names = [name for name in names if not name.endswith(("_runtime", "_per_second"))]
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "seed", *names])
         for method, runs in metrics.items():

@@ -35,6 +35,7 @@ ALLOWED = {
     "input_wait": set(),
     "gradient_cache": set(),
     "checkpoints": set(),
+    "whole_file": set(),
     "content_hash": set(),
     "fingerprint": set(),
     "digits": set(),
@@ -69,7 +70,7 @@ ALLOWED = {
     },
     "suites": {"content_hash", "digits", "imagenet_suite", "sets", "suite_file"},
     "training_args": {"adapters", "losses", "metric_names", "teacher"},
-    "resume": {"training_args"},
+    "resume": {"training_args", "whole_file"},
     "onnx_export": {"classifier", "transforms"},
     "prepare": {"adapters", "backbones", "classifier", "prompts", "sets"},
     # floor 2: when and what to show
@@ -78,7 +79,7 @@ ALLOWED = {
     "evaluation": {"calibration", "ece.binning", "metric_names", "sets", "sigmoid"},
     "plots": {"ece.binning"},
     "model_card": set(),
-    "reporting": {"ece.binning", "plots"},
+    "reporting": {"ece.binning", "plots", "whole_file"},
     "header": set(),
     # the Space of the metric, which installs the package: nothing of ours imports it
     "ece.csv_rows": set(),
@@ -87,7 +88,7 @@ ALLOWED = {
     "suite_trainer": {
         "adapters", "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation",
         "fingerprint", "metric_names", "model_card", "precision", "prepare", "prompts", "reporting", "resume", "sets",
-        "streaming", "training_args", "transforms",
+        "streaming", "training_args", "transforms", "whole_file",
     },
     "trainer": {
         "adapters", "backbones", "callbacks", "checkpoints", "classifier", "content_hash", "distributed", "evaluation",
@@ -116,6 +117,7 @@ THIRD_PARTY = {
     "resume": {"torch", "transformers"},
     "distributed": {"torch"},
     "checkpoints": set(),
+    "whole_file": set(),
     "content_hash": {"numpy"},
     "fingerprint": {"torch"},
     "calibration": {"numpy", "torch"},
