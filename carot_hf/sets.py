@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Subset
 from .columns import found_label_column, image_column
 from .content_hash import sha256_of_array, sha256_of_facts
 from .images import BadImageError, NotAnImageError, is_decoding_error, read_image
-from .labels import ClassNames, LabelNames, LabelTable, not_a_label
+from .labels import ClassNames, LabelNames, LabelTable, not_a_label, shown
 from .metric_names import common_name
 from .prompts import check_class_names, check_distinct, check_templates
 
@@ -147,14 +147,29 @@ class ShiftSet(Dataset):
         """
         if self._classes == classes or self.label_column is None or self.columns is not None:
             return self
+        self._refuse_transformed(classes)
         table = LabelTable(self.own_names, classes, f"set '{self.name}'")
-        if self.labels is not None and table.keeps_numbers:
+        if self.labels is not None and self._table is None and table.keeps_numbers:
             return self
         part = copy.copy(self)
         part._classes, part._table = classes, table
         if self._raw is not None:
             part.labels = part._indices(table.all(self._raw))
         return part
+
+    def _refuse_transformed(self, classes: ClassNames) -> None:
+        """Refuse labels that a transform of the user's returns if the data have the classes in another order."""
+        feature = _facts_of(self._encoded, "features").get(str(self.label_column))
+        names = _names_of(feature) or ()
+        found = [classes.find(name) for name in names]
+        if found and None not in found and found != list(range(len(classes))):
+            raise ValueError(
+                f"Expected the labels that the transform of set '{self.name}' returns in the order of the classes "
+                f"{shown(classes.class_names)}, got data whose ClassLabel has the order {shown(list(names))}. "
+                "Bring "
+                "them into that order before the transform is set: `rows.align_labels_with_mapping({name: index, ...}, "
+                f"'{self.label_column}')`."
+            )
 
     @property
     def has_names(self) -> bool:

@@ -118,6 +118,28 @@ def test_a_set_in_another_order_has_the_accuracy_of_the_right_one(suite, make_tr
     assert both["eval_far_nll"] == pytest.approx(both["eval_near_nll"], abs=1e-6)
 
 
+def test_a_transform_does_not_hide_the_order_of_the_data(suite, make_trainer):
+    """What it returns is not ours to map, and was taken by position."""
+    order = ["three", "one", "zero", "two"]
+    trainer, data = make_trainer(suite=suite), brightness_set(order)
+    with pytest.raises(ValueError, match=r"order of the classes \['zero', .*got data .*\['three', .*align_labels_with"):
+        trainer.evaluate(data.with_transform(lambda batch: batch))
+    ids = {name: index for index, name in enumerate(CLASSES)}
+    aligned = data.align_labels_with_mapping(ids, "label").with_transform(lambda batch: batch)
+    assert trainer.predict(aligned).label_ids.tolist() == Noise(40, 9).labels.tolist()
+    others = rows([0, 1], datasets.ClassLabel(names=["cat", "dog"])).with_transform(lambda batch: batch)
+    assert trainer.predict(others).label_ids.tolist() == [0, 1]  # it may have made classes of ours of them
+
+
+def test_a_set_may_serve_two_suites():
+    data = ShiftSet(rows([0, 1, 0], datasets.ClassLabel(names=["b", "a"])), name="s", num_classes=2)
+    first = data.matched(ClassNames(["a", "b"]))
+    second = first.matched(ClassNames(["b", "a"]))
+    assert (first.labels.tolist(), second.labels.tolist()) == ([1, 0, 1], [0, 1, 0])
+    assert [second[row]["label"] for row in range(3)] == [0, 1, 0]
+    assert first.matched(ClassNames(["a", "b"])) is first
+
+
 def test_imagefolder_of_datasets(suite, make_trainer, tmp_path):
     for row, label in enumerate(Noise(16, 9).labels):
         place = tmp_path / "noise" / f"{CLASSES[label].upper()}"
