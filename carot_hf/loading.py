@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import glob
 import logging
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ def local_files(folder: Path, split: str, layout: str | None = None) -> Found:
                 return Found(kind, files, [], named)
             tried += groups[kind]
     images = images_in(inside) if layout in (None, "folders") or "table" in groups else []
-    found = images_of_split(folder, images, split) if layout in (None, "folders") else None
+    found = _classes_of(folder, images, split, layout, beside_tables="table" in groups)
     if "table" in groups and layout in (None, "table"):
         if found is not None and len(set(found.classes)) > 1 and layout is None:
             raise ValueError(
@@ -155,6 +156,20 @@ def local_files(folder: Path, split: str, layout: str | None = None) -> Found:
         f"Expected {_CONTENT}, of split '{split}' in {folder}, got {seen}"
         f"{f', which name the splits {splits}' if splits else ''}. Name the right folder or split."
     )
+
+
+def _classes_of(
+    folder: Path, images: list[Path], split: str, layout: str | None, *, beside_tables: bool
+) -> Found | None:
+    """The images of a split in folders of classes, if there are such folders."""
+    if layout not in (None, "folders"):
+        return None
+    try:
+        return images_of_split(folder, images, split)
+    except ValueError:  # folders of images without classes, which the tables beside them describe
+        if beside_tables and layout is None:
+            return None
+        raise
 
 
 def check_labels(name: str, labels: NDArray[np.int64], rows: int, classes: int) -> None:
@@ -214,7 +229,7 @@ def _open_local(path: Path, split: str, layout: str | None, streaming: bool) -> 
         return _open_saved(path, split, streaming)
     else:
         found = local_files(path, split, layout)
-    files, root, named = tuple(str(file.resolve()) for file in found.files), found.files[0].parent, found.named
+    files, root, named = tuple(os.path.abspath(file) for file in found.files), found.files[0].parent, found.named
     if found.layout in ("parquet", "webdataset"):
         names = [glob.escape(str(file)) for file in found.files]
         options = {"split": split, "streaming": streaming}

@@ -152,6 +152,18 @@ def test_one_table_a_split_in_a_folder(images):
     assert content(opened(images, "validation")) == RIGHT[3:]
 
 
+def test_tables_beside_folders_of_splits_without_classes(images):
+    for split, members in {"train": range(3), "test": range(3, 5)}.items():
+        (images / f"{split}_images").mkdir()
+        text = ["file_name,label"]
+        for row in members:
+            (images / f"img/{row}.png").rename(images / f"{split}_images/{row}.png")
+            text.append(f"{split}_images/{row}.png,{NAMES[LABELS[row]]}")
+        (images / f"{split}.csv").write_text("\n".join(text))
+    assert content(opened(images, "train")) == RIGHT[:3]
+    assert content(opened(images, "test")) == RIGHT[3:]
+
+
 def test_a_table_beside_folders_of_classes_is_not_guessed(images):
     for name in NAMES:
         (images / name).mkdir()
