@@ -143,7 +143,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         say_warnings(suite)
     if not script.zero_shot:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()  # whatever may come of the rest
+        trainer.save_model(_internal_call=True)  # whatever may come of the rest; nothing uncalibrated is pushed
     metrics = trainer.evaluate()
     calibration = trainer.calibrate()
     if not args.push_to_hub:  # pushing saves

@@ -49,6 +49,7 @@ def test_activation_checkpointing_gives_the_same_weights(make_trainer, cache):
     assert_same(plain, checkpointed, EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [{}, CACHE], ids=["plain", "cache"])
 def test_compilation_gives_the_same_weights(make_trainer, cache):
     plain = train(make_trainer, exact=True, **cache)
@@ -65,6 +66,7 @@ def test_the_teacher_is_compiled_as_well(make_trainer):
     assert counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.slow
 def test_the_first_pass_of_the_cache_is_compiled(make_trainer):
     """Without a teacher, every graph that the pass makes is the student's."""
     trainer = make_trainer(preset="flyp", torch_compile=True, torch_compile_backend="eager", max_steps=1, **CACHE)
