@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .ece.binning import calibration_bins, check_n_bins, checked_weights, classwise_sums
+from .ece.binning import calibration_bins, check_n_bins, checked_weights, classwise_sums, rows_that_count
 from .ece.inputs import AS_LOGITS, as_array, looks_like_probabilities, to_numpy, two_dimensional
 
 logger = logging.getLogger(__name__)
@@ -655,18 +655,12 @@ def _kept_rows(
     if sample_weight is None and ignore_index is None:
         return logits, labels, None
     labels = _as_labels(labels)
+    if labels.ndim != 1:
+        return logits, labels, None  # to be refused
     weights = checked_weights(sample_weight, len(labels))
-    kept = np.ones(len(labels), bool) if weights is None else weights > 0
-    if ignore_index is not None:
-        kept &= (labels != ignore_index).cpu().numpy()
-    if kept.all():
+    rows = rows_that_count(labels.cpu().numpy(), weights, ignore_index)
+    if rows is None:
         return logits, labels, weights
-    if not kept.any():
-        raise ValueError(
-            f"Expected a row with a label other than `ignore_index` {ignore_index} and a `sample_weight` above 0, got "
-            "none. There is nothing to measure."
-        )
-    rows = np.flatnonzero(kept)
     whole = logits if isinstance(logits, LogitRows) else _as_logits(logits)
     if tuple(labels.shape) != (len(whole),):
         return whole, labels, weights  # to be refused

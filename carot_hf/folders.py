@@ -18,6 +18,8 @@ from .images import is_image_name
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 5  # names that a warning lists
+
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -91,6 +93,8 @@ def files_of_split(folder: Path, files: Sequence[Path], split: str) -> tuple[lis
     names = [named(path) for path in files]
     if not any(names):
         return list(files), False
+    if nameless := [path.name for path, name in zip(files, names, strict=True) if name is None]:
+        logger.warning("%s: files that name no split are passed over: %s.", folder, nameless[:_SHOWN])
     return [path for path, name in zip(files, names, strict=True) if name == asked], True
 
 
@@ -104,10 +108,12 @@ def images_of_split(folder: Path, images: Iterable[Path], split: str) -> Found |
         ValueError: If it cannot be told which folders are splits and which are classes.
     """
     asked = asked_split(split)
-    inner = [path.relative_to(folder) for path in images]
-    inner = [path for path in inner if len(path.parts) > 1]
+    all_of_them = [path.relative_to(folder) for path in images]
+    inner = [path for path in all_of_them if len(path.parts) > 1]
     if not inner:
         return None
+    if loose := len(all_of_them) - len(inner):
+        logger.warning("%s: %d images that are in no folder of a class are passed over.", folder, loose)
     direct = {path.parts[0] for path in inner if len(path.parts) == 2}
     deep = {path.parts[0] for path in inner if len(path.parts) > 2}
     tops = {path.parts[0]: _split_named(path.parts[0], asked) for path in inner}

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 from .training_args import CaRotTrainingArguments
+from .yaml_text import as_number
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -45,9 +46,11 @@ def _as_one_of(kinds: list[type], value: Any, where: str) -> Any:
             return value
         if bool in kinds and text.lower() in _WORDS:
             return _WORDS[text.lower()]
-        for kind in (int, float):
-            if kind in kinds and (number := _number(text, kind)) is not None:
-                return number
+        number = as_number(text)
+        if int in kinds and number is not None and number.is_integer():
+            return int(number)
+        if float in kinds and number is not None:
+            return number
         if str in kinds:
             return text
     example = {bool: "true", int: "8", float: "0.1", str: "cosine"}[kinds[0]]
@@ -56,13 +59,3 @@ def _as_one_of(kinds: list[type], value: Any, where: str) -> Any:
     if isinstance(value, list | dict) and str in kinds:  # some options of transformers take these, too
         return value
     raise ValueError(f"{where}: expected {expected}, got {value!r}. Example: {where.rpartition('.')[2]}: {example}")
-
-
-def _number(text: str, kind: type) -> int | float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    if kind is float:
-        return number
-    return int(number) if number.is_integer() else None

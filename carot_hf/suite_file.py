@@ -22,7 +22,7 @@ from .sets import ShiftSet, ShiftSuite
 from .splits import as_set, split_off
 from .survey import survey
 from .tables import read_text
-from .yaml_text import load_yaml
+from .yaml_text import as_number, load_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -355,21 +355,13 @@ def _as_kind(value: Any, kinds: tuple[type, ...]) -> Any:
         return value if bool in kinds else None
     if float in kinds and isinstance(value, int | float):
         return float(value)
-    if float in kinds and isinstance(value, str) and _is_number(value):
-        return float(value)
+    if float in kinds and isinstance(value, str) and (number := as_number(value)) is not None:
+        return number
     if kinds == (str,) and isinstance(value, int | float):
         return value.text if hasattr(value, "text") else None
     if dict in kinds and isinstance(value, dict):
         return {getattr(name, "text", name): item for name, item in value.items()} if value else {}
     return value if isinstance(value, kinds) else None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 _KINDS = {str: "text", list: "a list", dict: "a mapping", float: "a number", bool: "true or false"}

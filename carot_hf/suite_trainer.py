@@ -154,7 +154,7 @@ class SuiteTrainer(Trainer):
         self.bins_ts: dict[str, CalibrationBins] = {}
         self._bad_images: dict[str, set[int]] = {}
         self._warned_of_bound = False
-        self._said_positions: set[str] = set()
+        self._said_positions: set[tuple[Any, ...]] = set()
         self._owns_output = False  # what is in `output_dir` is of this trainer
         self._changes: list[Change] = []  # since the run was resumed
         self._in_checkpoint = False  # what is saved goes into a checkpoint
@@ -548,8 +548,8 @@ class SuiteTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self._owns_output = True
         folder = Path(output_dir or self.args.output_dir)
+        self._owns_output |= folder == Path(self.args.output_dir)
         adapted = is_adapted(self.model) and self.args.should_save
         if adapted and not self._in_checkpoint:
             check_folder(folder)
@@ -804,10 +804,12 @@ class SuiteTrainer(Trainer):
 
     def _say_positions(self, data: ShiftSet) -> None:
         """Say once how many rows each class is taken to have, where labels are numbers without names."""
-        if data.labels is None or data.has_names or data.columns is not None or data.name in self._said_positions:
+        if data.labels is None or data.has_names or data.columns is not None:
             return
-        self._said_positions.add(data.name)
         counts = np.bincount(data.labels, minlength=data.num_classes)
+        if (data.name, *counts.tolist()) in self._said_positions:
+            return
+        self._said_positions.add((data.name, *counts.tolist()))
         named = [f"{count:,} {label!r}" for label, count in zip(self.suite.class_names, counts.tolist(), strict=True)]
         logger.warning(
             "Labels of set '%s' are numbers without names, taken for the classes in order: %s%s.",

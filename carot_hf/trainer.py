@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,8 +68,7 @@ from .suite_trainer import SuiteTrainer
 from .survey import say_warnings, survey
 from .teacher import Teacher, beta_momentum, ema_momentum, half_life
 from .teacher_file import TEACHER_NAME, load_teacher_file, save_teacher_file
-from .training_args import PUBLISHED_STEPS as PUBLISHED
-from .training_args import CaRotTrainingArguments
+from .training_args import PUBLISHED_STEPS, CaRotTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -122,6 +122,7 @@ class CaRotTrainer(SuiteTrainer):
         self._random_states: list[RandomState] = []
         self._teacher_of: tuple[Any, frozenset[str]] = (None, frozenset())  # a student, and what is its own alone
         self._resumes = False
+        self._suite_of: tuple[Any, ShiftSuite] | None = None  # the suite with a training set that was passed
         self._saved_run: SavedRun | None = None  # that this one goes on from
         self._epochs: Epochs | None = None
         self._termination = TerminationCallback()
@@ -199,7 +200,7 @@ class CaRotTrainer(SuiteTrainer):
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
-        survey(self.suite)  # a test set that is trained on is refused
+        survey(self._run_suite)  # a test set that is trained on is refused
         if not resume_from_checkpoint and not self._owns_output and not self.args.overwrite_output_dir:
             refuse_finished(self.args.output_dir)
         self._owns_output = True
@@ -321,12 +322,12 @@ class CaRotTrainer(SuiteTrainer):
             self._set_up_method()
         if not self.is_world_process_zero():
             return
-        found = survey(self.suite)
+        found = survey(self._run_suite)
         counts = found.counts["train"]
         contrastive = options.objective == "contrastive"
         pairs = self.args.contrastive_batch_size or options.per_device_train_batch_size * options.world_size
         hidden = contrastive and options.same_class == "negative" and counts is not None and counts.sum() > 0
-        short = {name: int(getattr(options, name)) for name in options.unnamed() if getattr(options, name) != PUBLISHED}
+        unnamed = {name: int(getattr(options, name)) for name in options.unnamed()}
         plan = Plan(
             model=model_line(self.accelerator.unwrap_model(self.model)),
             method=self._method(),
@@ -343,14 +344,24 @@ class CaRotTrainer(SuiteTrainer):
             pairs=pairs if contrastive else None,
             shared=shared_class_share(counts, pairs) if hidden and counts is not None else None,
             device=str(options.device),
-            scaled=short,
+            scaled={name: steps for name, steps in unnamed.items() if steps != PUBLISHED_STEPS},
             writes=self._will_write(),
         )
         tqdm.write(f"{header(plan)}\n")
         if plan.first_step == 0:  # a run that goes on has said it
             for sentence in plan_warnings(plan):
                 logger.warning("%s", sentence)
-            say_warnings(self.suite)
+            say_warnings(self._run_suite)
+
+    @property
+    def _run_suite(self) -> ShiftSuite:
+        """The suite with the set that is trained on: another one may have been passed."""
+        train = self._training_set(self.train_dataset)
+        if train is None or train is self.suite.train:
+            return self.suite
+        if self._suite_of is None or self._suite_of[0] is not self.train_dataset:
+            self._suite_of = (self.train_dataset, replace(self.suite, train=train))
+        return self._suite_of[1]
 
     def _method(self) -> str:
         """The terms of the loss with their weights."""

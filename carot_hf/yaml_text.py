@@ -52,6 +52,14 @@ def load_yaml(text: str) -> Any:
         loader.dispose()
 
 
+def as_number(text: str) -> float | None:
+    """Read a number out of a text; ``None`` if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
     loader.flatten_mapping(node)
     seen: dict[Any, Any] = {}

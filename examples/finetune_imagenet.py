@@ -128,9 +128,6 @@ def main(argv: list[str]) -> dict[str, Any]:
     """Run the job; return what metrics.json holds."""
     script, args, suite = parse(argv)
     output_dir = Path(args.output_dir)
-    if args.overwrite_output_dir and args.resume_from_checkpoint is None and args.process_index == 0:
-        for folder in checkpoint_folders(output_dir):  # a later call would go on from them
-            shutil.rmtree(folder)
     start_model = script.model_name_or_path or start_model_of(script.suite)
     processor = AutoProcessor.from_pretrained(start_model)  # nosec B615  # the user's choice; no code in it is run
     model = AutoModel.from_pretrained(start_model, dtype=torch.float32)  # nosec B615  # as above; safetensors
@@ -138,6 +135,10 @@ def main(argv: list[str]) -> dict[str, Any]:
         print("The start model is calibrated: its temperature is taken out and fitted anew.")
         unbake_temperature(model)
     trainer = CaRotTrainer(model=model, args=args, suite=suite, processing_class=processor)
+    if args.overwrite_output_dir and args.resume_from_checkpoint is None and trainer.is_world_process_zero():
+        for folder in checkpoint_folders(output_dir):  # a later call would go on from them; all else is in order by now
+            print(f"Deleting {folder}, of an earlier run", flush=True)
+            shutil.rmtree(folder)
     if script.zero_shot and trainer.is_world_process_zero():
         print(survey(suite).table(), end="\n\n", flush=True)
         say_warnings(suite)

@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Each compares results of matrix products of other shapes, in another order, or of another library.
 TESTS = (
-    "classifier.py", "losses.py", "sigmoid.py", "calibration.py", "prompts.py", "teacher.py",
+    "classifier.py", "losses.py", "sigmoid.py", "calibration.py", "prompts.py", "teacher.py", "weights.py",
+    "foreign_rows.py", "interval.py",
     "methods.py::test_export_gives_the_probabilities_of_the_zero_shot_model",
     "methods.py::test_ft_is_calibrated_saved_and_served_by_the_stock_pipeline",
     "training.py::test_terms_are_those_of_the_loss_functions",

@@ -64,7 +64,7 @@ ALLOWED = {
         "class_names", "content_hash", "corruptions", "imagenet", "loading", "sets", "splits", "streaming",
     },
     "yaml_text": set(),
-    "recommended": {"training_args"},
+    "recommended": {"training_args", "yaml_text"},
     "suite_file": {
         "columns", "labels", "loading", "prompts", "recommended", "sets", "splits", "survey", "tables", "yaml_text",
     },

@@ -110,3 +110,26 @@ def test_comparison_shows_mean_and_range():
     text = demo.comparison({"zero-shot": runs[:1], "carot": runs})
     assert "| zero-shot | 0.100 | 0.100 |" in text
     assert "| carot | 0.300 (0.100-0.600) |" in text
+
+
+@pytest.mark.parametrize("flags", [["--model_name_or_path", "no/such/model"], ["--learning_rate", "fast"]])
+def test_checkpoints_are_not_deleted_before_all_is_in_order(tmp_path, monkeypatch, flags):
+    """--overwrite_output_dir deleted them first, and then there was no such model."""
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/weights").write_text("mine")
+    write_manifest(tmp_path / "checkpoint-4")
+    options = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path), "--overwrite_output_dir", *flags]
+    with pytest.raises((OSError, SystemExit)):
+        finetune_imagenet.main(options)
+    assert (tmp_path / "checkpoint-4/weights").read_text() == "mine"
+
+
+def test_checkpoints_of_an_earlier_run_are_deleted_when_one_says_so(tmp_path, capsys):
+    (tmp_path / "checkpoint-400").mkdir()
+    write_manifest(tmp_path / "checkpoint-400")
+    options = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path), "--zero_shot", "--report_to", "none"]
+    with pytest.raises(ValueError, match=r"--overwrite_output_dir to delete them"):
+        finetune_imagenet.main(options)
+    finetune_imagenet.main([*options, "--overwrite_output_dir"])
+    assert f"Deleting {tmp_path / 'checkpoint-400'}, of an earlier run" in capsys.readouterr().out
+    assert not (tmp_path / "checkpoint-400").exists()

@@ -113,6 +113,16 @@ def test_splits_in_file_names(tmp_path):
     assert not local_files(tmp_path, "test").named
 
 
+def test_what_is_passed_over_is_said(tmp_path, caplog):
+    put(tmp_path / "a", "cat/1.png", "dog/2.png", "3.png")
+    assert len(found(tmp_path / "a", "train")) == 2
+    assert "1 images that are in no folder of a class are passed over" in caplog.text
+    for name in ("train", "test", "extra"):
+        parquet(tmp_path / "b", name, np.array([0, 1]))
+    assert [path.name for path in local_files(tmp_path / "b", "test").files] == ["test-00000-of-00001.parquet"]
+    assert "files that name no split are passed over: ['extra-00000-of-00001.parquet']" in caplog.text
+
+
 def test_a_class_may_be_called_train(tmp_path):
     put(tmp_path, "train/1.png", "plane/2.png", "car/3.png")
     assert {label for label, _ in found(tmp_path, "test")} == {"train", "plane", "car"}

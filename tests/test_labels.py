@@ -175,6 +175,17 @@ def test_numbers_without_names_are_said_with_their_counts(suite, make_trainer, c
     ]
 
 
+def test_other_numbers_under_the_same_name_are_said_again(suite, make_trainer, caplog):
+    trainer = make_trainer(suite=suite)
+    logging.getLogger("transformers").propagate = True
+    for labels in ([0, 1], [0, 1], [2, 3]):
+        trainer.evaluate(rows(labels, datasets.Value("int64")))
+    said = [record.getMessage() for record in caplog.records if "without names" in record.getMessage()]
+    assert [line.split("order: ")[1] for line in said] == [
+        "1 'zero', 1 'one', 0 'two', 0 'three'.", "0 'zero', 0 'one', 1 'two', 1 'three'.",
+    ]  # fmt: skip
+
+
 def test_sets_straight_into_a_suite():
     order = ["three", "two", "one", "zero"]
     train = rows([0, 1, 2, 3, 0], datasets.ClassLabel(names=order), name="labels")

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import Noise
+from conftest import Noise, noise_set
 from layouts import picture
 
 from carot_hf import ShiftSet, ShiftSuite
@@ -288,6 +288,23 @@ def test_a_finished_model_is_not_trained_over(make_trainer, tmp_path, name):
         make_trainer().train()
     assert (tmp_path / "run" / name).read_text() == "mine"
     make_trainer(overwrite_output_dir=True).train()
+
+
+def test_a_save_elsewhere_is_no_leave_to_write_over_what_is_there(make_trainer, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.json").write_text("mine")
+    trainer = make_trainer()
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match="without a finished model"):
+        trainer.train()
+
+
+def test_a_training_set_that_was_passed_is_the_one_that_is_surveyed(suite, make_trainer, capsys):
+    """Table, figures and the search for shared images were of the suite's own."""
+    with pytest.raises(ValueError, match="got 19 of the 19 images of set 'home' in the training set"):
+        make_trainer(suite=suite, trainer={"train_dataset": suite.test}).train()
+    make_trainer(suite=suite, trainer={"train_dataset": noise_set("mine", 8, 5)}).train()
+    assert "all         8" in capsys.readouterr().out
 
 
 def test_a_trainer_may_go_on_with_what_it_wrote_itself(make_trainer):

@@ -205,6 +205,11 @@ def test_weights_that_are_refused(weights, message):
         calibration_metrics(rows, np.array([0, 1, 0]), sample_weight=weights)
 
 
+def test_one_hot_rows_are_refused_before_any_is_ignored():
+    with pytest.raises(ValueError, match="got one-hot rows"):
+        calibration_metrics(np.log([[0.6, 0.4], [0.5, 0.5]]), np.eye(2, dtype=int), ignore_index=1)
+
+
 def test_nothing_left_is_refused():
     with pytest.raises(ValueError, match=r"other than `ignore_index` 1 and a `sample_weight` above 0, got none"):
         ECE(from_logits=True).compute(predictions=np.log([[0.6, 0.4]]), references=[1], ignore_index=1)

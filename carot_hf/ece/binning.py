@@ -282,6 +282,31 @@ def check_n_bins(n_bins: int) -> None:
         raise ValueError(f"Expected `n_bins` to be an integer of at least 1, got {n_bins!r}. Pass e.g. `n_bins=10`.")
 
 
+class NothingCountsError(ValueError):
+    """No row counts: all of them have the label to ignore, or no weight."""
+
+
+def rows_that_count(
+    labels: NDArray[Any], weights: NDArray[np.float64] | None, ignore_index: int | None
+) -> NDArray[np.int64] | None:
+    """Numbers of the rows with another label than the one to ignore and a weight above 0; None if these are all.
+
+    Raises:
+        NothingCountsError: If there is none.
+    """
+    counts = np.ones(len(labels), bool) if weights is None else weights > 0
+    if ignore_index is not None:
+        counts &= labels != ignore_index
+    if counts.all():
+        return None
+    if not counts.any():
+        raise NothingCountsError(
+            f"Expected a row with a label other than `ignore_index` {ignore_index} and a `sample_weight` above 0, got "
+            "none. There is nothing to measure."
+        )
+    return np.flatnonzero(counts)
+
+
 def checked_weights(sample_weight: Any, size: int, name: str = "sample_weight") -> NDArray[np.float64] | None:
     """Weights as float64; None if they are all 1.
 
@@ -303,7 +328,7 @@ def checked_weights(sample_weight: Any, size: int, name: str = "sample_weight") 
         row = int(np.argmax(wrong))
         raise ValueError(f"Expected finite `{name}` of at least 0, got {weights[row]} in row {row}. Correct it.")
     if size and not weights.any():
-        raise ValueError(f"Expected a `{name}` above 0, got 0 for all rows. There is nothing to measure.")
+        raise NothingCountsError(f"Expected a `{name}` above 0, got 0 for all rows. There is nothing to measure.")
     return None if (weights == 1.0).all() else weights
 
 

@@ -10,6 +10,7 @@ well under a second and a few MB. The file stands alone with the siblings it imp
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -17,8 +18,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from .binning import CalibrationBins, calibration_bins
-from .inputs import ROW_OPTIONS, Options, as_array, to_numpy
+from .binning import CalibrationBins, NothingCountsError, calibration_bins
+from .inputs import ROW_OPTIONS, Options
 from .rows import ROWS_KEPT, ReducedRows, RowBuffer, reduce_rows
 from .uncertainty import debiased_ece, ece_interval
 
@@ -156,9 +157,8 @@ class ECE(evaluate.Metric):
 
         A batch of which no row counts adds nothing.
         """
-        predictions, references = _both(predictions, references)
-        if self._counts(references, sample_weight):
-            self._append(reduce_rows(predictions, references, self.options, sample_weight))
+        with suppress(NothingCountsError):
+            self._append(reduce_rows(*_both(predictions, references), self.options, sample_weight))
 
     def add(self, *, prediction: Any = None, reference: Any = None, sample_weight: float | None = None) -> None:
         """Check and reduce one row, ``(K,)`` scores or one number; batches are much faster."""
@@ -167,21 +167,6 @@ class ECE(evaluate.Metric):
         self.add_batch(
             predictions=rows, references=[reference], sample_weight=None if sample_weight is None else [sample_weight]
         )
-
-    def _counts(self, references: Any, sample_weight: Any) -> bool:
-        """Whether a row of a batch counts: one has another label than `ignore_index`, or a weight above 0."""
-        ignored = self.options.ignore_index
-        if ignored is None and sample_weight is None:
-            return True
-        labels = to_numpy(as_array(references, "references"))
-        weights = (
-            np.ones(len(labels))
-            if sample_weight is None
-            else np.asarray(to_numpy(as_array(sample_weight, "sample_weight")))
-        )
-        if labels.ndim != 1 or weights.shape != labels.shape or labels.dtype.kind not in "biuf":
-            return True  # to be refused
-        return bool(((weights != 0) & (True if ignored is None else labels != ignored)).any())
 
     def compute(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .binning import BinSums, checked_weights, classwise_sums
+from .binning import BinSums, checked_weights, classwise_sums, rows_that_count
 from .inputs import (
     AS_LOGITS,
     FLOATS,
@@ -196,17 +196,10 @@ def _kept_rows(
     scores: Any, labels: NDArray[Any], options: Options, weights: NDArray[np.float64] | None
 ) -> tuple[Any, NDArray[Any], NDArray[np.float64] | None]:
     """The rows that count: neither of the label to ignore, nor of weight 0."""
-    kept = np.ones(len(labels), bool) if weights is None else weights > 0
-    if options.ignore_index is not None and labels.dtype.kind in "biuf":
-        kept &= labels != options.ignore_index
-    if kept.all():
+    ignored = options.ignore_index if labels.dtype.kind in "biuf" else None
+    rows = rows_that_count(labels, weights, ignored)
+    if rows is None:
         return scores, labels, weights
-    if not kept.any():
-        raise ValueError(
-            f"Expected a row with a label other than `ignore_index` {options.ignore_index} and a `sample_weight` "
-            "above 0, got none. There is nothing to measure."
-        )
-    rows = np.flatnonzero(kept)
     return scores[rows], labels[rows], None if weights is None else weights[rows]
 
 
