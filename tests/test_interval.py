@@ -42,8 +42,11 @@ def test_the_estimate_is_always_inside(seed):
     hits = generator.random(size) < generator.uniform(0, 1) * confidences
     weights = None if seed % 2 else generator.uniform(0.1, 4, size)
     bins = calibration_bins(confidences, hits, int(generator.integers(1, 30)), sample_weight=weights)
-    found = ece_interval(confidences, hits, bins, n_bootstrap=50, sample_weight=weights)
-    assert 0 <= found["ece_low"] <= bins.ece <= found["ece_high"] <= 1
+    for draws, level in ((50, 0.95), (7, 0.01), (1, 0.5)):  # of few draws any share may reach
+        found = ece_interval(
+            confidences, hits, bins, n_bootstrap=draws, confidence_level=level, seed=seed, sample_weight=weights
+        )
+        assert 0 <= found["ece_low"] <= bins.ece <= found["ece_high"] <= 1
 
 
 def test_it_narrows_with_the_square_root_of_the_rows():

@@ -25,7 +25,9 @@ def test_an_error_leaves_what_was_there(tmp_path):
         tear()
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
-    write_whole(path, "new \u00fc")
+    with path.open() as reader:
+        write_whole(path, "new \u00fc")
+        assert reader.read() == "old"  # whoever reads has one or the other, never a part
     assert path.read_bytes() == "new \u00fc".encode()
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
 
