@@ -11,7 +11,7 @@ from .class_names import SOURCES, resolve_names
 from .content_hash import sha256_of_facts
 from .corruptions import CorruptedSet, corruption_names, parse_name
 from .imagenet import NUM_CLASSES, SETS, SHIFTS, SetFacts
-from .loading import newest_commit, open_rows
+from .loading import Opened, newest_commit, open_source
 from .sets import ShiftSet, ShiftSuite
 from .splits import as_set, hold_out_of_stream, split_off
 from .streaming import StreamedSet
@@ -59,17 +59,17 @@ def imagenet_suite(
         raise ValueError(f"Expected `shifts` as a list of distinct names out of {known}, got {shifts!r}.")
     loader = _Loader(None if root is None else Path(root).expanduser(), streaming, check_counts)
     imagenet = SETS["imagenet"]
-    rows = loader.open(imagenet, "train", streaming)
+    opened = loader.open(imagenet, "train", streaming)
     names = resolve_names(
         NUM_CLASSES,
         class_names=class_names,
         templates=templates,
-        label_names=_class_label(rows),
+        label_names=_class_label(opened.rows),
         label_names_of=imagenet.hub_id,
         folder=loader.names_folder(),
         sources=name_sources,
     )
-    train, validation = loader.held_out(rows, imagenet, seed)
+    train, validation = loader.held_out(opened, imagenet, seed)
     test = loader.as_set(loader.open(imagenet, "validation", streaming), imagenet, "validation")
     shifted = {
         name: loader.as_set(loader.open(SETS[name], "test", streaming), SETS[name], "test")
@@ -101,18 +101,18 @@ class _Loader:
         if root is not None and not root.is_dir():
             raise ValueError(f"Expected a folder of local copies as `root`, got {root}. Correct the path.")
 
-    def open(self, facts: SetFacts, split: str, streaming: bool) -> Any:
-        """Open the rows of a split; a stream of the Hub at the commit of this moment, at which it stays."""
+    def open(self, facts: SetFacts, split: str, streaming: bool) -> Opened:
+        """Open a split; a stream of the Hub at the commit of this moment, at which it stays."""
         source = self._source(facts)
         commit = newest_commit(source) if streaming and isinstance(source, str) else None
         self._commits[facts.name, split] = commit
         layout = facts.layout if isinstance(source, str) else None  # a local copy may be kept in another way
-        return open_rows(source, split, layout=layout, streaming=streaming, revision=commit)
+        return open_source(source, split, layout=layout, streaming=streaming, revision=commit)
 
-    def as_set(self, rows: Any, facts: SetFacts, split: str) -> ShiftSet:
+    def as_set(self, opened: Opened, facts: SetFacts, split: str) -> ShiftSet:
         """Make the set of a split."""
         return as_set(
-            rows,
+            opened.rows,
             name="train" if split == "train" else facts.name,
             num_classes=NUM_CLASSES,
             label_names=facts.label_names(),
@@ -122,11 +122,12 @@ class _Loader:
             exif=facts.exif,
             crop_border=facts.crop_border,
             test_only=facts.test_only,
+            **opened.places,
         )
 
-    def held_out(self, rows: Any, facts: SetFacts, seed: int) -> tuple[ShiftSet, ShiftSet]:
+    def held_out(self, opened: Opened, facts: SetFacts, seed: int) -> tuple[ShiftSet, ShiftSet]:
         """Split the training rows into training and validation."""
-        train = self.as_set(rows, facts, "train")
+        train = self.as_set(opened, facts, "train")
         if isinstance(train, StreamedSet):
             source = self._source(facts)
             stamp = _stamp(source) if isinstance(source, Path) else self._commits[facts.name, "train"]

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import stat
+import struct
+import subprocess  # nosec B404  # for the name of an error
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -18,22 +23,24 @@ from PIL import Image, ImageOps
 _ORIENTATION = 0x0112  # of EXIF
 _EXIF_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1", "xmp", "XML:com.adobe.xmp")
 MAX_PIXELS = 89_478_485  # PIL's own limit for a warning: 1 GiB / 4 / 3
-_DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, IndexError, KeyError),
-    *(RuntimeError, Image.DecompressionBombError, MemoryError),  # the first of PIL's AVIF decoder
-)
+MAX_BYTES = 8 * MAX_PIXELS  # that an image may take on its way to RGB, in whatever mode it is stored
+_BYTES = {  # a pixel, in PIL and here together, by mode; measured
+    **{"RGB": 4, "1": 5, "L": 5, "P": 9, "I": 14, "F": 16},
+    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), 10),
+}
+_OTHER_BYTES = 8  # of RGBA, CMYK, LA and the like
+_TURNED_BYTES = 4  # more
 _FILE_ERRORS = (  # what PIL raises of a damaged file, or of one that is too large for this machine
-    *(OSError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError),
+    *(OSError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError, zlib.error, struct.error),
 )
 _TOPS = (255, 1023, 4095, 16383, 65535)  # largest values of 8, 10, 12, 14 and 16 bits
 _BLOCK = 2**20  # values that are scaled at once
 _ON_THE_SIDE = (5, 6, 7, 8)  # width and height change places
-_NO_PICTURES = {  # formats whose suffixes PIL knows, of which it makes no pixels by itself
-    *("PDF", "PALM"),  # written only
-    *("BUFR", "GRIB", "HDF5", "MPEG"),  # recognised only
-    *("EPS", "WMF"),  # drawn by Ghostscript, by Windows
-    "IPTC",  # of the news
-}
+FORMATS = (  # of which PIL makes pixels by itself; those without a mark of their own are tried last
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO"),
+    *("BLP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "IMT", "MCIDAS", "MSP"),
+    *("PCX", "PIXAR", "PSD", "QOI", "SGI", "SUN", "XBM", "XPM", "XVTHUMB", "PCD", "SPIDER", "TGA"),
+)
 
 
 class BadImageError(ValueError):
@@ -57,6 +64,8 @@ def read_image(
     above a quarter of full scale, is thus made brighter. Of colours in 16 bits PIL keeps the high bytes: where none of
     these exceeds 16 the image is refused.
 
+    Only `FORMATS` are decoded: no EPS or WMF, which PIL hands to other programs. Only regular files are opened.
+
     Args:
         value: A PIL image, a ``(h, w)`` or ``(h, w, 3)`` uint8 array, bytes, a path, or ``{"bytes": ..., "path": ...}``
             as an undecoded ``datasets.Image``.
@@ -64,7 +73,8 @@ def read_image(
             or 1/8 and stays at least as large. Pixels then differ slightly.
         exif: Turn the image as its EXIF orientation says, as `datasets` does; published ImageNet figures are of pixels
             as they are stored.
-        max_pixels: Larger images are refused by their header, before they are decoded.
+        max_pixels: At most `MAX_PIXELS`. Larger images are refused by their header, before they are decoded; so are
+            those that would take more than `MAX_BYTES` of memory.
     Returns:
         An image of mode RGB.
     Raises:
@@ -75,11 +85,10 @@ def read_image(
         _check_array(value)
     try:
         with _strict(), _opened(value) as image:
-            if image.width * image.height > max_pixels:
-                raise BadImageError(
-                    f"an image of {image.width:,} x {image.height:,} pixels, more than {max_pixels:,}; shrink it"
-                )
+            _check_size(image, max_pixels)
             orientation = image.getexif().get(_ORIENTATION, 1) if exif and _has_exif(image) else 1
+            if orientation != 1:
+                _check_size(image, max_pixels, _TURNED_BYTES)
             if min_size is not None and image.format in ("JPEG", "MPO") and image is not value:
                 # not an image of the caller's, which would stay small
                 image.draft("RGB", min_size[::-1] if orientation in _ON_THE_SIDE else min_size)
@@ -91,19 +100,29 @@ def read_image(
         raise
     except MemoryError as error:
         raise BadImageError("an image that needs more memory than there is; shrink it") from error
-    except _DECODING_ERRORS as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        pixels = "".join(re.findall(r"\((\d+) pixels\)", str(error)))
+        raise BadImageError(f"an image of {int(pixels or 0):,} pixels, more than {MAX_PIXELS:,}; shrink it") from error
+    except Exception as error:  # whatever a decoder makes of damaged bytes
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
 @cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that the installed PIL reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
 def image_suffixes() -> frozenset[str]:
-    """Suffixes of files that PIL makes pixels of, in small letters and with their dot.
+    """Suffixes of files that PIL makes pixels of, in small letters and with their dot: those of `FORMATS`.
 
     Left out is what PIL can only write or recognise, or hands to another program: ``.pdf``, ``.ps``, ``.eps``,
     ``.wmf``, ``.emf``, ``.mpg``, ``.h5``, ``.grib`` and the like.
     """
     known = Image.registered_extensions()
-    return frozenset(suffix for suffix, form in known.items() if form not in _NO_PICTURES)
+    return frozenset(suffix for suffix, form in known.items() if form in FORMATS)
 
 
 def is_image_name(name: str | os.PathLike[str]) -> bool:
@@ -123,11 +142,13 @@ def is_decoding_error(error: BaseException) -> bool:
     """
     if isinstance(error, BadImageError):
         return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    modules, trace = [""], error.__traceback__
+    while trace is not None:
+        modules.append(str(trace.tb_frame.f_globals.get("__name__")).split(".")[0])
         trace = trace.tb_next
-    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
-    return isinstance(error, _FILE_ERRORS) and module.split(".")[0] == "PIL"
+    if isinstance(error, subprocess.CalledProcessError):  # of a program that PIL has called
+        return "PIL" in modules
+    return isinstance(error, _FILE_ERRORS) and modules[-1] == "PIL"
 
 
 def _has_exif(image: Image.Image) -> bool:
@@ -147,15 +168,29 @@ def _opened(value: Any) -> Iterator[Image.Image]:
     elif isinstance(value, bytes | bytearray | memoryview):
         if len(value) == 0:
             raise BadImageError("no bytes")
-        with Image.open(io.BytesIO(value)) as image:
+        with Image.open(io.BytesIO(value), formats=_formats()) as image:
             yield image
     elif isinstance(value, str | os.PathLike):
-        with Image.open(value) as image:
+        if not stat.S_ISREG(os.stat(value).st_mode):  # to open a pipe would wait for ever
+            raise BadImageError(f"{os.fspath(value)}, which is no regular file")
+        with Image.open(value, formats=_formats()) as image:
             yield image
     elif value is None:
         raise BadImageError("NoneType in place of an image")
     else:
         raise NotAnImageError(f"{type(value).__name__} in place of an image")
+
+
+def _check_size(image: Image.Image, max_pixels: int, more: int = 0) -> None:
+    """Raise if an image that is not decoded yet would take too much."""
+    pixels, size = image.width * image.height, f"an image of {image.width:,} x {image.height:,} pixels"
+    if pixels > max_pixels:
+        raise BadImageError(f"{size}, more than {max_pixels:,}; shrink it")
+    needed = pixels * (_BYTES.get(image.mode, _OTHER_BYTES) + more)
+    if needed > MAX_BYTES:
+        raise BadImageError(
+            f"{size} of mode {image.mode}, which takes {needed:,} bytes to decode, more than {MAX_BYTES:,}; shrink it"
+        )
 
 
 def _check_array(value: NDArray[Any]) -> None:
@@ -210,11 +245,18 @@ def _check_high_bytes(image: Image.Image) -> None:
 
     An image that is black all over passes.
     """
-    brightest = int(np.asarray(image.convert("RGB")).max())
+    colours = [high for band, (_, high) in zip(image.getbands(), _extrema(image), strict=True) if band != "A"]
+    brightest = int(max(colours))
     if 0 < brightest <= 16:  # 4,095 of 65,535 is 15.9 of 255, which PIL cuts off or rounds
         raise BadImageError(
             f"16-bit colours of which the brightest is {brightest} of 255, as if of 12 bits; save them with 8 bits each"
         )
+
+
+def _extrema(image: Image.Image) -> Any:
+    """Smallest and largest value of each band."""
+    found = image.getextrema()
+    return found if len(image.getbands()) > 1 else [found]
 
 
 def _levels(grey: NDArray[Any], top: int) -> NDArray[np.uint8]:
@@ -229,7 +271,11 @@ def _levels(grey: NDArray[Any], top: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    """PIL's warnings are ours to judge: size is checked by us, odd metadata does not matter."""
+    """PIL's warnings are ours to judge: odd metadata does not matter, but a picture that is too large does.
+
+    That may be a picture in the picture: the header of an icon, which PIL decodes when it opens it, does not tell.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield

@@ -10,6 +10,7 @@ import difflib
 import glob
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     HTTPError,
     LocalEntryNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from numpy.typing import NDArray
 
 from .columns import image_column
 from .folders import Found, asked_split, files_of_split, images_in, images_of_split, split_of, walk
+from .image_roots import ImageRoots
 from .tables import METADATA, SUFFIXES, read_tables, with_folders
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ class Opened(NamedTuple):
         rows: Images undecoded.
         files: What was read, of a local copy; two sets with a file in common share rows.
         root: Relative paths of images are relative to it; ``None``: rows from the Hub.
+        roots: Images that rows name by a path must lie there; ``None``: they were found, not named.
         named: Whether the split was asked for by name: on the Hub always, in a local copy if it names splits.
     """
 
@@ -53,6 +57,12 @@ class Opened(NamedTuple):
     files: tuple[str, ...]
     root: Path | None
     named: bool
+    roots: ImageRoots | None
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Where images are that are named by a path: two options of a ``ShiftSet``."""
+        return {"image_root": self.root, "image_roots": self.roots}
 
 
 def open_rows(
@@ -99,7 +109,7 @@ def open_source(
             f"data set is gated, accept its terms on https://huggingface.co/datasets/{source} and run `hf auth login`; "
             "if the machine has no network, copy the data set and pass the folder as `root`."
         ) from error
-    return Opened(_undecoded(rows), (f"{source}{at}#{split}",), None, True)
+    return Opened(_undecoded(rows), (f"{source}{at}#{split}",), None, True, _caches(str(source)))
 
 
 def newest_commit(source: str) -> str | None:
@@ -229,6 +239,8 @@ def _open_local(path: Path, split: str, layout: str | None, streaming: bool) -> 
         return _open_saved(path, split, streaming)
     else:
         found = local_files(path, split, layout)
+    if found.layout != "folders":
+        _refuse_no_file(found.files)
     files, root, named = tuple(os.path.abspath(file) for file in found.files), found.files[0].parent, found.named
     if found.layout in ("parquet", "webdataset"):
         names = [glob.escape(str(file)) for file in found.files]
@@ -236,7 +248,7 @@ def _open_local(path: Path, split: str, layout: str | None, streaming: bool) -> 
         rows = datasets.load_dataset(found.layout, data_files={split: names}, **options)  # nosec B615  # local files
         if len({file.parent for file in found.files}) > 1:
             root = path
-        return Opened(rows, files, root, named)
+        return Opened(rows, files, root, named, ImageRoots([root]))
     if found.layout == "arrow":
         rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in found.files])
     elif found.layout == "folders":
@@ -249,7 +261,8 @@ def _open_local(path: Path, split: str, layout: str | None, streaming: bool) -> 
         if not named and (chosen := _rows_of_split(rows, split)) is not None:
             rows, files, named = chosen, tuple(f"{file}#{asked_split(split)}" for file in files), True
     shards = min(16, len(rows))
-    return Opened(rows.to_iterable_dataset(num_shards=shards) if streaming else rows, files, root, named)
+    roots = None if found.layout == "folders" else ImageRoots([root])
+    return Opened(rows.to_iterable_dataset(num_shards=shards) if streaming else rows, files, root, named, roots)
 
 
 def _open_saved(path: Path, split: str, streaming: bool) -> Opened:
@@ -265,7 +278,21 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Opened:
             )
         saved, named, at = saved[found[0]], True, path / found[0]
     rows = saved.to_iterable_dataset(num_shards=min(16, len(saved))) if streaming else saved
-    return Opened(rows, (str(at.resolve()),), path, named)
+    return Opened(rows, (str(at.resolve()),), path, named, ImageRoots([path]))
+
+
+def _caches(source: str) -> ImageRoots:
+    """Where `datasets` keeps the files of a data set on the Hub."""
+    repo = repo_folder_name(repo_id=source, repo_type="dataset")
+    downloads = (datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH)
+    return ImageRoots([Path(huggingface_hub.constants.HF_HUB_CACHE, repo), *downloads])
+
+
+def _refuse_no_file(paths: Iterable[Path]) -> None:
+    """Raise a ValueError unless all of them are regular files: to open a pipe would wait for ever."""
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"Expected a regular file at {path}, got something else. Take it away.")
 
 
 def _read_rows(found: Found, root: Path) -> datasets.Dataset:
@@ -286,8 +313,12 @@ def _rows_of_split(rows: datasets.Dataset, split: str) -> datasets.Dataset | Non
         return None
     if not all(isinstance(path, str) for path in paths):
         return None
-    splits = [next((name for part in reversed(Path(path).parts[:-1]) if (name := split_of(part))), None)
-              for path in paths]  # fmt: skip
+    folders = [os.path.dirname(path) for path in paths]
+    if all(map(os.path.isabs, folders)):  # where all of them lie says nothing of one
+        common = os.path.commonpath(folders)
+        folders = [os.path.relpath(folder, common) for folder in folders]
+    splits = [next((name for part in reversed(Path(folder).parts) if (name := split_of(part))), None)
+              for folder in folders]  # fmt: skip
     if not all(splits):
         return None
     return rows.select([row for row, name in enumerate(splits) if name == asked_split(split)])

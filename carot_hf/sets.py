@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Subset
 
 from .columns import found_label_column, image_column
 from .content_hash import sha256_of_array, sha256_of_facts
+from .image_roots import ImageRoots
 from .images import BadImageError, NotAnImageError, is_decoding_error, read_image
 from .labels import ClassNames, LabelNames, LabelTable, not_a_label, shown
 from .metric_names import common_name
@@ -54,6 +55,8 @@ class ShiftSet(Dataset):
         content: What says which images these are, such as the commit on the Hub or a checksum; it is part of
             :attr:`ShiftSuite.content_hash`.
         image_root: Folder that relative paths of images are relative to.
+        image_roots: Folders in which images must lie that the rows name by a path; ``None``: anywhere. Images that are
+            stored in the rows do not need it.
     Raises:
         ValueError: If the set is empty, a label or a column is out of range, a label or a caption is missing, or, when
             an item is read, its image cannot be decoded (the set and the index are named).
@@ -75,6 +78,7 @@ class ShiftSet(Dataset):
         test_only: bool = False,
         content: str | None = None,
         image_root: str | Path | None = None,
+        image_roots: ImageRoots | None = None,
     ) -> None:
         for option, number, least in (("num_classes", num_classes, 1), ("crop_border", crop_border, 0)):
             if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
@@ -98,6 +102,7 @@ class ShiftSet(Dataset):
             raise ValueError(f"Expected at least one sample in set '{name}', got an empty data set. Check its split.")
         features = {} if transformed else _facts_of(data, "features")
         self.image_root = None if image_root is None else Path(image_root)
+        self.image_roots = image_roots
         if labels is None and label_column in features:
             labels = _column(data, str(label_column))
         self.own_names: tuple[str, ...] | None = _names_of(features.get(str(label_column)))
@@ -252,8 +257,9 @@ class ShiftSet(Dataset):
     @property
     def reading(self) -> dict[str, Any]:
         """The options that say how an item is read, for a set of other rows of the same source."""
-        columns, pixels = ("image_column", "label_column", "caption_column"), ("exif", "crop_border", "image_root")
-        return {name: getattr(self, name) for name in (*columns, *pixels, "test_only", "content")}
+        columns, pixels = ("image_column", "label_column", "caption_column"), ("exif", "crop_border")
+        places = ("image_root", "image_roots")
+        return {name: getattr(self, name) for name in (*columns, *pixels, *places, "test_only", "content")}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -325,7 +331,7 @@ class ShiftSet(Dataset):
             TypeError: If what stands in its place is of no kind that an image can be made of.
             ValueError: If a key is missing or the label is out of range.
         """
-        value = self.located(self._cell(item, self.image_column, "image_column", where))
+        value = self.located(self._cell(item, self.image_column, "image_column", where), where)
         border = self.crop_border
         try:
             image = read_image(value, min_size=None if border else min_size, exif=self.exif)
@@ -381,15 +387,29 @@ class ShiftSet(Dataset):
         found: list[int | None] = lengths.to_pylist()
         return found
 
-    def located(self, value: Any) -> Any:
-        """What stands for an image, with the path from the folder that it is relative to."""
-        if self.image_root is None:
-            return value
+    def located(self, value: Any, where: str) -> Any:
+        """What stands for an image, with the path from the folder that it is relative to.
+
+        Args:
+            value: An image, its bytes, or a path.
+            where: Which one it is, for errors.
+        Raises:
+            ValueError: If the path leads out of `image_roots`.
+        """
         if isinstance(value, Mapping):
-            path = value.get("path")
-            relative = value.get("bytes") is None and isinstance(path, str) and not Path(path).is_absolute()
-            return {**value, "path": str(self.image_root / str(path))} if relative else value
-        return str(self.image_root / value) if isinstance(value, str) else value
+            named = value.get("bytes") is None and isinstance(value.get("path"), str)
+            return {**value, "path": self._place(value["path"], where)} if named else value
+        return self._place(value, where) if isinstance(value, str) else value
+
+    def _place(self, path: str, where: str) -> str:
+        place = path if self.image_root is None else str(self.image_root / path)
+        if self.image_roots is not None and place not in self.image_roots:
+            raise ValueError(
+                f"Expected images in or below {self.image_roots} in set '{self.name}' at {where}, got {place!r}, which "
+                "lies or leads elsewhere. Copy it there, or allow its folder with `image_roots: [folder]` in the "
+                "suite's YAML file."
+            )
+        return place
 
     def _cell(self, item: Mapping[str, Any], key: str, option: str, where: str) -> Any:
         if key not in item:

@@ -22,6 +22,7 @@ from .streaming import StreamedSet, count_rows, shard_rows
 logger = logging.getLogger(__name__)
 
 _SHOWN = 3  # missing files that an error names
+_PLACES = ("image_root", "image_roots")
 
 
 def as_set(
@@ -76,7 +77,9 @@ def as_set(
         size = count_rows(rows.select_columns([label])) if published is None else published[0]
         return StreamedSet(rows.select_columns([image, label]), size=size, to_label=table, label_column=label, **common)
     if options.get("image_root") is not None and is_text(rows.features[image]):
-        _check_files(list(rows.with_format(None)[image]), options["image_root"], name)
+        paths = list(rows.with_format(None)[image])
+        _check_files(paths, options["image_root"], name)
+        _check_places(paths, name, **{key: options.get(key) for key in _PLACES})
     labels = table.all(list(rows.with_format(None)[label]))
     if published is not None:
         check_labels(name, labels, *published)
@@ -94,6 +97,13 @@ def _check_files(paths: Sequence[Any], root: Path, name: str) -> None:
             f"({listed}{', ...' if len(missing) > _SHOWN else ''}). Relative paths are relative to the table's folder, "
             f"{root}: correct them, or drop these rows."
         )
+
+
+def _check_places(paths: Sequence[Any], name: str, image_root: Any, image_roots: Any) -> None:
+    """Refuse a table that names files elsewhere, before anything is trained."""
+    places = ShiftSet(paths, name=name, num_classes=1, image_root=image_root, image_roots=image_roots)
+    for row, path in enumerate(paths):
+        places.located(path, f"index {row}")
 
 
 def split_off(data: ShiftSet, share: float, seed: int, *, balanced: bool = False) -> tuple[ShiftSet, ShiftSet]:

@@ -22,7 +22,7 @@ from .sets import ShiftSet, ShiftSuite
 from .splits import as_set, split_off
 from .survey import survey
 from .tables import read_text
-from .yaml_text import as_number, load_yaml
+from .yaml_text import as_number, load_yaml, short
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ _SUITE_KEYS = {
     "shifts": (dict, "shifts: {sketch: {path: data/sketch}}"),
     "recommended": (dict, "recommended: {learning_rate: 1e-5}"),
     "allow_shared_files": (bool, "allow_shared_files: true"),
+    "image_roots": (list, "image_roots: [/data/images]"),
 }
 _REQUIRED = {"suite": ("train", "validation", "test"), "set": ("path",)}
 
@@ -71,7 +72,8 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"Expected a YAML file, found none at {path}. Correct the path.")
+        what = "a folder" if path.is_dir() else "something else" if path.exists() else "none"
+        raise ValueError(f"Expected a YAML file, found {what} at {path}. Correct the path.")
     try:
         content = load_yaml(read_text(path, "YAML"))
     except yaml.YAMLError as error:
@@ -119,6 +121,7 @@ class _Reader:
     def __init__(self, path: Path, description: Mapping[str, Any], streaming: bool) -> None:
         self._path, self._description, self._streaming = path, description, streaming
         self._read: dict[str, str] = {}  # which set a file was read for
+        self._roots = self._allowed(description.get("image_roots", []))
         self.label_names: LabelNames | None = description.get("label_names")
         names = description.get("class_names")
         if names is None and self.label_names is not None:
@@ -153,7 +156,7 @@ class _Reader:
             image=entry.get("image_column"),
             label=label,
             content=_content(entry),
-            image_root=opened.root,
+            **self._places(opened),
             **options,
         )
 
@@ -189,6 +192,27 @@ class _Reader:
             streaming=self._streaming and key not in ("train", "validation"),
             revision=entry.get("revision"),
         )
+
+    def _places(self, opened: Opened) -> dict[str, Any]:
+        """Where the images of a set may be: its own folder, and those that the file allows."""
+        places = opened.places
+        if places["image_roots"] is not None:
+            places["image_roots"] = places["image_roots"].and_more(self._roots)
+        return places
+
+    def _allowed(self, folders: list[Any]) -> list[Path]:
+        """Further folders for images."""
+        found = []
+        for folder in folders:
+            path = self._path.parent / Path(folder).expanduser() if isinstance(folder, str) and folder else None
+            if path is None or not path.is_dir():
+                raise ValueError(
+                    f"{self._path}: image_roots: expected folders, got {short(folder)}. Paths are relative to the "
+                    f"file's folder. Example: {_SUITE_KEYS['image_roots'][1]}"
+                )
+            logger.info("%s: tables may name images in %s, too.", self._path, path)
+            found.append(path)
+        return found
 
     def _refuse_twice(self, key: str, entry: Mapping[str, Any], opened: Opened) -> None:
         """Refuse files that another set has read: the same rows would be trained on and judged on."""
@@ -241,7 +265,7 @@ class _Reader:
             label_column=None,
             caption_column=entry["caption_column"],
             content=_content(entry),
-            image_root=opened.root,
+            **self._places(opened),
         )
 
 
@@ -314,8 +338,8 @@ def _lines(value: list[Any] | str, path: Path, key: str) -> list[str]:
     wrong = [item for item in value if not isinstance(item, str) or not item.strip()]
     if wrong or not value:
         raise ValueError(
-            f"{path}: {key}: expected a list of strings, got {wrong[:1] or value}. YAML reads some words as numbers or "
-            f"booleans; quote them. Example: {_SUITE_KEYS[key][1]}"
+            f"{path}: {key}: expected a list of strings, got {short(wrong[:1] or value)}. YAML reads some words as "
+            f"numbers or booleans; quote them. Example: {_SUITE_KEYS[key][1]}"
         )
     return list(value)
 
@@ -325,20 +349,22 @@ def _checked(content: Any, file: str, key: str, keys: Mapping[str, Any], require
     where = f"{file}: {key}" if key else file
     if not isinstance(content, dict):
         example = keys[required[0]][1]
-        raise ValueError(f"{where}: expected a mapping of {', '.join(keys)}, got {content!r}. Example: {example}")
+        raise ValueError(f"{where}: expected a mapping of {', '.join(keys)}, got {short(content)}. Example: {example}")
     checked = {}
     for name, value in content.items():
         full = f"{file}: {key}.{name}" if key else f"{file}: {name}"
         if name not in keys:
             near = difflib.get_close_matches(str(name), keys, n=1)
             hint = f"Did you mean {near[0]!r}? Example: {keys[near[0]][1]}" if near else "Leave it out."
-            raise ValueError(f"{full}: expected one of the keys {', '.join(keys)}, got {name!r}. {hint}")
+            line = getattr(content, "lines", {}).get(name)
+            at = "" if line is None else f" in line {line}"
+            raise ValueError(f"{full}: expected one of the keys {', '.join(keys)}, got {name!r}{at}. {hint}")
         kinds, example = keys[name]
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         checked[name] = _as_kind(value, kinds)
         if checked[name] is None:
             expected = " or ".join(_KINDS[kind] for kind in kinds)
-            raise ValueError(f"{full}: expected {expected}, got {value!r}. Example: {example}")
+            raise ValueError(f"{full}: expected {expected}, got {short(value)}. Example: {example}")
     for name in required:
         if name not in content:
             full = f"{file}: {key}.{name}" if key else f"{file}: {name}"

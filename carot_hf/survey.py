@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,35 +179,42 @@ class _Contents:
         value = self._value(row)
         if isinstance(value, bytes):
             return hashlib.blake2b(value[:_HEAD] + value[-_HEAD:]).digest()
+        if self.sizes[row] < 0:
+            return value.encode("utf-8", "surrogateescape")
         try:
             with Path(value).open("rb") as file:
                 head = file.read(_HEAD)
                 file.seek(max(0, self.sizes[row] - _HEAD))
                 return hashlib.blake2b(head + file.read(_HEAD)).digest()
         except OSError:
-            return str(value).encode()
+            return value.encode("utf-8", "surrogateescape")
 
     def whole(self, row: int) -> bytes:
         """Hash of all bytes."""
         value = self._value(row)
-        try:
-            content = value if isinstance(value, bytes) else Path(value).read_bytes()
-        except OSError:
-            content = str(value).encode()
-        return hashlib.blake2b(content).digest()
+        if isinstance(value, str):
+            name = value.encode("utf-8", "surrogateescape")
+            try:
+                value = Path(value).read_bytes() if self.sizes[row] >= 0 else name
+            except OSError:
+                value = name
+        return hashlib.blake2b(value).digest()
 
-    def _value(self, row: int) -> Any:
-        return _encoded(self._data, self._column[row])
+    def _value(self, row: int) -> bytes | str:
+        return _encoded(self._data, self._column[row], f"index {row}")
 
     def _sizes(self) -> Iterator[int]:
         """Of each image in bytes, without reading what is stored in a table."""
         for row, length in enumerate(self._data.encoded_lengths()):
-            yield _size_of(self._value(row)) if length is None else length
+            if length is None:
+                value = self._value(row)
+                length = len(value) if isinstance(value, bytes) else _size_of(value)
+            yield length
 
 
-def _encoded(data: ShiftSet, value: Any) -> Any:
+def _encoded(data: ShiftSet, value: Any, where: str) -> bytes | str:
     """Bytes, or a path."""
-    value = data.located(value)
+    value = data.located(value, where)
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     return value if isinstance(value, bytes) else str(value)
@@ -214,9 +222,10 @@ def _encoded(data: ShiftSet, value: Any) -> Any:
 
 def _size_of(path: str) -> int:
     try:
-        return os.stat(path).st_size
-    except OSError:
+        found = os.stat(path)
+    except (OSError, ValueError):  # the second of a path with a zero byte
         return -1
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
 
 def _same_rows(first: ShiftSet, second: ShiftSet) -> int:

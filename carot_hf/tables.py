@@ -33,15 +33,19 @@ def read_text(path: Path, what: str) -> str:
     """Read a text file in UTF-8, or in the encoding that its byte-order mark says.
 
     Raises:
-        ValueError: If it is in another one.
+        ValueError: If it is in another one, or no regular file: to open a pipe would wait for ever.
     """
+    if not path.is_file():
+        raise ValueError(f"Expected {what} in a file, got {path}, which is no regular file. Correct the path.")
     content = path.read_bytes()
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"Expected {what} in UTF-8, or with a byte-order mark, in {path}, got {error}. Save it as UTF-8."
+            f"Expected {what} in UTF-8, or with a byte-order mark, in {path}, got {error}, in line {line}. Save it as "
+            "UTF-8."
         ) from error
 
 

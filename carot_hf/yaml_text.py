@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from typing import Any
 
 import yaml
+
+_DEEPEST = 20  # lists and mappings in each other
 
 
 class Whole(int):
@@ -20,8 +23,33 @@ class Decimal(float):
     text: str
 
 
+class Mapped(dict[Any, Any]):
+    """A mapping that knows in which line each key was written, from 1."""
+
+    lines: dict[Any, int]
+
+
+class _Short(reprlib.Repr):
+    """An alias of aliases is long when it is written out."""
+
+    repr_Mapped = reprlib.Repr.repr_dict  # the name that reprlib looks for
+
+
+_SHORT = _Short()
+_SHORT.maxlevel = 2
+
+
 class _Loader(yaml.SafeLoader):
     """The safe loader with the numbers and words of YAML 1.2."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Make a value; one that is none of what its tag says is an error of YAML, with its line."""
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # of datetime, base64, int ...
+            raise _wrong(f"expected a value of {node.tag}, got {_shown(error)}", node.start_mark) from error
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -40,16 +68,28 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """Load one document.
+    """Load one document; its mappings are `Mapped`.
 
     Raises:
-        yaml.YAMLError: If it is none, or a key is given twice.
+        yaml.YAMLError: If it is none, is nested too deep, or a key is given twice or is neither word nor number.
     """
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise _wrong(f"expected at most {_DEEPEST} lists or mappings in each other, got more", event.start_mark)
     loader = _Loader(text)
     try:
         return loader.get_single_data()
+    except (AttributeError, TypeError, ValueError) as error:  # of what tags make in a second go
+        raise _wrong(f"expected values as their tags say, got {_shown(error)}", loader.get_mark()) from error
     finally:
         loader.dispose()
+
+
+def short(value: Any) -> str:
+    """Write a value of a file out for a message, of large ones only the start."""
+    return _SHORT.repr(value)
 
 
 def as_number(text: str) -> float | None:
@@ -60,23 +100,29 @@ def as_number(text: str) -> float | None:
         return None
 
 
-def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
+def _wrong(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
+
+
+def _shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _mapping(loader: Any, node: Any) -> Mapped:
     loader.flatten_mapping(node)
     seen: dict[Any, Any] = {}
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
-        try:
-            twice = key in seen
-        except TypeError as error:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"expected a word or a number as a key, got {key!r}", key_node.start_mark
-            ) from error
-        if twice:
+        if not isinstance(key, str | int | float) or key != key:
+            raise _wrong(f"expected a word or a number as a key, got {short(key)}", key_node.start_mark)
+        if key in seen:
             raise yaml.constructor.ConstructorError(
                 f"{key!r} is given", seen[key], "and given again: expected each key once", key_node.start_mark
             )
         seen[key] = key_node.start_mark
-    return dict(loader.construct_pairs(node, deep=True))
+    made = Mapped(loader.construct_pairs(node, deep=True))
+    made.lines = {key: mark.line + 1 for key, mark in seen.items()}
+    return made
 
 
 def _whole(loader: Any, node: Any) -> Whole:

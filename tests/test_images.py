@@ -508,9 +508,9 @@ def test_truncated_files(photo, form):
 def test_a_bomb_is_refused_by_its_header():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(BadImageError, match=r"an image of 10,000 x 10,000 pixels, more than 89,478,485; shrink it"):
+        with pytest.raises(BadImageError, match=r"an image of 100,000,000 pixels, more than 89,478,485; shrink it"):
             read_image(header_only_png(10_000, 10_000))
-        with pytest.raises(BadImageError, match=r"DecompressionBombError|100,000 x 100,000 pixels"):
+        with pytest.raises(BadImageError, match=r"an image of 10,000,000,000 pixels"):
             read_image(header_only_png(100_000, 100_000))
     assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
     assert read_image(Image.new("L", (5, 5)), max_pixels=25).size == (5, 5)

@@ -134,7 +134,7 @@ def test_an_image_that_claims_too_many_pixels_is_refused_by_its_header(monkeypat
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: decoded.append(self.size))
     data = bomb(*size)
     for value in (data, {"bytes": data, "path": None}):
-        with pytest.raises(BadImageError, match=r"more than 89,478,485; shrink it|DecompressionBombError"):
+        with pytest.raises(BadImageError, match=r"pixels, more than 89,478,485; shrink it"):
             read_image(value)
     items = ShiftSet([{"image": data, "label": 0}], name="hub", num_classes=1)
     with pytest.raises(ValueError, match=r"decoded in set 'hub' at index 0, got .*"):

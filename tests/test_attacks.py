@@ -1,0 +1,423 @@
+"""Files of strangers: tables, images, suites, checkpoints and names that try to run, read, publish or stop something.
+
+Fast, and over the loopback address only. SECURITY.md and docs/faults.md say which test stands for which promise.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from layouts import folders, picture
+from PIL import Image
+
+from carot_hf import ShiftSet, load_suite, loading
+from carot_hf.images import FORMATS, MAX_BYTES, MAX_PIXELS, BadImageError, read_image
+from carot_hf.recommended import method_options
+from carot_hf.splits import as_set
+from carot_hf.tables import read_text
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+NAMES = ["cat", "dog"]
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A folder with a table of four images, a suite around it, and a picture elsewhere that is nobody's business."""
+    place = tmp_path / "pets"
+    for name in ("train", "test"):
+        (place / name).mkdir(parents=True)
+        for row in range(4):
+            (place / name / f"{row}.png").write_bytes(picture(row % 2, row, of=name))
+        lines = [f"{row}.png,{NAMES[row % 2]}" for row in range(4)]
+        (place / name / "table.csv").write_text("\n".join(["image,label", *lines]) + "\n")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "own.png").write_bytes(picture(0, 9))
+    (place / "pets.yaml").write_text(
+        "train: {path: train/table.csv}\nvalidation: 0.5\ntest: {path: test/table.csv, name: home}\n"
+    )
+    return place / "pets.yaml"
+
+
+def with_row(pets, path):
+    """The suite with one more row in its training table."""
+    table = pets.parent / "train" / "table.csv"
+    table.write_text(table.read_text() + f"{path},dog\n")
+    return pets
+
+
+def with_yaml(pets, text):
+    pets.write_text(pets.read_text() + text)
+    return pets
+
+
+# ---- images ----
+
+
+def png(width, height, depth=8, kind=2):
+    """A PNG of some bytes that claims a size."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_postscript_starts_no_ghostscript(tmp_path):
+    """EPS bytes called cat.jpg: with PIL's own list of formats, the program ``gs`` of the path would run."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\nexit 1\n")
+    program.chmod(0o755)
+    (tmp_path / "cat.eps").write_bytes(EPS)
+    ours = (
+        "from carot_hf import ShiftSet\n"
+        "data = ShiftSet([{'image': {'bytes': open('cat.eps', 'rb').read(), 'path': 'cat.jpg'}, 'label': 0}],"
+        " name='hub', num_classes=1)\n"
+        "try:\n    data[0]\nexcept ValueError as error:\n    print(error)\n"
+    )
+    stock = "from PIL import Image\ntry:\n    Image.open('cat.eps').load()\nexcept Exception as error:\n    pass\n"
+    said = {}
+    for name, code in (("ours", ours), ("stock", stock)):
+        place = {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=place, capture_output=True, text=True)
+        said[name] = done.stdout, (tmp_path / "ran").exists()
+    assert (
+        "an image that can be decoded in set 'hub' at index 0 (file cat.jpg), got UnidentifiedImageError"
+        in (said["ours"][0])
+    )
+    assert [ran for _, ran in said.values()] == [False, True]  # the second shows that the trap works
+
+
+@pytest.mark.parametrize("form", ["EPS", "WMF", "PDF", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG"])
+def test_formats_of_other_programs_are_not_decoded(form):
+    assert form not in FORMATS
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        subprocess.CalledProcessError(1, "gs"),
+        zlib.error("invalid stored block lengths"),
+        MemoryError(),
+        AssertionError("of a decoder"),
+        RecursionError("of a decoder"),
+        OverflowError("of a decoder"),
+        ZeroDivisionError("of a decoder"),
+        struct.error("of a decoder"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch, tmp_path, error):
+    """With set, index and file; it can be skipped."""
+    (tmp_path / "0.png").write_bytes(picture(0, 0))
+    data = ShiftSet([{"image": "0.png", "label": 0}], name="far", num_classes=1, image_root=tmp_path)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(BadImageError, match=r"set 'far' at index 0 \(file .*0\.png\), got (an image that needs|\w+)"):
+        data[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "kind", "reason"),
+    [
+        (9_400, 16, 0, rf"9,400 x 9,400 pixels of mode I;16, which takes 883,600,000 bytes .*more than {MAX_BYTES:,}"),
+        (9_400, 8, 3, rf"9,400 x 9,400 pixels of mode P, which takes [\d,]+ bytes to decode, more than {MAX_BYTES:,}"),
+        (9_460, 8, 2, rf"89,491,600 pixels, more than {MAX_PIXELS:,}"),
+        (9_460, 16, 6, rf"89,491,600 pixels, more than {MAX_PIXELS:,}"),
+        (16_000, 1, 0, rf"256,000,000 pixels, more than {MAX_PIXELS:,}"),
+    ],
+)
+def test_one_limit_of_memory_for_all_modes_before_decoding(monkeypatch, size, depth, kind, reason):
+    decoded = []
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: decoded.append(self.size))
+    with pytest.raises(BadImageError, match=f"{reason}; shrink it"):
+        read_image(png(size, size, depth, kind))
+    assert decoded == []
+
+
+PEAK = """
+import sys
+from carot_hf.images import _BYTES, _OTHER_BYTES, _TURNED_BYTES, read_image
+
+def memory(name):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+read_image("small.png")
+for file, mode in zip(sys.argv[1::2], sys.argv[2::2]):
+    open("/proc/self/clear_refs", "w").write("5")
+    before = memory("VmRSS")
+    width, height = read_image(file).size
+    allowed = _BYTES.get(mode, _OTHER_BYTES) + _TURNED_BYTES * file.startswith("turned")
+    print(file, (memory("VmHWM") - before) / width / height, allowed)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_that_an_image_takes_is_what_the_limit_counts(tmp_path):
+    """Measured: bytes a pixel from the file to RGB, by mode."""
+    side = 2000
+    values = np.arange(side * side, dtype=np.uint32).reshape(side, side)
+    made = {
+        **{f"{mode}.png": Image.new(mode, (side, side)) for mode in ("RGB", "RGBA", "L", "LA", "1", "P")},
+        "I16.png": Image.fromarray((values % 60_000).astype(np.uint16)),
+        "I.tiff": Image.fromarray((values % 60_000).astype(np.int32)),
+        "F.tiff": Image.fromarray((values / values.max()).astype(np.float32)),
+        "turned.jpg": Image.new("RGB", (side, side)),
+        "CMYK.jpg": Image.new("CMYK", (side, side)),
+    }
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, image in made.items():
+        image.save(tmp_path / name, **({"exif": turned} if name == "turned.jpg" else {}))
+    Image.new("P", (side, side)).save(tmp_path / "clear.png", transparency=0)
+    Image.new("RGB", (3, 3)).save(tmp_path / "small.png")
+    modes = {name: image.mode for name, image in made.items()} | {"clear.png": "P"}
+    words = [word for pair in modes.items() for word in pair]
+    done = subprocess.run([sys.executable, "-c", PEAK, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = {name: (float(took), float(allowed)) for name, took, allowed in map(str.split, done.stdout.splitlines())}
+    assert measured.keys() == modes.keys()
+    assert {name: both for name, both in measured.items() if both[0] > 1.1 * both[1]} == {}
+    assert max(took for took, _ in measured.values()) > 8  # the measurement sees what is decoded
+
+
+def test_a_picture_in_an_icon_is_as_large_as_it_says():
+    """An icon of 16 x 16 by its header holds a PNG of 10,000 x 10,000."""
+    inside = png(10_000, 10_000)
+    icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22) + inside
+    with pytest.raises(BadImageError, match=r"an image of 100,000,000 pixels, more than"):
+        read_image(icon)
+
+
+# ---- paths ----
+
+
+@pytest.mark.parametrize("kind", ["absolute", "up", "link", "folder link"])
+def test_a_table_names_images_of_its_own_folder_only(pets, kind):
+    """A stranger's table could have private pictures trained on; refused before anything is trained."""
+    private = pets.parent.parent / "private"
+    train = pets.parent / "train"
+    if kind == "link":
+        (train / "linked.png").symlink_to(private / "own.png")
+    elif kind == "folder link":
+        (train / "linked").symlink_to(private)
+    path = {
+        "absolute": private / "own.png", "up": "../../private/own.png",
+        "link": "linked.png", "folder link": "linked/own.png",
+    }[kind]  # fmt: skip
+    with pytest.raises(ValueError, match=r"Expected images in or below .*train in set 'train' at index 4, got .*png'"):
+        load_suite(with_row(pets, path))
+
+
+def test_links_within_the_folder_are_followed(pets):
+    (pets.parent / "train" / "again.png").symlink_to("0.png")
+    suite = load_suite(with_row(pets, "again.png"))
+    assert len(suite.train) + len(suite.validation) == 5
+
+
+def test_further_folders_are_allowed_by_the_suite_and_by_no_table(pets):
+    private = pets.parent.parent / "private"
+    with_row(pets, private / "own.png")
+    table = pets.parent / "train" / "table.csv"
+    own = table.read_text()
+    names, *rows = own.splitlines()
+    table.write_text("\n".join([f"{names},image_roots", *(f"{row},{private}" for row in rows)]))
+    with pytest.raises(ValueError, match=r"`image_roots: \[folder\]` in the suite's YAML file"):
+        load_suite(pets)
+    suite = load_suite(with_yaml(pets, "image_roots: [../private]\n"))
+    assert len(suite.train) + len(suite.validation) == 5
+
+
+@pytest.mark.parametrize("value", ["[nowhere]", "[3]", "['']", "['train/table.csv']"])
+def test_further_folders_that_are_none(pets, value):
+    with pytest.raises(ValueError, match=r"pets\.yaml: image_roots: expected folders, got .*Example: image_roots: \["):
+        load_suite(with_yaml(pets, f"image_roots: {value}\n"))
+
+
+@pytest.mark.parametrize("layout", ["parquet", "jsonl", "arrow"])
+def test_paths_of_other_tables(tmp_path, layout):
+    """Images of parquet and arrow may be named by a path, too."""
+    own = tmp_path / "own.png"
+    own.write_bytes(picture(0, 9))
+    place = tmp_path / "data"
+    place.mkdir()
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    images = [{"bytes": None, "path": str(own)}] * 2
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1]}, features=features)
+    if layout == "jsonl":
+        lines = [f'{{"image": "{own}", "label": {label}}}' for label in (0, 1)]
+        (place / "rows.jsonl").write_text("\n".join(lines))
+    elif layout == "parquet":
+        pyarrow.parquet.write_table(rows.data.table, place / "rows.parquet")
+    else:
+        with (
+            pyarrow.OSFile(str(place / "rows.arrow"), "wb") as file,
+            pyarrow.ipc.new_stream(file, rows.data.schema) as out,
+        ):
+            out.write_table(rows.data.table)
+    folders(tmp_path / "test", [0, 1], NAMES)
+    (tmp_path / "a.yaml").write_text(
+        f"class_names: [cat, dog]\ntrain: {{path: {next(place.iterdir())}}}\nvalidation: {{path: test}}\n"
+        "test: {path: test, name: home}\nallow_shared_files: true\n"
+    )
+    with pytest.raises(ValueError, match=r"Expected images in or below .*data in set 'train' at index 0, got "):
+        load_suite(tmp_path / "a.yaml")
+
+
+def test_rows_from_the_hub_name_files_of_their_cache_only(tmp_path, monkeypatch):
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    own = tmp_path / "own.png"
+    own.write_bytes(picture(0, 9))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "datasets--some--pets" / "snapshots" / "1" / "a.png"
+    other = tmp_path / "hub" / "datasets--my--secrets" / "snapshots" / "1" / "a.png"
+    for place in (cached, other):
+        place.parent.mkdir(parents=True)
+        place.write_bytes(picture(1, 3))
+    images = [{"bytes": None, "path": str(path)} for path in (cached, other, own)]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 1]}, features=features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows)
+    opened = loading.open_source("some/pets", "train")
+    data = as_set(opened.rows, name="hub", num_classes=2, **opened.places)
+    assert data[0]["label"] == 0
+    for index in (1, 2):
+        with pytest.raises(ValueError, match=rf"Expected images in or below .* in set 'hub' at index {index}, got"):
+            data[index]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_pipes_are_not_waited_for(pets):
+    """Nobody writes into them: whoever opened one would wait for ever."""
+    train = pets.parent / "train"
+    os.mkfifo(train / "pipe.png")
+    with pytest.raises(BadImageError, match=r"pipe\.png, which is no regular file"):
+        read_image(str(train / "pipe.png"))
+    with pytest.raises(ValueError, match=r"images of 'train' to be there, got none for 1 of its 5 images"):
+        load_suite(with_row(pets, "pipe.png"))
+    for name in ("rows.parquet", "rows.csv", "rows.tar", "rows.arrow"):
+        place = pets.parent / name.replace(".", "_")
+        place.mkdir()
+        os.mkfifo(place / name)
+        pets.write_text(f"train: {{path: {place.name}}}\nvalidation: 0.5\ntest: {{path: test/table.csv}}\n")
+        with pytest.raises(ValueError, match=rf"Expected a regular file at .*{name}, got something else"):
+            load_suite(pets)
+    os.mkfifo(pets.parent / "names.txt")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_text(pets.parent / "names.txt", "names")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_pipes_among_images_in_folders_stop_no_survey(tmp_path):
+    """The search for images that sets share reads files; a pipe among them is one of the bad images."""
+    for name in ("train", "test"):
+        folders(tmp_path / name, [0, 1, 0, 1], NAMES)
+        os.mkfifo(tmp_path / name / "cat" / "pipe.png")
+    (tmp_path / "a.yaml").write_text("train: {path: train}\nvalidation: 0.5\ntest: {path: test}\n")
+    suite = load_suite(tmp_path / "a.yaml")
+    with pytest.raises(BadImageError, match=r"set 'test' at index \d \(file .*pipe\.png\), got .*no regular file"):
+        [suite.test[index] for index in range(len(suite.test))]
+
+
+# ---- suites ----
+
+ORDERS = {
+    "push_to_hub": True, "hub_model_id": "evil/copy", "hub_token": "x", "report_to": "wandb", "output_dir": "/etc",
+    "resume_from_checkpoint": "/tmp/theirs", "overwrite_output_dir": True, "save_total_limit": 1, "deepspeed": "x.json",
+    "run_name": "x", "logging_strategy": "no", "torch_compile": True, "dataloader_num_workers": 900, "seed": 1,
+    "hub_private_repo": False, "load_best_model_at_end": True, "metric_for_best_model": "eval_home_ece",
+    "on_bad_image": "skip", "accelerator_config": "x.json", "trackio_space_id": "evil/space", "project": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_suite_recommends_and_does_not_order(pets, name):
+    value = str(ORDERS[name]).lower() if isinstance(ORDERS[name], bool) else ORDERS[name]
+    with pytest.raises(ValueError, match=rf"recommended\.{name}: expected an option of the method, .* got '{name}'"):
+        load_suite(with_yaml(pets, f"recommended: {{{name}: {value}}}\n"))
+    assert name not in method_options()
+
+
+def test_what_a_suite_may_recommend(pets):
+    suite = load_suite(with_yaml(pets, "recommended: {learning_rate: 1e-5, teacher: frozen, lora_rank: 4}\n"))
+    assert suite.recommended == {"learning_rate": 1e-5, "teacher": "frozen", "lora_rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 3000, r"could not find expected ':'.* line 4, column 1"),
+        ("deep: " + "[" * 3000 + "]" * 3000, r"at most 20 lists"),
+        ("? [1]\n: 2\n", r"expected a word or a number as a key, got \[1\].* line 4"),
+        ("null: 2\n", r"expected a word or a number as a key, got None.* line 4"),
+        ("3: 2\n", r"expected one of the keys .*, got 3 in line 4"),
+        ("true: 2\n", r"expected one of the keys .*, got True in line 4"),
+        ("a: !!timestamp soon\n", r"expected a value of tag:yaml.org,2002:timestamp.* line 4"),
+        ("a: !!int many\n", r"expected a value of tag:yaml.org,2002:int.* line 4"),
+        (f"version: {'9' * 6000}\n", r"expected a value of tag:yaml.org,2002:int.* line 4"),
+        ("a: !!python/object/apply:os.system [ls]\n", r"could not determine a constructor.* line 4"),
+        ("name: !!binary aGFsbG8=\n", r"name: expected text, got b'hallo'"),
+        ("name: \0\n", r"special characters are not allowed"),
+        ("templates: &t [*t]\n", r"templates: expected a list of strings, got \[\[\.\.\.\]\]|templates"),
+    ],
+)
+def test_suites_that_are_no_suites(pets, text, message):
+    with pytest.raises(ValueError, match="(?s)" + message) as caught:
+        load_suite(with_yaml(pets, text))
+    assert str(pets) in str(caught.value)
+    assert len(str(caught.value)) < 2_000
+
+
+def test_a_bomb_of_aliases_is_neither_copied_nor_written_out(pets):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 15)]
+    for last in ("templates: *a14", "class_names: *a14", "recommended: {learning_rate: *a14}", "name: *a14"):
+        text = "\n".join([*lines, last])
+        with pytest.raises(ValueError, match=str(pets)) as caught:
+            load_suite(with_yaml(pets, text + "\n"))
+        assert len(str(caught.value)) < 5_000
+        pets.write_text("train: {path: train/table.csv}\nvalidation: 0.5\ntest: {path: test/table.csv}\n")
+
+
+@pytest.mark.parametrize("key", ["templates", "recommended", "name", "class_names"])
+def test_a_bomb_in_the_place_of_a_value(pets, key):
+    bomb = "[&a [x, x, x, x, x, x, x, x, x, x]"
+    for n, name in enumerate("bcdefghijk"):
+        bomb += f", &{name} [{', '.join(['*' + 'abcdefghijk'[n]] * 10)}]"
+    with pytest.raises(ValueError, match=rf"pets\.yaml: {key}: expected") as caught:
+        load_suite(with_yaml(pets, f"{key}: {bomb}]\n"))
+    assert len(str(caught.value)) < 5_000
+
+
+def test_what_is_no_text(tmp_path, pets):
+    with pytest.raises(ValueError, match=rf"Expected a YAML file, found a folder at {tmp_path}"):
+        load_suite(_as_yaml(tmp_path))
+    pets.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ValueError, match=r"Expected YAML in UTF-8, .*pets\.yaml, got .*, in line 1\. Save it as UTF-8"):
+        load_suite(pets)
+    pets.write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"pets\.yaml, got .*line 2|pets\.yaml"):
+        load_suite(pets)
+
+
+def _as_yaml(folder):
+    place = folder / "folder.yaml"
+    place.mkdir(exist_ok=True)
+    return place
