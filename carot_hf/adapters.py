@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of both towers of CLIPModel
+ADAPTERS_NAME = "adapter_model.safetensors"
 BESIDE_NAME = "beside_adapters.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = "default"  # the one name that Trainer restores the best checkpoint of
@@ -237,6 +238,19 @@ def load_beside(model: Any, folder: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in here.items():
             tensor.copy_(given[name])
+
+
+def adapter_tensors(model: Any) -> dict[str, Tensor]:
+    """The adapters' tensors by the names that a checkpoint has."""
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, Tensor] = get_peft_model_state_dict(model)
+    return found
+
+
+def beside_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What :func:`save_beside` writes."""
+    return _beside(model)
 
 
 def _beside(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,10 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .checkpoint_files import tensors_flaw
 
 TABLE = "docs/backbones.md"
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -163,6 +166,19 @@ def load_renamed(model: Any, folder: str | Path) -> bool:
     saved: Any = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
     return True
+
+
+def weights_flaw(model: Any, folder: str | Path) -> str | None:
+    """Return what is wrong with the weights in a folder, before they are loaded; ``None`` if nothing is.
+
+    Args:
+        model: That they are for, perhaps under other names (AltCLIP).
+        folder: Of a checkpoint.
+    """
+    own = model.state_dict()
+    if isinstance(model, PreTrainedModel):
+        own = revert_weight_conversion(model, own)
+    return tensors_flaw(Path(folder) / SAFE_WEIGHTS_NAME, own)
 
 
 def fit_image_size(model: Any, size: int | tuple[int, int]) -> Any:

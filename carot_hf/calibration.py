@@ -30,6 +30,7 @@ LINKS = ("softmax", "sigmoid")
 PUBLISHED_BATCH = 512  # rows of one batch where published figures are means of per-batch ECE
 _CHUNK_VALUES = 1 << 17  # logits worked on at a time: small enough for the cache of one core
 _LOWEST_EXPONENT = -80.0  # exp(-80) is 0 for every sum here and still a normal float32; denormals are slow
+_LARGEST = 1e30  # of a number in a record
 _HALF_CHI_SQUARED = 1.920729410347062
 _ECE_BINS = 10
 _ECE_GRID = 96
@@ -363,9 +364,39 @@ def bake_temperature(
     config.calibration = {**calibration, **record}
 
 
+def calibration_record(model: Any) -> dict[str, Any] | None:
+    """Return ``config.calibration`` of a model, which `bake_temperature` wrote; ``None``: no temperature is baked in.
+
+    Raises:
+        ValueError: If it is none: it may come out of a stranger's ``config.json``.
+    """
+    config = getattr(model, "config", None)
+    record = getattr(config, "calibration", None)
+    if record is None:
+        return None
+    where = f"`calibration` of config.json of {getattr(config, '_name_or_path', '') or type(model).__name__}"
+    cure = "Delete `calibration` there, and fit the temperature anew."
+    if not isinstance(record, Mapping):
+        raise ValueError(f"Expected a mapping as {where}, got {record!r:.80}. {cure}")
+    for name in ("temperature", "bias", "logit_scale_before", "logit_bias_before"):
+        value: Any = record.get(name)
+        if name != "temperature" and value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        if not number or (name == "temperature" and value <= 0):
+            wanted = "a finite number above 0" if name == "temperature" else "a finite number"
+            raise ValueError(f"Expected {wanted} as `{name}` in the {where}, got {value!r:.80}. {cure}")
+    if getattr(model, "logit_bias", None) is not None and not {"bias", "logit_bias_before"} <= record.keys():
+        raise ValueError(f"Expected `bias` and `logit_bias_before` in the {where}, got {sorted(record)}. {cure}")
+    for name, kind in (("split", str), ("criterion", str), ("n", int), ("templates", list)):
+        if name in record and not isinstance(record[name], kind):
+            raise ValueError(f"Expected a {kind.__name__} as `{name}` in the {where}, got {record[name]!r:.80}. {cure}")
+    return dict(record)
+
+
 def check_not_baked(model: nn.Module) -> None:
     """Raise a RuntimeError if a temperature is baked into the model: a second one would act on top of it."""
-    record = getattr(getattr(model, "config", None), "calibration", None)
+    record = calibration_record(model)
     if record is not None:
         raise RuntimeError(
             f"Expected a model without a baked temperature, got one with {record}. "
@@ -384,10 +415,11 @@ def unbake_temperature(model: nn.Module) -> None:
     Raises:
         RuntimeError: If no temperature is baked in.
         TypeError: If the model has no config, or nothing that could hold a temperature.
+        ValueError: If ``config.calibration`` is no such record.
     """
     target = _baking_target(model)
     config: Any = model.config
-    calibration = getattr(config, "calibration", None)
+    calibration = calibration_record(model)
     if calibration is None:
         raise RuntimeError(
             "Expected a model with a baked temperature, got one without `config.calibration`. "

@@ -5,32 +5,41 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import re
 import shutil
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from .whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
+Flaw = Callable[[Path], str | None]
 _BLOCK = 1 << 20  # bytes read at a time
+
+
+def _none(folder: Path) -> None:
+    return None
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     """Return the folders ``checkpoint-<step>`` in a run's folder, by step, complete or not."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
+    found = [(step_of(path), path) for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
+
+
+def step_of(checkpoint: str | Path) -> int | None:
+    """Return the step that the name of a checkpoint's folder says, ``None`` if it says none."""
+    found = re.fullmatch(r"checkpoint-([0-9]{1,18})", Path(checkpoint).name)
+    return None if found is None else int(found[1])
 
 
 def write_manifest(checkpoint: str | Path) -> None:
     """Write down size and checksum of every file of a checkpoint; the last thing that its saving does."""
     folder = Path(checkpoint)
     files = {path.relative_to(folder).as_posix(): _facts(path) for path in _files(folder)}
-    partial = folder / f"{MANIFEST_NAME}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / MANIFEST_NAME)
+    write_whole(folder / MANIFEST_NAME, json.dumps({"files": files}, indent=1))
 
 
 def damage_of(checkpoint: str | Path, *, checksums: bool = True) -> str | None:
@@ -44,19 +53,28 @@ def damage_of(checkpoint: str | Path, *, checksums: bool = True) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        files = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+        content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {MANIFEST_NAME}: its saving was interrupted"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"its {MANIFEST_NAME} cannot be read ({type(error).__name__})"
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files:
+        return f"its {MANIFEST_NAME} has no list of `files`"
     for name, facts in files.items():
+        size, checksum = (facts.get("bytes"), facts.get("blake2b")) if isinstance(facts, dict) else (None, None)
+        if not _is_below(name) or isinstance(size, bool) or not isinstance(size, int) or not isinstance(checksum, str):
+            return f"its {MANIFEST_NAME} says nothing that can be of {name[:80]!r}"
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes in place of {facts['bytes']:,}"
-        if checksums and _checksum(path) != facts["blake2b"]:
-            return f"{name} has another checksum than when it was saved"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes in place of {size:,}"
+            if checksums and _checksum(path) != checksum:
+                return f"{name} has another checksum than when it was saved"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({type(error).__name__})"
     return None
 
 
@@ -90,36 +108,53 @@ def rotate_checkpoints(
         shutil.rmtree(folder)
 
 
-def check_checkpoint(checkpoint: str | Path) -> None:
-    """Raise a ValueError if a checkpoint is incomplete or damaged."""
-    damage = damage_of(checkpoint)
+def check_checkpoint(checkpoint: str | Path, flaw: Flaw = _none) -> None:
+    """Raise a ValueError if a checkpoint is incomplete or damaged.
+
+    Args:
+        checkpoint: Its folder.
+        flaw: Says what else may be wrong with a complete one, ``None`` if nothing is.
+    """
+    damage = damage_of(checkpoint) or flaw(Path(checkpoint))
     if damage is not None:
         raise ValueError(
             f"Expected a complete checkpoint in {checkpoint}, but {damage}. Resume from another one, or with "
-            "`--resume_from_checkpoint` alone from the newest that is complete."
+            "`--resume_from_checkpoint` alone from the newest that is complete; or start a new run from these weights: "
+            "load the model from that folder and train without `resume_from_checkpoint`."
         )
 
 
-def newest_complete_checkpoint(output_dir: str | Path) -> str:
+def newest_complete_checkpoint(output_dir: str | Path, flaw: Flaw = _none) -> str:
     """Return the newest checkpoint that is complete and undamaged; log those that are passed over.
 
+    Args:
+        output_dir: The run's folder.
+        flaw: As for `check_checkpoint`.
     Raises:
         ValueError: If there is none.
     """
+    found = []
     for folder in reversed(checkpoint_folders(output_dir)):
-        damage = damage_of(folder)
+        damage = damage_of(folder) or flaw(folder)
         if damage is None:
             return str(folder)
         logger.warning("Passing over %s: %s.", folder, damage)
+        found.append(f"{folder.name}: {damage}")
     raise ValueError(
-        f"Expected a complete checkpoint in {output_dir}, got none. Start without `resume_from_checkpoint`, or name "
-        "the folder of the run as `output_dir`."
+        f"Expected a complete checkpoint in {output_dir}, got none{f' ({found[0]})' if found else ''}. Start without "
+        "`resume_from_checkpoint`, or name the folder of the run as `output_dir`."
     )
 
 
+def _is_below(name: str) -> bool:
+    """Whether a name in a manifest is that of a file in its folder, or in one below."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
 def _files(folder: Path) -> list[Path]:
-    ours = {MANIFEST_NAME, f"{MANIFEST_NAME}.partial"}
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ours)
+    hidden = (".", MANIFEST_NAME)  # what was being written
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(hidden))
 
 
 def _facts(path: Path) -> dict[str, int | str]:

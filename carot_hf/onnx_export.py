@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from .calibration import calibration_record
 from .classifier import CLIPClassifier
 from .transforms import ImageTransform
 
@@ -130,7 +131,7 @@ def _facts(classifier: CLIPClassifier, transform: ImageTransform) -> dict[str, s
     facts = {
         "class_names": [names[index] for index in range(len(names))],
         "preprocessing": preprocessing,
-        "calibration": getattr(classifier.config, "calibration", None),
+        "calibration": calibration_record(classifier),
     }
     return {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
 

@@ -1,9 +1,12 @@
-"""Losses, embeddings and heads are in at least float32: half precision is widened, float64 passes unrounded."""
+"""Losses, embeddings and heads are in at least float32: half precision is widened, float64 passes unrounded.
+
+And whether weights are numbers at all.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -14,3 +17,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """Return the name of the first parameter or buffer with a value that is not finite, ``None`` if there is none."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None

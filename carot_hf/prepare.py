@@ -12,7 +12,9 @@ from transformers.utils import logging
 
 from .adapters import add_lora, base_model, cast_frozen, check_adapters, is_adapted, refuse_own_adapters
 from .backbones import backbone_of, caption_options, check_method, is_backbone
+from .calibration import calibration_record
 from .classifier import CLIPClassifier
+from .precision import not_finite
 from .prompts import CaptionTable, class_embeddings
 from .sets import ShiftSuite
 
@@ -50,7 +52,7 @@ def prepare_model(model: Any, args: Any, suite: ShiftSuite, processor: Any) -> P
         processor: The model's processor.
     Raises:
         TypeError: If the model is of no family that is known.
-        ValueError: If model, arguments and suite do not fit each other.
+        ValueError: If model, arguments and suite do not fit each other, or a weight is not finite.
     """
     parts = model.modules()
     if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts):
@@ -75,6 +77,12 @@ def prepare_model(model: Any, args: Any, suite: ShiftSuite, processor: Any) -> P
         raise ValueError(
             f"Expected a classifier of the {len(suite.class_names)} classes of suite '{suite.name}', got one of "
             f"{model.head.out_features}. Start from a CLIPModel, or from a classifier of this suite."
+        )
+    calibration_record(network)  # one that is none is refused here
+    if (name := not_finite(model)) is not None:
+        raise ValueError(
+            f"Expected a start model of finite weights, got nan or inf in `{name}` of "
+            f"{getattr(network.config, '_name_or_path', '') or type(network).__name__}. Load another checkpoint."
         )
     captions = captions_of(network, suite, processor)
     if model is network and args.lora_rank:

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
+from .checkpoint_files import STATE_NAME
 from .training_args import SECRET, CaRotTrainingArguments
 from .whole_file import write_whole
 
 RUN_NAME = "run.json"
-_STATE_NAME = "trainer_state.json"
 _FORMAT = 1
 
 # Arguments of ours that change no step of the training. LoRA is read off the model, the batch has facts of its own.
@@ -184,9 +184,9 @@ def write_run(
 
 
 def read_run(checkpoint: str | Path) -> SavedRun:
-    """Read what a checkpoint says of its run."""
+    """Read what a checkpoint says of its run; its files are sound (:mod:`carot_hf.checkpoint_files`)."""
     folder = Path(checkpoint)
-    step = int(json.loads((folder / _STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    step = int(json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["global_step"])
     path = folder / RUN_NAME
     return SavedRun(folder, step, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
 
@@ -204,9 +204,8 @@ def check_resumed(
     Returns:
         What is another and may be.
     Raises:
-        ValueError: If it would be another run, if it has no optimizer, or if samples of an epoch would be repeated.
+        ValueError: If it would be another run, or if samples of an epoch would be repeated.
     """
-    _check_optimizer_file(saved.folder)
     if saved.facts is None:
         return []
     old = saved.facts
@@ -215,17 +214,7 @@ def check_resumed(
             f"Expected {RUN_NAME} of format {_FORMAT} in {saved.folder}, got {old['format']}. Resume with the version "
             "of carot_hf that wrote it."
         )
-    others = [
-        _shown(*difference)
-        for part in ("suite", "model", "method")
-        for difference in _differences(old[part], facts[part])
-    ]
-    types = [(old if run is None else run)["options"]["lr_scheduler_type"] for run in (None, facts)]
-    if types[0] != types[1] and set(types) & set(_BY_MEASUREMENT):
-        others.append(f"`lr_scheduler_type` {types[0]} -> {types[1]}")
-    if old["best"] and facts["best"] and old["best"] != facts["best"]:
-        others.append(f"`metric_for_best_model` {old['best']} -> {facts['best']}")
-    if others:
+    if others := differences(saved, facts):
         raise ValueError(
             f"Expected the run that was saved in {saved.folder}, got another one: {', '.join(others)}. {_SET_BACK}"
         )
@@ -234,6 +223,33 @@ def check_resumed(
         *_skipped_changes(saved, ignore_data_skip),
         *_option_changes(saved, facts, deepspeed),
     ]
+
+
+def differences(saved: SavedRun, facts: Mapping[str, Any], unnamed: Iterable[str] = ()) -> list[str]:
+    """Return in what a run is another one than that of a checkpoint, so that it cannot go on from it.
+
+    Args:
+        saved: The checkpoint; of version 0.1 it is not known.
+        facts: Of the run.
+        unnamed: Numbers of steps that are not compared: nobody has named them, and the checkpoint's will be taken.
+    """
+    if saved.facts is None:
+        return []
+    old = saved.facts
+    if old["format"] != _FORMAT:
+        return [f"`format` {old['format']} -> {_FORMAT}"]
+    others = [
+        _shown(*difference)
+        for part in ("suite", "model", "method")
+        for difference in _differences(old[part], facts[part])
+        if difference[0] not in unnamed
+    ]
+    types = [run["options"].get("lr_scheduler_type") for run in (old, facts)]
+    if types[0] != types[1] and set(types) & set(_BY_MEASUREMENT):
+        others.append(f"`lr_scheduler_type` {types[0]} -> {types[1]}")
+    if old.get("best") and facts["best"] and old["best"] != facts["best"]:
+        others.append(f"`metric_for_best_model` {old['best']} -> {facts['best']}")
+    return others
 
 
 def continued(saved: SavedRun, steps: int) -> Epochs:
@@ -306,16 +322,6 @@ def used_arguments(arguments: Mapping[str, Any], changes: Iterable[Change]) -> d
 
 def _pairs(scheduler: Any) -> Iterable[tuple[Any, Any]]:
     return zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-
-
-def _check_optimizer_file(folder: Path) -> None:
-    """Refuse a checkpoint of ``save_only_model``: its moments, schedule and random states are gone."""
-    if not any((folder / name).exists() for name in ("optimizer.pt", "optimizer.bin", "latest")):  # of DeepSpeed
-        raise ValueError(
-            f"Expected an optimizer in {folder}, got none: it was saved with `save_only_model`. Resume from a whole "
-            "checkpoint, or start a new run from these weights: load the model from that folder and train without "
-            "`resume_from_checkpoint`."
-        )
 
 
 def _order_changes(saved: SavedRun, order: Mapping[str, Any]) -> list[Change]:

@@ -27,7 +27,13 @@ from transformers.utils import logging
 
 from .adapters import base_model, check_folder, is_adapted, merged, save_beside
 from .backbones import TABLE, backbone_of, embedding_size, image_inputs, logit_head
-from .calibration import bake_temperature, calibration_metrics, check_not_baked, temperature_interval
+from .calibration import (
+    bake_temperature,
+    calibration_metrics,
+    calibration_record,
+    check_not_baked,
+    temperature_interval,
+)
 from .classifier import CLIPClassifier, export_classifier
 from .data import (
     CaRotCollator,
@@ -689,7 +695,7 @@ class SuiteTrainer(Trainer):
                 metrics=latest.metrics,
                 temperature=latest.temperature,
                 n_bins=self.args.n_bins,
-                calibration=getattr(config, "calibration", None),
+                calibration=calibration_record(base_model(self.model)),
                 templates=self.suite.templates,
                 class_names=self.suite.class_names,
                 steps=self.state.global_step,
@@ -948,7 +954,7 @@ class SuiteTrainer(Trainer):
         scaling: Scaling | None,
     ) -> Comparison:
         """Set the metrics without a temperature beside those with it, also where it is in the weights already."""
-        record = getattr(self._network.config, "calibration", None)
+        record = calibration_record(self._network)
         plain, bins, bins_ts = metrics, self.bins, self.bins_ts
         temperature = (scaling or {}).get("temperature")
         if record is not None:

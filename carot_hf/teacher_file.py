@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -11,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .checkpoint_files import tensors_flaw
 from .teacher import Teacher, unwrapped
+from .whole_file import whole_file
 
 TEACHER_NAME = "teacher.safetensors"
 _MARK = "student"  # its key in the file's metadata
@@ -28,14 +29,9 @@ def save_teacher_file(teacher: Teacher, path: str | Path, student: nn.Module | N
     Raises:
         OSError, SafetensorError: If it cannot be written; nothing is left in its place.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
     metadata = {"format": "pt", **({} if student is None else {_MARK: student_mark(student)})}
-    try:
-        save_file(_unshared(teacher.state_dict()), str(partial), metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as beside:
+        save_file(_unshared(teacher.state_dict()), str(beside), metadata)
 
 
 def load_teacher_file(teacher: Teacher, path: str | Path, student: nn.Module | None = None) -> None:
@@ -58,6 +54,11 @@ def load_teacher_file(teacher: Teacher, path: str | Path, student: nn.Module | N
                 "the folder that is resumed from as `TeacherCallback(..., resume_from=...)`."
             )
     teacher.load_state_dict(load_file(str(path)))
+
+
+def teacher_flaw(teacher: Teacher, path: str | Path) -> str | None:
+    """Return what is wrong with a teacher's file, before anything is loaded from it; ``None`` if nothing is."""
+    return tensors_flaw(path, teacher.state_dict(), teacher.shared)
 
 
 def student_mark(student: nn.Module) -> str:

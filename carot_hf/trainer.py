@@ -17,11 +17,22 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPModel
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
-from .adapters import adapter_facts, base_model, is_adapted, load_beside, merged
-from .backbones import load_renamed, logit_head, pair_inputs
+from .adapters import (
+    ADAPTERS_NAME,
+    BESIDE_NAME,
+    adapter_facts,
+    adapter_tensors,
+    base_model,
+    beside_tensors,
+    is_adapted,
+    load_beside,
+    merged,
+)
+from .backbones import load_renamed, logit_head, pair_inputs, weights_flaw
 from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, TerminationCallback
+from .checkpoint_files import optimizer_flaw, run_flaw, state_flaw, tensors_flaw
 from .checkpoints import (
     check_checkpoint,
     checkpoint_folders,
@@ -48,15 +59,17 @@ from .losses import (
     similarity_logits,
 )
 from .model_card import TEACHER_FOLDER, versions
-from .precision import at_least_float32, wide_dtype
+from .precision import at_least_float32, not_finite, wide_dtype
 from .prepare import check_unchanged
 from .resume import (
+    RUN_NAME,
     Change,
     Epochs,
     SavedRun,
     apply_hyperparameters,
     check_resumed,
     continued,
+    differences,
     hyperparameters,
     read_run,
     run_facts,
@@ -67,7 +80,7 @@ from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
 from .suite_trainer import SuiteTrainer
 from .survey import say_warnings, survey
 from .teacher import Teacher, beta_momentum, ema_momentum, half_life
-from .teacher_file import TEACHER_NAME, load_teacher_file, save_teacher_file
+from .teacher_file import TEACHER_NAME, load_teacher_file, save_teacher_file, teacher_flaw
 from .training_args import PUBLISHED_STEPS, CaRotTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -196,16 +209,12 @@ class CaRotTrainer(SuiteTrainer):
             RuntimeError: If the loss or a weight is not finite; the last checkpoint is intact.
             SystemExit: With status 143, after SIGTERM: the step is finished and saved.
         """
-        if resume_from_checkpoint is True or resume_from_checkpoint == "latest":
-            resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint)
         survey(self._run_suite)  # a test set that is trained on is refused
+        resume_from_checkpoint = self._sound_checkpoint(resume_from_checkpoint)
         if not resume_from_checkpoint and not self._owns_output and not self.args.overwrite_output_dir:
             refuse_finished(self.args.output_dir)
         self._owns_output = True
         self._warned_of_bound = False
-        self._compare_runs(resume_from_checkpoint)
         self._latest = Comparison()  # what was measured is of other weights from here on
         self._term_sums, self._term_steps = {}, 0.0
         self._resumes = bool(resume_from_checkpoint)
@@ -264,12 +273,44 @@ class CaRotTrainer(SuiteTrainer):
             versions={name: known[name] for name in ("carot_hf", "torch", "transformers", "accelerate")},
         )
 
-    def _compare_runs(self, checkpoint: str | bool | None) -> None:
-        """Refuse a checkpoint of another run before anything is read; say what else has changed."""
+    def _sound_checkpoint(self, asked: str | bool | None) -> str | None:
+        """Find the checkpoint to go on from, and look through it before anything of it is loaded."""
         self._saved_run, self._changes = None, []
-        if not checkpoint:
-            return
-        saved = read_run(str(checkpoint))
+        if not asked:
+            return None
+        if asked is True or asked == "latest":
+            checkpoint = newest_complete_checkpoint(self.args.output_dir, self._flaw)
+        else:
+            checkpoint = str(asked)
+            check_checkpoint(checkpoint, self._flaw)
+        self._compare_runs(checkpoint)
+        return checkpoint
+
+    def _flaw(self, checkpoint: Path) -> str | None:
+        """Say what is wrong with a complete checkpoint, ``None`` if nothing is; of another run only what can be told.
+
+        A checkpoint of another run is refused by `_compare_runs`, with what is another, not passed over.
+        """
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        trained = sum(value.requires_grad for value in student.parameters())
+        if (flaw := state_flaw(checkpoint) or run_flaw(checkpoint / RUN_NAME)) is not None:
+            return flaw
+        if differences(read_run(checkpoint), self._run_facts(), self.args.unnamed()):
+            return None
+        if is_adapted(student):
+            parts = {ADAPTERS_NAME: adapter_tensors(student), BESIDE_NAME: beside_tensors(student)}
+            flaws = [tensors_flaw(checkpoint / name, own) for name, own in parts.items()]
+        else:
+            sharded = self.is_deepspeed_enabled or (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file()
+            flaws = [None if sharded else weights_flaw(student, checkpoint)]
+        flaw = next((found for found in flaws if found is not None), None)
+        if flaw is None and self.teacher is not None:
+            flaw = teacher_flaw(self.teacher, checkpoint / TEACHER_NAME)
+        return flaw or optimizer_flaw(checkpoint, trained)
+
+    def _compare_runs(self, checkpoint: str) -> None:
+        """Refuse a checkpoint of another run before anything is read; say what else has changed."""
+        saved = read_run(checkpoint)
         if saved.facts is not None and self.args.take_constants({**saved.facts["options"], **saved.facts["method"]}):
             self._set_up_method()
         changes = check_resumed(
@@ -445,9 +486,8 @@ class CaRotTrainer(SuiteTrainer):
 
     def _check_weights(self) -> None:
         """Stop before weights that are not finite reach a checkpoint or a user."""
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                self._stop(f"Expected finite weights after step {self.state.global_step}, got nan or inf in `{name}`.")
+        if (name := not_finite(self.model)) is not None:
+            self._stop(f"Expected finite weights after step {self.state.global_step}, got nan or inf in `{name}`.")
 
     def _stop(self, reason: str) -> NoReturn:
         raise RuntimeError(

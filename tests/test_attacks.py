@@ -5,7 +5,10 @@ Fast, and over the loopback address only. SECURITY.md and docs/faults.md say whi
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,10 +19,23 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from conftest import noise_suite, tiny_clip, tiny_processor
 from layouts import folders, picture
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from carot_hf import ShiftSet, load_suite, loading
+from carot_hf import (
+    CaRotTrainer,
+    CaRotTrainingArguments,
+    ShiftSet,
+    bake_temperature,
+    load_suite,
+    loading,
+    unbake_temperature,
+)
+from carot_hf.calibration import calibration_record
+from carot_hf.checkpoints import checkpoint_folders, damage_of, newest_complete_checkpoint, write_manifest
 from carot_hf.images import FORMATS, MAX_BYTES, MAX_PIXELS, BadImageError, read_image
 from carot_hf.recommended import method_options
 from carot_hf.splits import as_set
@@ -421,3 +437,287 @@ def _as_yaml(folder):
     place = folder / "folder.yaml"
     place.mkdir(exist_ok=True)
     return place
+
+
+# ---- checkpoints ----
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Two checkpoints of a run of four steps."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    made_trainer(out).train()
+    return out
+
+
+def made_trainer(out, model=None, **options):
+    processor = tiny_processor()
+    settings = {
+        "output_dir": str(out), "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0,
+        "teacher_update_every": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1,
+    }  # fmt: skip
+    args = CaRotTrainingArguments.from_preset("carot", **{**settings, **options})
+    model = tiny_clip(processor.tokenizer) if model is None else model
+    return CaRotTrainer(model=model, args=args, suite=noise_suite(), processing_class=processor)
+
+
+@pytest.fixture
+def run(whole_run, tmp_path):
+    """A copy of it, whose newest checkpoint may be harmed."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def state_with(**fields):
+    def harm(checkpoint):
+        path = checkpoint / "trainer_state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return harm
+
+
+def file_of(name, text):
+    return lambda checkpoint: (checkpoint / name).write_text(text)
+
+
+def tensors_of(name, change):
+    def harm(checkpoint):
+        tensors = load_file(checkpoint / name)
+        change(tensors)
+        save_file(tensors, checkpoint / name, metadata={"format": "pt"})
+
+    return harm
+
+
+def gone(name):
+    return lambda checkpoint: (checkpoint / name).unlink()
+
+
+def drop(tensors):
+    del tensors["logit_scale"]
+
+
+def halve(tensors):
+    tensors["logit_scale"] = tensors["logit_scale"].half()
+
+
+def spoil(tensors):
+    tensors["visual_projection.weight"][0, 0] = math.nan
+
+
+def reshape(tensors):
+    tensors["visual_projection.weight"] = tensors["visual_projection.weight"][:-1].clone()
+
+
+def add(tensors):
+    tensors["stranger"] = torch.zeros(3)
+
+
+class Trap:
+    """Unpickled, it would run something."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def pickled(name, what):
+    return lambda checkpoint: torch.save(what, checkpoint / name)
+
+
+def moments(change):
+    def harm(checkpoint):
+        state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        change(state)
+        torch.save(state, checkpoint / "optimizer.pt")
+
+    return harm
+
+
+HARM = {
+    "step of 10^9": (
+        state_with(global_step=10**9),
+        r"trainer_state\.json has 1000000000 as `global_step` in place of a",
+    ),
+    "step of 7": (state_with(global_step=7), r"trainer_state\.json has 7 as `global_step` in the folder of step 4"),
+    "step of -3": (
+        state_with(global_step=-3),
+        r"trainer_state\.json has -3 as `global_step` in place of a number of s",
+    ),
+    "step a text": (state_with(global_step="4"), r"trainer_state\.json has 4 as `global_step` in place of a number"),
+    "step true": (state_with(global_step=True), r"trainer_state\.json has True as `global_step`"),
+    "no step": (state_with(global_step=None), r"trainer_state\.json has None as `global_step`"),
+    "steps beyond the end": (state_with(max_steps=3), r"trainer_state\.json has 3 as `max_steps` after 4 steps"),
+    "epoch nan": (state_with(epoch=math.nan), r"trainer_state\.json has nan as `epoch`"),
+    "epochs of 10^400": (
+        state_with(num_train_epochs=10**400),
+        r"trainer_state\.json has 10+\.\.\. as `num_train_epochs`",
+    ),
+    "best a list": (state_with(best_model_checkpoint=["x"]), r"trainer_state\.json has list as `best_model_checkpoint`"),
+    "history": (state_with(log_history=[3]), r"trainer_state\.json has entries in `log_history` that are no mappings"),
+    "field unknown": (state_with(evil=1), r"trainer_state\.json has the field 'evil', which the installed"),
+    "state a list": (file_of("trainer_state.json", "[1]"), r"trainer_state\.json holds list, no mapping"),
+    "state deep": (file_of("trainer_state.json", "[" * 100_000), r"trainer_state\.json cannot be read \(RecursionErr"),
+    "state binary": (file_of("trainer_state.json", "\0\1"), r"trainer_state\.json cannot be read \(JSONDecodeError"),
+    "run a list": (file_of("run.json", "[]"), r"run\.json holds list, no mapping"),
+    "run empty": (file_of("run.json", "{}"), r"run\.json has None as `format`"),
+    "student lacks": (
+        tensors_of("model.safetensors", drop),
+        r"model\.safetensors lacks 1 of \d+ tensors, e\.g\. `logit",
+    ),
+    "student half": (
+        tensors_of("model.safetensors", halve),
+        r"model\.safetensors has `logit_scale` in torch\.float16 in",
+    ),
+    "student nan": (
+        tensors_of("model.safetensors", spoil),
+        r"model\.safetensors has nan or inf in `visual_projection\.w",
+    ),
+    "student shape": (
+        tensors_of("model.safetensors", reshape),
+        r"model\.safetensors has `visual_.*of shape \(\d+, \d+\)",
+    ),
+    "student more": (tensors_of("model.safetensors", add), r"model\.safetensors has `stranger`, which the model does"),
+    "student no file": (file_of("model.safetensors", "x"), r"model\.safetensors cannot be read \(SafetensorError\)"),
+    "teacher lacks": (
+        tensors_of("teacher.safetensors", drop),
+        r"teacher\.safetensors lacks 1 of \d+ tensors, e\.g\. `log",
+    ),
+    "teacher half": (
+        tensors_of("teacher.safetensors", halve),
+        r"teacher\.safetensors has `logit_scale` in torch\.float16",
+    ),
+    "teacher nan": (
+        tensors_of("teacher.safetensors", spoil),
+        r"teacher\.safetensors has nan or inf in `visual_project",
+    ),
+    "teacher gone": (gone("teacher.safetensors"), r"teacher\.safetensors is missing"),
+    "optimizer gone": (gone("optimizer.pt"), r"it has no optimizer\.pt: it was saved with `save_only_model`"),
+    "schedule gone": (gone("scheduler.pt"), r"it has no scheduler\.pt"),
+    "optimizer code": (pickled("optimizer.pt", {"state": Trap()}), r"optimizer\.pt needs code to be read \(Unpickling"),
+    "schedule code": (pickled("scheduler.pt", Trap()), r"scheduler\.pt needs code to be read \(UnpicklingError\)"),
+    "random code": (pickled("rng_state.pth", Trap()), r"rng_state\.pth needs code to be read \(UnpicklingError\)"),
+    "optimizer a list": (pickled("optimizer.pt", [1]), r"optimizer\.pt holds a list in place of a mapping"),
+    "optimizer text": (file_of("optimizer.pt", "hello"), r"optimizer\.pt (cannot be read|needs code to be read)"),
+    "optimizer of others": (
+        moments(lambda s: s["param_groups"].pop()),
+        r"optimizer\.pt is of \d+ parameters in place of",
+    ),
+    "optimizer nan": (
+        moments(lambda s: s["state"][0]["exp_avg"].fill_(math.nan)),
+        r"optimizer\.pt has nan or inf in `exp_avg` of parameter 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_a_checkpoint_that_agrees_with_its_manifest_and_is_none(run, name, caplog, monkeypatch, tmp_path):
+    """Refused in one sentence that names file and field, nothing of it loaded; else the one before it is taken."""
+    monkeypatch.chdir(tmp_path)
+    harm, reason = HARM[name]
+    newest = run / "checkpoint-4"
+    harm(newest)
+    write_manifest(newest)
+    assert damage_of(newest) is None
+    trainer = made_trainer(run)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"Expected a complete checkpoint in .*checkpoint-4, but {reason}") as caught:
+        trainer.train(resume_from_checkpoint=str(newest))
+    assert "weights_only" not in str(caught.value) + caplog.text
+    assert len(str(caught.value)) < 600
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+    assert trainer.state.global_step == 0
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert trainer._saved_run.folder.name == "checkpoint-2"
+    assert f"Passing over {newest}: " in caplog.text
+    assert not (tmp_path / "ran").exists()
+
+
+MANIFESTS = {
+    "list": "[]", "empty": "", "empty mapping": "{}", "no files": '{"files": {}}', "files a list": '{"files": [1]}',
+    "deep": '{"files": ' + "[" * 100_000, "text": '{"files": {"a": 3}}', "size": '{"files": {"a": {"bytes": "3"}}}',
+    "up": '{"files": {"../../x": {"bytes": 3, "blake2b": "x"}}}', "null": "null", "number": "3",
+    "absolute": '{"files": {"/etc/passwd": {"bytes": 3, "blake2b": "x"}}}', "zero": "\0",
+    "zero byte": '{"files": {"a\\u0000b": {"bytes": 3, "blake2b": "x"}}}',
+    "long": '{"files": {"' + "a" * 10_000 + '": {"bytes": 3, "blake2b": "x"}}}', "none": '{"files": null}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_of_strangers(run, name):
+    newest = run / "checkpoint-4"
+    (newest / "manifest.json").write_text(MANIFESTS[name])
+    found = damage_of(newest)
+    assert found is not None
+    assert "manifest.json" in found or "cannot be read" in found or found.endswith("is missing")
+    assert newest_complete_checkpoint(run) == str(run / "checkpoint-2")
+
+
+def test_folders_that_look_like_checkpoints(tmp_path):
+    for name in (
+        "checkpoint-4",
+        "checkpoint-²",
+        "checkpoint-1e3",
+        "checkpoint--3",
+        f"checkpoint-{'9' * 30}",
+        "checkpoint-x-5",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-9").write_text("a file")
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-4"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users")
+def test_a_checkpoint_file_that_cannot_be_read(run):
+    """As another user than root, who may read all."""
+    newest = run / "checkpoint-4"
+    (newest / "model.safetensors").chmod(0)
+    parents = [path for path in (run, *run.parents) if path.stat().st_uid == os.geteuid() and path != path.parent]
+    modes = {path: path.stat().st_mode for path in parents}
+    for path in parents:
+        path.chmod(modes[path] | 0o055)
+    was = os.geteuid()
+    try:
+        if was == 0:
+            os.seteuid(65_534)
+        assert damage_of(newest) == "model.safetensors cannot be read (PermissionError)"
+    finally:
+        os.seteuid(was)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+# ---- models ----
+
+RECORDS = [
+    0, -1, math.nan, "warm", [1.0], True, {}, {"temperature": 0}, {"temperature": -1.5}, {"temperature": math.nan},
+    {"temperature": math.inf}, {"temperature": "1"}, {"temperature": [1]}, {"temperature": True}, {"temperature": None},
+    {"temperature": 10**400}, {"temperature": 1.5, "bias": "x"}, {"temperature": 1.5, "logit_scale_before": math.nan},
+    {"temperature": 1.5, "n": "many"}, {"temperature": 1.5, "split": ["x"]}, {"temperature": 1.5, "templates": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=repr)
+def test_a_record_of_calibration_that_is_none(tmp_path, record):
+    """In the ``config.json`` of a start model: refused before anything is measured, trained or published."""
+    processor = tiny_processor()
+    model = tiny_clip(processor.tokenizer)
+    model.config.calibration = record
+    message = r"(mapping as|as `\w+` in the) `calibration` of config\.json of .*Delete `calibration` there"
+    before = model.logit_scale.item()
+    for act in (calibration_record, unbake_temperature, lambda m: bake_temperature(m, 2.0)):
+        with pytest.raises(ValueError, match=message):
+            act(model)
+    with pytest.raises(ValueError, match=message):
+        made_trainer(tmp_path, model)
+    assert model.logit_scale.item() == before
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "visual_projection.weight", "text_model.final_layer_norm.bias"])
+def test_a_start_model_that_is_not_finite_is_neither_trained_nor_saved(tmp_path, name):
+    model = tiny_clip(tiny_processor().tokenizer)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = math.nan
+    with pytest.raises(ValueError, match=rf"a start model of finite weights, got nan or inf in `{name}` of CLIPModel"):
+        made_trainer(tmp_path / "run", model)
+    assert not (tmp_path / "run").exists()

@@ -130,8 +130,8 @@ def test_missing_teacher_is_named(make_trainer, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-2"
     (checkpoint / "teacher.safetensors").unlink()
     write_manifest(checkpoint)
-    with pytest.raises(ValueError, match=r"teacher's weights in .*checkpoint-2.teacher.safetensors, got no such file"):
-        run(make_trainer, tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"complete checkpoint in .*checkpoint-2, but teacher\.safetensors is missing"):
+        run(make_trainer, tmp_path / "run", resume=str(checkpoint))
 
 
 def cut(path):
