@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from .whole_file import whole_file
+
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of both towers of CLIPModel
 ADAPTERS_NAME = "adapter_model.safetensors"
 BESIDE_NAME = "beside_adapters.safetensors"
@@ -206,7 +208,8 @@ def check_folder(folder: str | Path) -> None:
 
 def save_beside(model: nn.Module, folder: str | Path) -> None:
     """Write what peft's adapter files lack: ``logit_scale``, and whatever else is trained beside adapters."""
-    save_file(_beside(model), str(Path(folder, BESIDE_NAME)), metadata={"format": "pt"})
+    with whole_file(Path(folder, BESIDE_NAME)) as beside:
+        save_file(_beside(model), str(beside), metadata={"format": "pt"})
 
 
 def load_beside(model: Any, folder: str | Path) -> None:

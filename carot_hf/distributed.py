@@ -49,6 +49,15 @@ def keep_group() -> None:
         _KEPT.append(dist.group.WORLD)
 
 
+def said_by_first(value: Any) -> Any:
+    """Return what the first process says to all of them."""
+    if not _several():
+        return value
+    said = [value]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
+
+
 def row_counts(rows: int, device: torch.device) -> list[int]:
     """Tell how many rows each process has, by rank."""
     if not _several():

@@ -15,6 +15,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .redaction import public_words
+
 TAGS = ("carot_hf", "clip", "calibration", "robustness", "distribution-shift")
 ZERO_SHOT, CLASSIFICATION = "zero-shot-image-classification", "image-classification"
 _NAMES = {"accuracy": "Accuracy", "ece": "Expected calibration error", "nll": "Negative log-likelihood"}
@@ -128,24 +130,14 @@ def versions() -> dict[str, str]:
 
 
 def command_line(argv: Sequence[str]) -> str | None:
-    """The command that runs, if it is a script's; without tokens, and of folders of the machine only the last part.
+    """The command that runs, if it is a script's, as :mod:`carot_hf.redaction` makes it public.
 
     Args:
         argv: As ``sys.argv``.
     """
     if not argv or not argv[0].endswith(".py"):
         return None
-    words, hidden = [], False
-    for word in argv[1:]:
-        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        secret = option.endswith("token")
-        if (hidden and not option) or (secret and equals) or re.search(r"hf_\w{20,}", value):
-            value = "..."
-        elif value.startswith(("/", "~")):
-            value = f".../{Path(value).name}"
-        hidden = secret and not equals
-        words.append(f"{option}{equals}{value}")
-    return shlex.join(["python", Path(argv[0]).name, *words])
+    return shlex.join(["python", Path(argv[0]).name, *public_words(argv[1:])])
 
 
 def _published(facts: CardFacts) -> str | None:

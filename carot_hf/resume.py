@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from .checkpoint_files import STATE_NAME
-from .training_args import SECRET, CaRotTrainingArguments
+from .redaction import SECRET
+from .training_args import CaRotTrainingArguments
 from .whole_file import write_whole
 
 RUN_NAME = "run.json"

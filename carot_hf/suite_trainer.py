@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,14 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPModel, EarlyStoppingCallback, EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, speed_metrics
-from transformers.utils import logging
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    HubStrategy,
+    SaveStrategy,
+    denumpify_detensorize,
+    speed_metrics,
+)
+from transformers.utils import PushInProgress, logging
 
 from .adapters import base_model, check_folder, is_adapted, merged, save_beside
 from .backbones import TABLE, backbone_of, embedding_size, image_inputs, logit_head
@@ -71,21 +79,25 @@ from .metric_names import (
     greater_is_better,
     set_of,
 )
-from .model_card import CLASSIFICATION, TEACHER_FOLDER, ZERO_SHOT, CardFacts, command_line, model_card, versions
+from .model_card import CLASSIFICATION, ZERO_SHOT, CardFacts, command_line, model_card, versions
 from .precision import at_least_float32, wide_dtype
 from .prepare import Prepared, prepare_model
 from .prompts import CaptionTable, class_embeddings
+from .publish import CARD_NAME, METRICS_NAME, asked_files, checkpoint_files, copy_model, published_files, upload
+from .redaction import public, public_text
 from .reporting import can_draw, diagram_tables, diagrams_path, send_diagrams, write_diagrams
 from .resume import Change, used_arguments
+from .run_lock import refuse_file
 from .sets import ShiftSet, ShiftSuite
 from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
 from .training_args import CaRotTrainingArguments
 from .transforms import check_image_size, check_processor, image_transform, normalize_pixels
-from .whole_file import whole_file
+from .whole_file import files_below, whole_file, whole_files
 
 logger = logging.get_logger(__name__)
 
 FEW_ROWS = 50  # with fewer `calibrate` warns
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _LISTED = 20  # indices of bad images that a warning names
 
 
@@ -113,6 +125,7 @@ class SuiteTrainer(Trainer):
     args: Any
     model: Any
     control: Any
+    push_in_progress: Any
     compute_metrics: Any
     data_collator: Any
 
@@ -129,6 +142,7 @@ class SuiteTrainer(Trainer):
     ) -> None:
         args = CaRotTrainingArguments() if args is None else args
         _check_options(args, suite, processing_class, compute_metrics, kwargs)
+        refuse_file(args.output_dir)
         self.args = args  # the parent sets it later
         self.suite = suite
         self._processor = processing_class
@@ -163,6 +177,9 @@ class SuiteTrainer(Trainer):
         self._said_positions: set[tuple[Any, ...]] = set()
         self._owns_output = False  # what is in `output_dir` is of this trainer
         self._changes: list[Change] = []  # since the run was resumed
+        self._saved_files: list[str] = []  # by the latest `save_model` in `output_dir`
+        self._teacher_files: list[str] = []  # that were asked to be published
+        self._card_picture: str | None = None
         self._in_checkpoint = False  # what is saved goes into a checkpoint
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
         self._latest = Comparison()  # by the latest evaluation of the whole suite
@@ -555,21 +572,28 @@ class SuiteTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self._owns_output |= folder == Path(self.args.output_dir)
+        own = folder == Path(self.args.output_dir)
+        self._owns_output |= own
         adapted = is_adapted(self.model) and self.args.should_save
-        if adapted and not self._in_checkpoint:
-            check_folder(folder)
-            student, self.model = self.model, merged(self.model)
-            try:
-                super()._save(output_dir)
-            finally:
-                self.model = student
-        else:
+        if self._in_checkpoint or not self.args.should_save:
             super()._save(output_dir, state_dict)
             if adapted:
                 save_beside(self.model, folder)
-        # a pickle that nothing reads, in which a `hub_token` would be published
-        Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            _drop_pickle(folder)
+            return
+        if adapted:
+            check_folder(folder)
+        with whole_files(folder) as beside:
+            student, self.model = self.model, merged(self.model) if adapted else self.model
+            try:
+                super()._save(str(beside), None if adapted else state_dict)
+            finally:
+                self.model = student
+            _drop_pickle(beside)
+            written = files_below(beside)
+        _drop_stale_weights(folder, written)
+        if own:
+            self._saved_files = written
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Create the repository on the Hub, before anything is trained; arguments as for ``Trainer.init_hf_repo``.
@@ -591,32 +615,79 @@ class SuiteTrainer(Trainer):
                 f"got: {_one_line(error)} {cure}"
             ) from error
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Publish weights (safetensors), processor, card and pictures, as ``Trainer.push_to_hub`` does.
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        also: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Publish weights (safetensors), config, processor, card with its picture and metrics.json, and nothing else.
 
         Call it after :meth:`evaluate` and :meth:`calibrate`, in any order: the card holds the results of the latest
         evaluation of the whole suite since the last training, and the weights hold the temperature. What is missing
-        the card says, and a warning. All of ``output_dir`` is published but checkpoints and what begins with ``_``.
+        the card says, and a warning. What else lies in ``output_dir`` (logs, checkpoints, files of yours, links) stays.
 
         Args:
-            *args: As for ``Trainer.push_to_hub``; with ``blocking=False`` a failure is in the result.
-            **kwargs: The same; ``language``, ``license``, ``tags``, ``finetuned_from`` and ``dataset`` go to
+            commit_message: Of the commit.
+            blocking: Return when all is there; ``False``: return a future, which holds a failure.
+            token: In place of ``hub_token``.
+            revision: Branch; default: ``hub_revision``.
+            private: Whether a repository that is made now is private; default: ``hub_private_repo``.
+            also: Further files or folders of ``output_dir`` to publish, relative to it, e.g. ``"runs"``, the event
+                files of TensorBoard.
+            **kwargs: ``model_name``, ``language``, ``license``, ``tags``, ``finetuned_from`` and ``dataset`` go to
                 :meth:`create_model_card`.
+        Returns:
+            What ``HfApi.upload_folder`` returns; ``None`` on other processes than the first.
         Raises:
-            ValueError: If the Hub refuses the token or the name.
+            ValueError: If the Hub refuses the token or the name, or there is no such file.
             RuntimeError: If the upload fails, after huggingface_hub's own attempts; all of it is in ``output_dir``.
         """
-        if getattr(self.model.config, "calibration", None) is None:
+        if calibration_record(base_model(self.model)) is None:
             logger.warning("An uncalibrated model is pushed, and its card says so. Call `calibrate` before.")
+        further = asked_files(self.args.output_dir, also)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(
+                token=self.args.hub_token if token is None else token,
+                **({} if private is None else {"private": private}),
+            )
         self._finish_current_push()  # it reads the files that this one writes anew
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = [*_listed(kwargs.pop("tags", None)), *(getattr(self.model, "model_tags", None) or [])]
+        name = kwargs.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
+        self.create_model_card(model_name=name, tags=list(dict.fromkeys(tags)), **kwargs)
+        names = [*self._published(), *further]
         try:
-            return super().push_to_hub(*args, **kwargs)
+            return upload(
+                self.args.output_dir,
+                names,
+                repo_id=self.hub_model_id,
+                commit_message=commit_message,
+                token=self.args.hub_token if token is None else token,
+                run_as_future=not blocking,
+                revision=self.args.hub_revision if revision is None else revision,
+            )
         except (HTTPError, OSError, RuntimeError) as error:  # what huggingface_hub raises
+            includes = " ".join(f"--include {shlex.quote(name)}" for name in names)
             raise RuntimeError(
                 f"Expected to push to '{self.hub_model_id}', got: {_one_line(error)} The model and its card are in "
                 f"{self.args.output_dir}; call `push_to_hub` again, or `hf upload {self.hub_model_id} "
-                f"{self.args.output_dir} --exclude 'checkpoint-*' --exclude '_*'`."
+                f"{self.args.output_dir} . {includes}`."
             ) from error
+
+    def _published(self) -> list[str]:
+        """The files of ``output_dir`` that are published: what `save_model` and the card wrote, and metrics.json."""
+        pictures = [] if self._card_picture is None else [self._card_picture]
+        wanted = [*self._saved_files, *self._teacher_files, CARD_NAME, *pictures, METRICS_NAME]
+        return published_files(self.args.output_dir, wanted)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._in_checkpoint or not self.is_world_process_zero() or self.args.hub_strategy == "end":
@@ -625,9 +696,35 @@ class SuiteTrainer(Trainer):
             self._finish_current_push()  # it reads the files that this one writes anew
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self._report_push()
-            # weights that nobody has calibrated: the card must not be an older one's
-            self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])
-            super()._push_from_checkpoint(checkpoint_folder)
+            self._push_in_background(Path(checkpoint_folder))
+
+    def _push_in_background(self, checkpoint: Path) -> None:
+        """Publish the model of a checkpoint, and as ``hub_strategy`` says the checkpoint."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # weights that nobody has calibrated: the card must not be an older one's
+        self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])
+        with whole_files(self.args.output_dir) as beside:
+            copy_model(checkpoint, beside)
+            self.processing_class.save_pretrained(beside)
+            self._saved_files = files_below(beside)
+        epoch = f"epoch {int(self.state.epoch or 0)}"
+        at = f"step {self.state.global_step}" if self.args.save_strategy == SaveStrategy.STEPS else epoch
+        options: dict[str, Any] = {
+            "repo_id": self.hub_model_id,
+            "token": self.args.hub_token,
+            "run_as_future": True,
+            "revision": self.args.hub_revision,
+        }
+        message = f"Training in progress, {at}"
+        jobs = [upload(self.args.output_dir, self._published(), commit_message=message, **options)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            options |= {"commit_message": f"{message}, checkpoint", "path_in_repo": place}
+            jobs.append(upload(checkpoint, checkpoint_files(checkpoint), **options))
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress(jobs)
+        else:
+            self.push_in_progress.jobs.extend(jobs)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -685,6 +782,7 @@ class SuiteTrainer(Trainer):
         diagram = diagrams_path(str(folder), "eval") if latest.bins and self._draws() else None
         if diagram is not None:  # anew: the file of that name may be of some other evaluation
             self._write_diagrams(diagram, diagram_tables(latest.bins, latest.bins_ts, latest.temperature))
+        self._card_picture = None if diagram is None else diagram.name
         card = model_card(
             CardFacts(
                 name=model_name or folder.name,
@@ -700,7 +798,7 @@ class SuiteTrainer(Trainer):
                 class_names=self.suite.class_names,
                 steps=self.state.global_step,
                 processes=self.args.world_size,
-                arguments=used_arguments(self.args.changed(), self._changes),
+                arguments=public(used_arguments(self.args.changed(), self._changes)),
                 versions=versions(),
                 seed=self.args.seed,
                 objective=self._objective,
@@ -709,16 +807,19 @@ class SuiteTrainer(Trainer):
                 license=license,
                 language=language,
                 diagram=None if diagram is None else diagram.name,
-                teacher=(folder / TEACHER_FOLDER / "config.json").is_file(),
+                teacher=bool(self._teacher_files),
                 chosen_by=metric if chose and chosen_by(metric, self.suite.test.name) else None,
                 datasets=_listed(dataset) or self.suite.datasets,
                 tags=_listed(tags),
                 suite_version=self.suite.version,
                 suite_hash=self.suite.content_hash,
-                changes=[f"After step {change.step:,} the run was resumed with {change}" for change in self._changes],
+                changes=[
+                    public_text(f"After step {change.step:,} the run was resumed with {change}")
+                    for change in self._changes
+                ],
             )
         )
-        with whole_file(folder / "README.md") as beside:
+        with whole_file(folder / CARD_NAME) as beside:
             card.save(beside)
 
     def hyperparameter_search(
@@ -1007,6 +1108,19 @@ def _joined(batches: Any) -> Tensor:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def _drop_pickle(folder: Path) -> None:
+    """Delete a pickle that nothing reads, in which a `hub_token` would be published."""
+    Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+def _drop_stale_weights(folder: Path, written: Sequence[str]) -> None:
+    """Delete weights of an earlier model that was kept in another number of files: they would be loaded."""
+    if any(_WEIGHTS.fullmatch(name) for name in written):
+        for path in folder.iterdir():
+            if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+                path.unlink()
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPModel
@@ -43,7 +43,7 @@ from .checkpoints import (
 )
 from .classifier import linear_probe
 from .content_hash import sha256_of_facts
-from .distributed import gather_rows, local_columns, lost_process, row_counts
+from .distributed import gather_rows, local_columns, lost_process, row_counts, said_by_first
 from .evaluation import Comparison
 from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from .header import Plan, every, header, model_line, plan_warnings, refuse_finished, shared_class_share
@@ -75,6 +75,7 @@ from .resume import (
     run_facts,
     write_run,
 )
+from .run_lock import locked
 from .sets import ShiftSuite
 from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
 from .suite_trainer import SuiteTrainer
@@ -82,6 +83,7 @@ from .survey import say_warnings, survey
 from .teacher import Teacher, beta_momentum, ema_momentum, half_life
 from .teacher_file import TEACHER_NAME, load_teacher_file, save_teacher_file, teacher_flaw
 from .training_args import PUBLISHED_STEPS, CaRotTrainingArguments
+from .whole_file import failed_to_write, files_below, whole_files
 
 logger = logging.get_logger(__name__)
 
@@ -135,6 +137,7 @@ class CaRotTrainer(SuiteTrainer):
         self._random_states: list[RandomState] = []
         self._teacher_of: tuple[Any, frozenset[str]] = (None, frozenset())  # a student, and what is its own alone
         self._resumes = False
+        self._written_teacher: list[str] = []  # files of the latest `save_teacher`
         self._suite_of: tuple[Any, ShiftSuite] | None = None  # the suite with a training set that was passed
         self._saved_run: SavedRun | None = None  # that this one goes on from
         self._epochs: Epochs | None = None
@@ -204,11 +207,16 @@ class CaRotTrainer(SuiteTrainer):
                 ``output_dir``.
             **kwargs: As for ``Trainer.train``.
         Raises:
-            ValueError: If there is no complete checkpoint to resume from, or only one of another run; if ``output_dir``
+            ValueError: If another run holds ``output_dir``, or it cannot be written to; if there is no complete
+                checkpoint to resume from, or only one of another run; if ``output_dir``
                 holds a finished model (see ``overwrite_output_dir``); if the test set is trained on.
             RuntimeError: If the loss or a weight is not finite; the last checkpoint is intact.
             SystemExit: With status 143, after SIGTERM: the step is finished and saved.
         """
+        with self._alone():
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> Any:
         survey(self._run_suite)  # a test set that is trained on is refused
         resume_from_checkpoint = self._sound_checkpoint(resume_from_checkpoint)
         if not resume_from_checkpoint and not self._owns_output and not self.args.overwrite_output_dir:
@@ -236,6 +244,21 @@ class CaRotTrainer(SuiteTrainer):
             logger.warning("Stopped by SIGTERM after step %d, which is saved.", self.state.global_step)
             raise SystemExit(128 + signal.SIGTERM)
         return output
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold ``output_dir``; all processes end if the first one cannot have it."""
+        refused: str | None = None
+        with ExitStack() as held:
+            if self.is_world_process_zero():
+                try:
+                    held.enter_context(locked(self.args.output_dir))
+                except ValueError as error:
+                    refused = str(error)
+            refused = said_by_first(refused)
+            if refused is not None:
+                raise ValueError(refused)
+            yield
 
     def _let_workers_go(self) -> None:
         """End the workers of the training loader, which would stay as long as the trainer.
@@ -716,7 +739,7 @@ class CaRotTrainer(SuiteTrainer):
         try:
             self._write_checkpoint(folder, model, trial)
         except Exception as error:
-            if not _failed_to_write(error):
+            if not failed_to_write(error):
                 raise
             reason = f"Expected to save {folder}, got {type(error).__name__}: {' '.join(str(error).split())}."
             raise OSError(f"{reason} {self._kept()} Make room, then resume.") from error
@@ -781,8 +804,10 @@ class CaRotTrainer(SuiteTrainer):
             raise RuntimeError("Expected a teacher to save, got none. Train with `distillation_weight` > 0.")
         if self.args.should_save:
             network: Any = merged(self.teacher.model)
-            network.save_pretrained(output_dir)
-            self.processing_class.save_pretrained(output_dir)
+            with whole_files(output_dir) as beside:
+                network.save_pretrained(beside)
+                self.processing_class.save_pretrained(beside)
+                self._written_teacher = files_below(beside)
 
     def push_to_hub(self, *args: Any, teacher: bool = False, **kwargs: Any) -> Any:
         """Publish the calibrated student; see :meth:`SuiteTrainer.push_to_hub`.
@@ -798,6 +823,7 @@ class CaRotTrainer(SuiteTrainer):
         """
         if teacher:
             self.save_teacher(Path(self.args.output_dir) / TEACHER_FOLDER)
+            self._teacher_files = [f"{TEACHER_FOLDER}/{name}" for name in self._written_teacher]
         return super().push_to_hub(*args, **kwargs)
 
     def evaluate(
@@ -851,13 +877,6 @@ def _sigmoid_logits(
 def _share(counts: list[int] | None, rows: int) -> float:
     """Weight of a mean over this device's rows, so that the mean over the devices is that over all rows."""
     return 1.0 if counts is None else rows * len(counts) / sum(counts)
-
-
-def _failed_to_write(error: Exception) -> bool:
-    """Tell whether an error is about writing a file: of Python, safetensors, or torch, in torch 2.13."""
-    texts = ("PytorchStreamWriter", "inline_container")
-    of_torch = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    return of_torch or isinstance(error, (OSError, SafetensorError))
 
 
 def _schedule(options: CaRotTrainingArguments) -> Schedule:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
@@ -19,6 +18,7 @@ from transformers import TrainingArguments
 from .adapters import check_lora_options, check_penalties
 from .losses import SAME_CLASS
 from .metric_names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, greater_is_better
+from .redaction import SECRET, public
 from .teacher import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
@@ -28,7 +28,6 @@ _SCALED_STEPS = ("warmup_steps", "teacher_update_every", "logging_steps")
 PUBLISHED_STEPS = 500  # of the papers
 _SHORT_RUN, _PARTS = 5_000, 50
 _WEIGHTS = ("distillation_weight", "feature_distillation_weight", "orthogonality_weight", "cross_norm_weight")
-SECRET = re.compile("token|key|secret|password")  # in names of a user's arguments: cards and checkpoints are published
 _STOCK = ("max_steps", "gradient_accumulation_steps", "bf16", "fp16", "tf32", "optim", "label_smoothing_factor", "seed")
 # Arguments of transformers that would be ignored here or break the method: what they may be, and what to do instead.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -483,6 +482,10 @@ class CaRotTrainingArguments(TrainingArguments):
             if item.name in own and value != default and published:
                 found[item.name] = value
         return found
+
+    def to_json_string(self) -> str:
+        """Return the arguments as they stand in event files: no token, password or folder of the machine."""
+        return json.dumps(public(self.to_dict()), indent=2)
 
     @property
     def needs_teacher(self) -> bool:

@@ -22,6 +22,7 @@ import torch
 
 from carot_hf.ece.binning import CalibrationBins
 from carot_hf.plots import reliability_grid
+from carot_hf.whole_file import whole_file
 
 METHODS = {
     "zero-shot": ["--zero_shot"],
@@ -67,9 +68,8 @@ def main(argv: Sequence[str]) -> None:
             results.setdefault(method, []).append(report["metrics"])
             tables = {name: CalibrationBins.from_dict(bins) for name, bins in report["bins"].items()}
             pictures.setdefault(method, {name: bins for name, bins in tables.items() if name != "validation"})
-    reliability_grid(pictures, title="Without temperature scaling").savefig(
-        options.output_dir / "reliability.png", dpi=60
-    )
+    with whole_file(options.output_dir / "reliability.png") as beside:
+        reliability_grid(pictures, title="Without temperature scaling").savefig(beside, dpi=60)
     print(f"\n=== {options.seeds} seed(s), {time.perf_counter() - start:.0f} s ===\n")
     print(comparison(results))
     print(

@@ -9,7 +9,7 @@ bit, with the same command and --resume_from_checkpoint.
 
 In the output folder (default: out/<preset>, out/zero_shot): the calibrated model and its processor (load them with
 AutoModel.from_pretrained, or in the stock pipeline "zero-shot-image-classification"), metrics.json,
-eval_reliability.png, and checkpoint-<step> folders.
+eval_reliability.png, local.json (places on this machine; never published), and checkpoint-<step> folders.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from carot_hf.checkpoints import checkpoint_folders, is_complete
 from carot_hf.evaluation import comparison_table
 from carot_hf.header import FINISHED, refuse_finished
 from carot_hf.model_card import command_line
+from carot_hf.redaction import public
+from carot_hf.run_lock import locked
 from carot_hf.survey import say_warnings, survey
 from carot_hf.training_args import PRESETS, preset_arguments
 from carot_hf.whole_file import write_whole
@@ -44,6 +47,7 @@ START_MODELS = {
 
 
 OF_THE_SUITE = "the suite's"  # start model, in metrics.json
+LOCAL_NAME = "local.json"  # what metrics.json, which is published, does not say: places on this machine
 
 
 @dataclass
@@ -84,8 +88,8 @@ class ScriptArguments:
     zero_shot: bool = field(default=False, metadata={"help": "Do not train: evaluate and calibrate the start model."})
 
 
-def parse(argv: list[str]) -> tuple[ScriptArguments, CaRotTrainingArguments, ShiftSuite]:
-    """Read the command line; the order of precedence is command line, suite, preset."""
+def options_of(argv: list[str]) -> tuple[HfArgumentParser, ScriptArguments, CaRotTrainingArguments]:
+    """Read the command line without the suite; a bad option fails here, before anything is loaded."""
     script_parser = HfArgumentParser(ScriptArguments, add_help=False, allow_abbrev=False)
     script: ScriptArguments = script_parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0]
     parser = HfArgumentParser(
@@ -93,7 +97,13 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, CaRotTrainingArguments, Shi
     )
     parser.set_defaults(output_dir=str(Path("out", "zero_shot" if script.zero_shot else script.preset)))
     parser.set_defaults(**preset_arguments(script.preset))
-    early = parser.parse_args_into_dataclasses(argv)[1]  # a bad option fails here, before anything is loaded
+    early: CaRotTrainingArguments = parser.parse_args_into_dataclasses(argv)[1]
+    return parser, script, early
+
+
+def parse(argv: list[str]) -> tuple[ScriptArguments, CaRotTrainingArguments, ShiftSuite]:
+    """Read the command line; the order of precedence is command line, suite, preset."""
+    parser, script, early = options_of(argv)
     if early.resume_from_checkpoint is None and not early.overwrite_output_dir:
         refuse_finished(early.output_dir)
         refuse_checkpoints(early.output_dir)
@@ -125,7 +135,14 @@ def start_model_of(suite: str) -> str:
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    """Run the job; return what metrics.json holds."""
+    """Run the job, alone in its folder; return what metrics.json holds."""
+    early = options_of(argv)[2]
+    with locked(early.output_dir) if early.process_index == 0 else nullcontext():
+        return work(argv)
+
+
+def work(argv: list[str]) -> dict[str, Any]:
+    """Train, evaluate, calibrate, save, and push if that is wanted."""
     script, args, suite = parse(argv)
     output_dir = Path(args.output_dir)
     start_model = script.model_name_or_path or start_model_of(script.suite)
@@ -147,16 +164,20 @@ def main(argv: list[str]) -> dict[str, Any]:
         trainer.save_model(_internal_call=True)  # whatever may come of the rest; nothing uncalibrated is pushed
     metrics = trainer.evaluate()
     calibration = trainer.calibrate()
+    method = "zero-shot" if script.zero_shot else script.preset
+    if trainer.is_world_process_zero():
+        print(f"\n{method} on {script.suite}, temperature {calibration['temperature']:.3f}\n")
+        print(table(suite, metrics), flush=True)
     if not args.push_to_hub:  # pushing saves
         trainer.save_model()
     report: dict[str, Any] = {
         "command": command_line(["finetune_imagenet.py", *argv]),  # the file is published with the model: no token
-        "suite": script.suite,
+        "suite": public(script.suite),
         "suite_version": suite.version,
         "suite_sha256": suite.content_hash,
-        "names": suite.sources,
-        "method": "zero-shot" if script.zero_shot else script.preset,
-        "start_model": script.model_name_or_path or f"{OF_THE_SUITE} ({Path(start_model).name})",
+        "names": public(suite.sources),
+        "method": method,
+        "start_model": public(script.model_name_or_path) or f"{OF_THE_SUITE} ({Path(start_model).name})",
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "versions": {
@@ -173,8 +194,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan, e.g. of empty bins, is no JSON
     if trainer.is_world_process_zero():
         write_whole(output_dir / "metrics.json", json.dumps(report, indent=2) + "\n")
-        print(f"\n{report['method']} on {script.suite}, temperature {calibration['temperature']:.3f}\n")
-        print(table(suite, metrics))
+        here = {"suite": script.suite, "start_model": script.model_name_or_path}
+        write_whole(output_dir / LOCAL_NAME, json.dumps(here, indent=2) + "\n")
         written = [*FINISHED, "config.json", "eval_reliability.png", "checkpoint-*"]
         found = [path.name for name in written for path in sorted(output_dir.glob(name))]
         print(f"\nSaved to {output_dir}: {', '.join(dict.fromkeys(found))}")

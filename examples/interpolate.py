@@ -20,13 +20,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from demo import COLUMNS
-from finetune_imagenet import OF_THE_SUITE, run, start_model_of, suite_options
+from finetune_imagenet import LOCAL_NAME, OF_THE_SUITE, run, start_model_of, suite_options
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.trainer_callback import PrinterCallback
 
@@ -36,6 +37,8 @@ from carot_hf.classifier import CLIPClassifier
 from carot_hf.evaluation import comparison_table
 from carot_hf.header import refuse_finished
 from carot_hf.merging import SWEEP, alpha_sweep, interpolate
+from carot_hf.redaction import HIDDEN, public_words
+from carot_hf.run_lock import locked
 from carot_hf.whole_file import whole_file, write_whole
 
 KINDS = {**dict.fromkeys(BACKBONES, AutoModel), "clip_classifier": CLIPClassifier}
@@ -47,13 +50,18 @@ def main(argv: Sequence[str]) -> list[dict[str, float]]:
     options = parse(argv)
     if options.zero_shot is None:
         options.zero_shot = recorded_start(Path(options.fine_tuned))
+    with locked(options.output_dir):
+        return sweep(options, argv)
+
+
+def sweep(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, float]]:
+    """Evaluate each mixture, write the table, save the wanted one."""
     suite = load_suite(options.suite, **suite_options(options))
     zero_shot, fine_tuned = (load_end(end) for end in (options.zero_shot, options.fine_tuned))
     processor = AutoProcessor.from_pretrained(options.fine_tuned)  # nosec B615  # the user's own model
     objective = "cross_entropy" if isinstance(fine_tuned, CLIPClassifier) else "contrastive"
     if objective == "cross_entropy":  # the trainer turns a CLIPModel into a classifier of the suite
         zero_shot = make_trainer(zero_shot, suite, processor, options, objective).model
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, float]] = []
     for alpha, model in alpha_sweep(zero_shot, fine_tuned, options.alphas):
         metrics = make_trainer(model, suite, processor, options, objective).evaluate()
@@ -103,7 +111,13 @@ def recorded_start(folder: Path) -> str:
     record = folder / "metrics.json"
     try:
         report = json.loads(record.read_text(encoding="utf-8"))
+        here = folder / LOCAL_NAME
+        if here.is_file():
+            places = json.loads(here.read_text(encoding="utf-8"))
+            report |= {key: value for key, value in places.items() if value is not None}
         start, suite = str(report["start_model"]), str(report["suite"])
+        if start.startswith(f"{HIDDEN}/"):
+            raise KeyError(LOCAL_NAME)  # it was published, and the place stayed where it was
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"Expected {record} to say which model the run started from, got {type(error).__name__}. Name it with "
@@ -154,7 +168,7 @@ def make_trainer(
 
 def write(rows: Sequence[dict[str, float]], argv: Sequence[str], folder: Path) -> None:
     """Write all metrics as JSON and the table as CSV."""
-    report = {"command": " ".join(["examples/interpolate.py", *argv]), "rows": rows}
+    report = {"command": shlex.join(["examples/interpolate.py", *public_words(argv)]), "rows": rows}
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan, e.g. an AUROC without errors
     write_whole(folder / "sweep.json", json.dumps(report, indent=2) + "\n")
     keys = ["alpha", *(key for _, key in TABLE)]

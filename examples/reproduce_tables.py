@@ -35,6 +35,9 @@ from tables import write_report
 
 from carot_hf import ShiftSuite, load_suite
 from carot_hf.checkpoints import checkpoint_folders, is_complete
+from carot_hf.redaction import public_words
+from carot_hf.run_lock import locked
+from carot_hf.whole_file import write_whole
 
 HERE = Path(__file__).resolve().parent
 FIRST_SEED = 42
@@ -64,6 +67,12 @@ class Cell:
 def main(argv: Sequence[str]) -> Path:
     """Run what is missing, write the report, return its path."""
     options = parse(argv)
+    with locked(options.output_dir):
+        return report(options, argv)
+
+
+def report(options: argparse.Namespace, argv: Sequence[str]) -> Path:
+    """Run the cells that are missing, and write the page."""
     start = time.perf_counter()
     suite = load_suite(options.suite, **suite_options(options))
     runner = Runner(options.output_dir / "cells", options.jobs)
@@ -91,7 +100,7 @@ def main(argv: Sequence[str]) -> Path:
         smoothings=scores,
         seeds=seeds,
         interval=teacher_interval(suite, options),
-        command=" ".join(["python examples/reproduce_tables.py", *argv]),
+        command=" ".join(["python examples/reproduce_tables.py", *public_words(argv)]),
         seconds=(runner.seconds(), time.perf_counter() - start),
         quick=options.quick,
     )
@@ -276,7 +285,7 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         stamp = folder / "cell.json"
         spent = json.loads(stamp.read_text())["seconds"] if stamp.exists() else 0.0
-        stamp.write_text(json.dumps({"arguments": cell.arguments, "seconds": spent}))
+        write_whole(stamp, json.dumps({"arguments": cell.arguments, "seconds": spent}))
         resume = cell.resumes and any(is_complete(path) for path in checkpoint_folders(folder))
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cell.processes}"]
         python = [sys.executable, *(several if cell.processes > 1 else [])]
@@ -295,7 +304,7 @@ class Runner:
                 check=False,
             )
         seconds = time.perf_counter() - start
-        stamp.write_text(json.dumps({"arguments": cell.arguments, "seconds": spent + seconds}))
+        write_whole(stamp, json.dumps({"arguments": cell.arguments, "seconds": spent + seconds}))
         if result.returncode or not (folder / cell.result).exists():
             self._stop.set()
             raise RuntimeError(

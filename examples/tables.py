@@ -276,7 +276,8 @@ def draw_figures(
         "figure4.png": grid(sets, "bins"),
         "figure5.png": grid(sets, "bins_ts"),
     }.items():
-        reliability_grid(tables).savefig(folder / name, dpi=60)
+        with whole_file(folder / name) as beside:
+            reliability_grid(tables).savefig(beside, dpi=60)
     points = {
         TITLES[method]: (
             mean_and_half_width([run["eval_id_accuracy"] for run in metrics[method]])[0],
@@ -289,4 +290,5 @@ def draw_figures(
         for method, rows in sweeps.items()
         if method in ("wise-ft", "wise-carot")
     }
-    id_ood_scatter(points, curves).savefig(folder / "scatter.png", dpi=80)
+    with whole_file(folder / "scatter.png") as beside:
+        id_ood_scatter(points, curves).savefig(beside, dpi=80)

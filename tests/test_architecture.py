@@ -33,6 +33,8 @@ ALLOWED = {
     "distributed": set(),
     "images": set(),
     "image_roots": set(),
+    "redaction": set(),
+    "run_lock": set(),
     "input_wait": set(),
     "gradient_cache": set(),
     "checkpoints": {"whole_file"},
@@ -46,7 +48,7 @@ ALLOWED = {
     "calibration": {"ece.binning", "ece.inputs"},
     "merging": set(),
     # floor 1: data, options, and models beside CLIPModel
-    "adapters": set(),  # LoRA; the only one that knows peft
+    "adapters": {"whole_file"},  # LoRA; the only one that knows peft
     "classifier": {"precision"},
     "convert": set(),
     "prompts": {"modes", "precision"},
@@ -71,8 +73,9 @@ ALLOWED = {
         "columns", "labels", "loading", "prompts", "recommended", "sets", "splits", "survey", "tables", "yaml_text",
     },
     "suites": {"content_hash", "digits", "imagenet_suite", "sets", "suite_file"},
-    "training_args": {"adapters", "losses", "metric_names", "teacher"},
-    "resume": {"checkpoint_files", "training_args", "whole_file"},
+    "training_args": {"adapters", "losses", "metric_names", "redaction", "teacher"},
+    "resume": {"checkpoint_files", "redaction", "training_args", "whole_file"},
+    "publish": {"checkpoints", "whole_file"},
     "onnx_export": {"calibration", "classifier", "transforms"},
     "prepare": {"adapters", "backbones", "calibration", "classifier", "precision", "prompts", "sets"},
     # floor 2: when and what to show
@@ -80,7 +83,7 @@ ALLOWED = {
     "callbacks": {"teacher", "teacher_file"},
     "evaluation": {"calibration", "ece.binning", "metric_names", "sets", "sigmoid"},
     "plots": {"ece.binning"},
-    "model_card": set(),
+    "model_card": {"redaction"},
     "reporting": {"ece.binning", "plots", "whole_file"},
     "header": set(),
     # the Space of the metric, which installs the package: nothing of ours imports it
@@ -89,13 +92,14 @@ ALLOWED = {
     # floor 3: the trainer
     "suite_trainer": {
         "adapters", "backbones", "calibration", "classifier", "data", "distributed", "ece.binning", "evaluation",
-        "fingerprint", "metric_names", "model_card", "precision", "prepare", "prompts", "reporting", "resume", "sets",
-        "streaming", "training_args", "transforms", "whole_file",
+        "fingerprint", "metric_names", "model_card", "precision", "prepare", "prompts", "publish", "redaction",
+        "reporting", "resume", "run_lock", "sets", "streaming", "training_args", "transforms", "whole_file",
     },
     "trainer": {
         "adapters", "backbones", "callbacks", "checkpoint_files", "checkpoints", "classifier", "content_hash",
         "distributed", "evaluation", "gradient_cache", "header", "input_wait", "losses", "model_card", "precision",
-        "prepare", "resume", "sets", "sigmoid", "suite_trainer", "survey", "teacher", "teacher_file", "training_args",
+        "prepare", "resume", "run_lock", "sets", "sigmoid", "suite_trainer", "survey", "teacher", "teacher_file",
+        "training_args", "whole_file",
     },
 }  # fmt: skip
 THIRD_PARTY = {
@@ -120,7 +124,8 @@ THIRD_PARTY = {
     "checkpoint_files": {"safetensors", "torch", "transformers"},
     "distributed": {"torch"},
     "checkpoints": set(),
-    "whole_file": set(),
+    "whole_file": {"safetensors"},
+    "publish": {"huggingface_hub"},
     "content_hash": {"numpy"},
     "fingerprint": {"torch"},
     "calibration": {"numpy", "torch"},
@@ -137,6 +142,8 @@ THIRD_PARTY = {
     "sets": {"numpy", "pyarrow", "torch"},
     "images": {"numpy", "PIL"},
     "image_roots": set(),
+    "redaction": set(),
+    "run_lock": set(),
     "gradient_cache": {"torch"},
     "input_wait": set(),
     "streaming": {"numpy", "torch"},

@@ -552,7 +552,10 @@ HARM = {
         state_with(num_train_epochs=10**400),
         r"trainer_state\.json has 10+\.\.\. as `num_train_epochs`",
     ),
-    "best a list": (state_with(best_model_checkpoint=["x"]), r"trainer_state\.json has list as `best_model_checkpoint`"),
+    "best a list": (
+        state_with(best_model_checkpoint=["x"]),
+        r"trainer_state\.json has list as `best_model_checkpoint`",
+    ),
     "history": (state_with(log_history=[3]), r"trainer_state\.json has entries in `log_history` that are no mappings"),
     "field unknown": (state_with(evil=1), r"trainer_state\.json has the field 'evil', which the installed"),
     "state a list": (file_of("trainer_state.json", "[1]"), r"trainer_state\.json holds list, no mapping"),

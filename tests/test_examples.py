@@ -79,6 +79,7 @@ def test_a_folder_with_an_interrupted_save_alone_can_be_started_anew(tmp_path, m
     command = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path)]
     with pytest.raises(Reached):
         finetune_imagenet.main(command)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
     write_manifest(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="Add --resume_from_checkpoint"):
         finetune_imagenet.main(command)
@@ -117,6 +118,7 @@ def test_checkpoints_are_not_deleted_before_all_is_in_order(tmp_path, monkeypatc
     """--overwrite_output_dir deleted them first, and then there was no such model."""
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4/weights").write_text("mine")
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
     write_manifest(tmp_path / "checkpoint-4")
     options = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path), "--overwrite_output_dir", *flags]
     with pytest.raises((OSError, SystemExit)):
@@ -126,6 +128,7 @@ def test_checkpoints_are_not_deleted_before_all_is_in_order(tmp_path, monkeypatc
 
 def test_checkpoints_of_an_earlier_run_are_deleted_when_one_says_so(tmp_path, capsys):
     (tmp_path / "checkpoint-400").mkdir()
+    (tmp_path / "checkpoint-400" / "trainer_state.json").write_text("{}")
     write_manifest(tmp_path / "checkpoint-400")
     options = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path), "--zero_shot", "--report_to", "none"]
     with pytest.raises(ValueError, match=r"--overwrite_output_dir to delete them"):

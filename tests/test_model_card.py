@@ -233,7 +233,8 @@ def test_pickles_of_the_arguments_hold_no_token(make_trainer):
 
 def test_an_uncalibrated_push_is_said(make_trainer, monkeypatch, caplog):
     trainer = make_trainer()
-    monkeypatch.setattr("transformers.Trainer.push_to_hub", lambda self, *a, **kw: "pushed")
+    trainer.hub_model_id, trainer.push_in_progress = "tester/tiny", None
+    monkeypatch.setattr("carot_hf.suite_trainer.upload", lambda *a, **kw: "pushed")
     for name in ("transformers", "carot_hf"):
         logging.getLogger(name).propagate = True
     with caplog.at_level(logging.WARNING):
