@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from .ece.binning import calibration_bins, check_n_bins, checked_weights, classwise_sums, rows_that_count
 from .ece.inputs import AS_LOGITS, as_array, looks_like_probabilities, to_numpy, two_dimensional
+from .escape import guarded
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 CRITERIA = ("nll", "ece")
 LINKS = ("softmax", "sigmoid")

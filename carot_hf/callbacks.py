@@ -17,10 +17,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from .escape import guarded
 from .teacher import Teacher, ema_momentum
 from .teacher_file import TEACHER_NAME, load_teacher_file, save_teacher_file
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 Schedule = Callable[[int, int], float]
 

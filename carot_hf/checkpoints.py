@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+from .escape import guarded
 from .whole_file import write_whole
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 MANIFEST_NAME = "manifest.json"
 Flaw = Callable[[Path], str | None]

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+from .escape import guarded
 from .prompts import PLACEHOLDER, check_templates
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 SOURCES = ("files", "open_clip", "ClassLabel")
 DEFAULT_TEMPLATE = "a photo of a {}."

@@ -27,9 +27,10 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
+from .escape import guarded
 from .precision import at_least_float32, wide_dtype
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 _LENGTH_TOLERANCE = 1e-3  # of rows of length 1; rounding to bfloat16 stays below it
 _CHUNK_VALUES = 1 << 22  # logits of the linear probe held at a time

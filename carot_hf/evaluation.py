@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .calibration import LogitRows, calibration_metrics, fit_temperature, top_label
 from .ece.binning import CalibrationBins, calibration_bins
+from .escape import printable
 from .metric_names import SCALED
 from .sets import ShiftSet, ShiftSuite
 from .sigmoid import fit_sigmoid
@@ -155,7 +156,12 @@ def comparison_table(rows: Mapping[str, Mapping[str, float]], columns: Iterable[
     columns = list(columns)
     cells = [["", *(title for title, _ in columns)]]
     for title, values in rows.items():
-        cells.append([title, *(f"{values[key]:.3f}" if key in values else "" for _, key in columns)])
+        cells.append(
+            [
+                printable(title).replace("|", "\\|"),
+                *(f"{values[key]:.3f}" if key in values else "" for _, key in columns),
+            ]
+        )
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .escape import guarded
 from .images import is_image_name
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 _SHOWN = 5  # names that a warning lists
 

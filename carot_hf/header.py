@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .escape import printable_lines
+
 FINISHED = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "adapter_model.safetensors"),
     *("metrics.json", "README.md", "sweep.json"),
@@ -84,6 +86,7 @@ def header(plan: Plan) -> str:
     if plan.scaled:
         named = ", ".join(f"{name} {value:,}" for name, value in sorted(plan.scaled.items()))
         lines["scaled"] = f"{named}: this run's share of the papers' 500 of 25,030 steps; name them to have others"
+    lines = {name: printable_lines(text) for name, text in lines.items()}
     return "\n".join(f"{name:<{_INDENT}}" + text.replace("\n", "\n" + " " * _INDENT) for name, text in lines.items())
 
 

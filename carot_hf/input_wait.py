@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-logger = logging.getLogger(__name__)
+from .escape import guarded
+
+logger = guarded(logging.getLogger(__name__))
 
 BOTTLENECK = 0.5
 

@@ -27,11 +27,12 @@ from huggingface_hub.file_download import repo_folder_name
 from numpy.typing import NDArray
 
 from .columns import image_column
+from .escape import guarded
 from .folders import Found, asked_split, files_of_split, images_in, images_of_split, split_of, walk
 from .image_roots import ImageRoots
 from .tables import METADATA, SUFFIXES, read_tables, with_folders
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 Rows = Any  # a datasets.Dataset or a datasets.IterableDataset
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .escape import code, markdown, printable, printable_lines
 from .redaction import public_words
 
 TAGS = ("carot_hf", "clip", "calibration", "robustness", "distribution-shift")
@@ -103,19 +105,23 @@ class CardFacts:
 def model_card(facts: CardFacts) -> ModelCard:
     """Write the card: metadata with a result for each set and metric, as the weights give it, and the text."""
     data = ModelCardData(
-        model_name=facts.name,
+        model_name=printable(facts.name),
         library_name="transformers" if facts.task == ZERO_SHOT else "carot_hf",  # whose class the model is
         pipeline_tag=facts.task,
-        license=facts.license,
-        base_model=facts.base_model,
-        datasets=list(facts.datasets) or None,
+        license=_shown(facts.license),
+        base_model=_shown(facts.base_model),
+        datasets=list(map(printable, facts.datasets)) or None,
         metrics=["accuracy", "carot_hf/ece"],
-        tags=list(dict.fromkeys([*TAGS, *facts.tags])),
-        language=facts.language,
+        tags=list(dict.fromkeys([*TAGS, *map(printable, facts.tags)])),
+        language=_shown(facts.language),
         eval_results=_results(facts) or None,
         ignore_metadata_errors=False,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(facts)}")
+
+
+def _shown(text: str | None) -> str | None:
+    return None if text is None else printable(text)
 
 
 def versions() -> dict[str, str]:
@@ -162,9 +168,9 @@ def _results(facts: CardFacts) -> list[EvalResult]:
                 results.append(
                     EvalResult(
                         task_type=facts.task,
-                        dataset_type=facts.suite,
-                        dataset_name=name,
-                        dataset_config=name,  # the metadata would else take all sets for one
+                        dataset_type=printable(facts.suite),
+                        dataset_name=printable(name),
+                        dataset_config=printable(name),  # the metadata would else take all sets for one
                         dataset_split="test",
                         dataset_revision=facts.suite_hash,
                         metric_type=metric,
@@ -176,9 +182,9 @@ def _results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _text(facts: CardFacts) -> str:
-    parts = [f"# {facts.name}", _summary(facts), "## Results", _table(facts)]
+    parts = [f"# {markdown(facts.name)}", _summary(facts), "## Results", _table(facts)]
     if facts.diagram is not None:
-        parts.append(f"![Reliability diagrams of each set]({facts.diagram})")
+        parts.append(f"![Reliability diagrams of each set]({quote(facts.diagram)})")
     parts += [
         "## Temperature",
         _temperature(facts),
@@ -192,12 +198,14 @@ def _text(facts: CardFacts) -> str:
 
 
 def _summary(facts: CardFacts) -> str:
-    start = f"`{facts.base_model}`" if facts.base_model else "A CLIP checkpoint"
+    start = code(facts.base_model) if facts.base_model else "A CLIP checkpoint"
     trained = "CLIP's contrastive loss" if facts.objective == "contrastive" else "a linear head and cross-entropy"
-    done = f"fine-tuned on the suite `{facts.suite}` ({len(facts.class_names):,} classes) with {trained}, by carot_hf."
+    done = (
+        f"fine-tuned on the suite {code(facts.suite)} ({len(facts.class_names):,} classes) with {trained}, by carot_hf."
+    )
     if facts.steps == 0:
         done = (
-            f"as it was loaded: this run trained nothing. It was prepared for the suite `{facts.suite}` "
+            f"as it was loaded: this run trained nothing. It was prepared for the suite {code(facts.suite)} "
             f"({len(facts.class_names):,} classes) by carot_hf."
         )
     needs = "transformers only" if facts.task == ZERO_SHOT else "transformers and carot_hf, which has its class"
@@ -220,8 +228,8 @@ def _table(facts: CardFacts) -> str:
     titles = ["set", "", *columns]
     rows = [
         [
-            "" if name == "ood" else name,
-            kind,
+            "" if name == "ood" else markdown(name),
+            markdown(kind),
             *(_number(facts.metrics.get(f"{name}_{key}")) for key in columns.values()),
         ]
         for name, kind in kinds.items()
@@ -234,8 +242,8 @@ def _table(facts: CardFacts) -> str:
     ]
     if facts.chosen_by is not None:
         notes.append(
-            f"**These weights were chosen by `{facts.chosen_by}`**, a figure of the test set: its figures here are too "
-            "good."
+            f"**These weights were chosen by {code(facts.chosen_by)}**, a figure of the test set: its figures here are "
+            "too good."
         )
     if other:
         notes.append("ECE and NLL with the temperature that is in the weights were not measured.")
@@ -243,7 +251,7 @@ def _table(facts: CardFacts) -> str:
         notes.append(f"T = {facts.temperature:.4f} was fitted by the evaluation; **it is not in these weights**.")
     worse = [name for name in names if facts.metrics.get(f"{name}_ece_ts", -1.0) > facts.metrics[f"{name}_ece"]]
     if scaled and worse:
-        notes.append(f"**With T the ECE is larger than without** on: {', '.join(worse)}.")
+        notes.append(f"**With T the ECE is larger than without** on: {', '.join(map(markdown, worse))}.")
     return "\n\n".join([table, *notes])
 
 
@@ -255,7 +263,8 @@ def _temperature(facts: CardFacts) -> str:
     fitted = "set by hand: no split is known that it was fitted on"
     if "split" in record and "n" in record:
         fitted = (
-            f"fitted on the split `{record['split']}` ({record['n']:,} images, criterion {record.get('criterion')}), "
+            f"fitted on the split {code(record['split'])} ({record['n']:,} images, criterion "
+            f"{markdown(record.get('criterion'))}), "
             "which is held out of training and of the table"
         )
     if "bias" in record:
@@ -272,12 +281,12 @@ def _temperature(facts: CardFacts) -> str:
 
 def _use(facts: CardFacts) -> str:
     model = json.dumps(facts.repo or facts.name)
-    code = f'from transformers import pipeline\n\nclassify = pipeline("{facts.task}", model={model})\n'
+    lines = f'from transformers import pipeline\n\nclassify = pipeline("{facts.task}", model={model})\n'
     captions = f"It was evaluated with {len(facts.templates)} captions a class"
     if facts.task == ZERO_SHOT:
         names = ", ".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names[:_SHOWN_CLASSES])
         rest = len(facts.class_names) - _SHOWN_CLASSES
-        code += (
+        lines += (
             f"labels = [{names}]{f'  # and {rest:,} more' if rest > 0 else ''}\n"
             f"template = {json.dumps(facts.templates[0], ensure_ascii=False)}\n"
             'classify("image.jpg", candidate_labels=labels, hypothesis_template=template)'
@@ -288,13 +297,13 @@ def _use(facts: CardFacts) -> str:
                 "the table, not the same; `CaRotTrainer.export_classifier` gives those. The captions"
             )
     else:
-        code = f'import carot_hf  # makes the model\'s class known\n{code}classify("image.jpg")'
+        lines = f'import carot_hf  # makes the model\'s class known\n{lines}classify("image.jpg")'
         captions = "The head started from these captions"
     return "\n\n".join(
         [
-            _fenced(code, "python"),
+            _fenced(lines, "python"),
             f"{captions}:",
-            _fenced("\n".join(facts.templates), "text"),
+            _fenced("\n".join(map(printable, facts.templates)), "text"),
             "<details><summary>Class names, in the order of the labels</summary>",
             _fenced("\n".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names), "text"),
             "</details>",
@@ -303,14 +312,15 @@ def _use(facts: CardFacts) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A block of code whose fence is longer than any in the text."""
+    """A block of code whose fence is longer than any in the text, without control characters."""
+    text = printable_lines(text)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _limits(facts: CardFacts) -> str:
     lines = [
-        f"Meant for images like those of the suite `{facts.suite}` and for research on shift and calibration.",
+        f"Meant for images like those of the suite {code(facts.suite)} and for research on shift and calibration.",
         "The temperature is fitted at home: under shift, on other classes and with other captions the probabilities "
         "are less calibrated; the table says by how much on the sets that were tried.",
         "It inherits the biases of its base model and of its training images. Not for decisions about people.",
@@ -322,17 +332,17 @@ def _reproduction(facts: CardFacts) -> str:
     parts = []
     if facts.command:
         parts.append(_fenced(facts.command, "bash"))
-    options = "\n".join(f"| `{name}` | `{str(value).replace('|', '/')}` |" for name, value in facts.arguments.items())
+    options = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in facts.arguments.items())
     if options:
         parts.append(f"| argument | value |\n|---|---|\n{options}")
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     processes = f"; {facts.processes} processes" if facts.processes > 1 else ""
     parts.append(f"{facts.steps:,} steps; seed {facts.seed}{processes}; {versions}.")
     if facts.changes:
-        parts.append("\n".join(f"- {change}" for change in facts.changes))
+        parts.append("\n".join(f"- {markdown(change)}" for change in facts.changes))
     if facts.suite_hash:
-        number = f" version {facts.suite_version}" if facts.suite_version else ""
-        parts.append(f"Suite `{facts.suite}`{number}, sha256 `{facts.suite_hash}` (`suite.content_hash`).")
+        number = f" version {markdown(facts.suite_version)}" if facts.suite_version else ""
+        parts.append(f"Suite {code(facts.suite)}{number}, sha256 `{facts.suite_hash}` (`suite.content_hash`).")
     return "\n\n".join(parts)
 
 

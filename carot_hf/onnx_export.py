@@ -17,9 +17,10 @@ from transformers import CLIPModel
 
 from .calibration import calibration_record
 from .classifier import CLIPClassifier
+from .escape import guarded
 from .transforms import ImageTransform
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 OPSET = 18  # the exporter's own; onnxruntime 1.14 and later know it
 TOLERANCE = 1e-4  # largest difference between probabilities of torch and of onnxruntime

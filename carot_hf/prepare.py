@@ -14,11 +14,12 @@ from .adapters import add_lora, base_model, cast_frozen, check_adapters, is_adap
 from .backbones import backbone_of, caption_options, check_method, is_backbone
 from .calibration import calibration_record
 from .classifier import CLIPClassifier
+from .escape import guarded
 from .precision import not_finite
 from .prompts import CaptionTable, class_embeddings
 from .sets import ShiftSuite
 
-logger = logging.get_logger(__name__)
+logger = guarded(logging.get_logger(__name__))
 
 ARGUMENTS = ("objective", "freeze", "lora_rank", "lora_alpha", "float32_weights")  # that shape the model
 FROZEN = {"vision": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}

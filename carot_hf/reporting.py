@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ece.binning import CalibrationBins
+from .escape import guarded
 from .plots import reliability_diagram, reliability_grid
 from .whole_file import whole_file
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 PLAIN = "as trained"  # title of what is without a temperature
 Tables = Mapping[str, Mapping[str, CalibrationBins]]  # by set, by title

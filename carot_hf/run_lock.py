@@ -13,7 +13,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from .escape import guarded
+
+logger = guarded(logging.getLogger(__name__))
 
 LOCK_NAME = ".run.lock"
 _BEAT = 30.0  # seconds between two signs of life

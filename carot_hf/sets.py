@@ -19,13 +19,14 @@ from torch.utils.data import Dataset, Subset
 
 from .columns import found_label_column, image_column
 from .content_hash import sha256_of_array, sha256_of_facts
+from .escape import guarded, printable
 from .image_roots import ImageRoots
 from .images import BadImageError, NotAnImageError, is_decoding_error, read_image
 from .labels import ClassNames, LabelNames, LabelTable, not_a_label, shown
 from .metric_names import common_name
 from .prompts import check_class_names, check_distinct, check_templates
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 RESERVED_NAMES = ("id", "ood", "teacher", "validation")
 
@@ -88,7 +89,7 @@ class ShiftSet(Dataset):
                 )
         transformed = _facts_of(data, "format").get("type") == "custom"
         encoded = _undecoded(data, image_column)
-        self.data, self.name, self.num_classes = data if transformed else encoded, name, int(num_classes)
+        self.data, self.name, self.num_classes = data if transformed else encoded, printable(name), int(num_classes)
         self._encoded = encoded if transformed else None  # the rows that a transform of the user's sees
         self.columns = None if columns is None else _checked_columns(name, columns, num_classes)
         self.image_column, self.label_column, self.caption_column = image_column, label_column, caption_column
@@ -506,6 +507,8 @@ class ShiftSuite:
     allow_shared: bool = False
 
     def __post_init__(self) -> None:
+        self.name = printable(self.name)
+        self.version = None if self.version is None else printable(self.version)
         check_templates(self.templates)
         check_class_names(self.class_names)
         if not self.sources:  # ImageNet's published names have two pairs of equal ones

@@ -14,12 +14,13 @@ import numpy as np
 from datasets.fingerprint import Hasher
 
 from .columns import image_column, is_text, label_column
+from .escape import guarded
 from .labels import ClassNames, LabelTable
 from .loading import check_labels, hold_out
 from .sets import ShiftSet
 from .streaming import StreamedSet, count_rows, shard_rows
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 _SHOWN = 3  # missing files that an error names
 _PLACES = ("image_root", "image_roots")

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .escape import guarded
 from .images import BadImageError
 from .sets import ShiftSet
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 T = TypeVar("T")
 _READ = 16  # rows taken from a stream at a time

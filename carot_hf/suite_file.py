@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from .columns import found_label_column, image_column, is_text, label_column
+from .escape import guarded
 from .labels import ClassNames, LabelNames, not_a_label
 from .loading import LAYOUTS, Opened, open_source, refuse_local_look
 from .prompts import check_class_names, check_distinct
@@ -24,7 +25,7 @@ from .survey import survey
 from .tables import read_text
 from .yaml_text import as_number, load_yaml, short
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 DEFAULT_TEMPLATES = ["a photo of a {}."]
 HOLD_OUT_SEED = 0

@@ -53,6 +53,7 @@ from .data import (
 )
 from .distributed import gather_uneven, keep_group
 from .ece.binning import CalibrationBins
+from .escape import guarded
 from .evaluation import (
     Comparison,
     Head,
@@ -94,7 +95,7 @@ from .training_args import CaRotTrainingArguments
 from .transforms import check_image_size, check_processor, image_transform, normalize_pixels
 from .whole_file import files_below, whole_file, whole_files
 
-logger = logging.get_logger(__name__)
+logger = guarded(logging.get_logger(__name__))
 
 FEW_ROWS = 50  # with fewer `calibrate` warns
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")

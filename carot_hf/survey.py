@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Subset
 
+from .escape import guarded, printable
 from .sets import ShiftSet, ShiftSuite
 
-logger = logging.getLogger(__name__)
+logger = guarded(logging.getLogger(__name__))
 
 MOST_IMAGES = 200_000  # in all sets of a suite: more are not compared
 _CLASSES_SHOWN = 40
@@ -51,7 +52,7 @@ class Survey:
         if len(self.classes) <= _CLASSES_SHOWN:
             for index, label in enumerate(self.classes):
                 cells = [f"{self.counts[name][index]:,}" if name in known else "?" for name in self.sizes]  # type: ignore[index]
-                rows.append([label, *cells])
+                rows.append([printable(label), *cells])
         else:
             cells = []
             for name in self.sizes:

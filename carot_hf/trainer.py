@@ -44,6 +44,7 @@ from .checkpoints import (
 from .classifier import linear_probe
 from .content_hash import sha256_of_facts
 from .distributed import gather_rows, local_columns, lost_process, row_counts, said_by_first
+from .escape import guarded, printable
 from .evaluation import Comparison
 from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from .header import Plan, every, header, model_line, plan_warnings, refuse_finished, shared_class_share
@@ -85,7 +86,7 @@ from .teacher_file import TEACHER_NAME, load_teacher_file, save_teacher_file, te
 from .training_args import PUBLISHED_STEPS, CaRotTrainingArguments
 from .whole_file import failed_to_write, files_below, whole_files
 
-logger = logging.get_logger(__name__)
+logger = guarded(logging.get_logger(__name__))
 
 
 class CaRotTrainer(SuiteTrainer):
@@ -458,7 +459,7 @@ class CaRotTrainer(SuiteTrainer):
         if self.is_world_process_zero():
             kept = [folder.name for folder in checkpoint_folders(self.args.output_dir) if is_complete(folder)]
             where = f"{', '.join(kept)} in {self.args.output_dir}" if kept else "no checkpoint; `save_model` saves it"
-            tqdm.write(f"{'finished':<11}{self.state.global_step:,} steps; {where}\n")
+            tqdm.write(f"{'finished':<11}{self.state.global_step:,} steps; {printable(where)}\n")
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args, **kwargs)

@@ -31,6 +31,7 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser
 import carot_hf
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
 from carot_hf.checkpoints import checkpoint_folders, is_complete
+from carot_hf.escape import printable
 from carot_hf.evaluation import comparison_table
 from carot_hf.header import FINISHED, refuse_finished
 from carot_hf.model_card import command_line
@@ -154,7 +155,7 @@ def work(argv: list[str]) -> dict[str, Any]:
     trainer = CaRotTrainer(model=model, args=args, suite=suite, processing_class=processor)
     if args.overwrite_output_dir and args.resume_from_checkpoint is None and trainer.is_world_process_zero():
         for folder in checkpoint_folders(output_dir):  # a later call would go on from them; all else is in order by now
-            print(f"Deleting {folder}, of an earlier run", flush=True)
+            print(f"Deleting {printable(folder)}, of an earlier run", flush=True)
             shutil.rmtree(folder)
     if script.zero_shot and trainer.is_world_process_zero():
         print(survey(suite).table(), end="\n\n", flush=True)
@@ -166,7 +167,7 @@ def work(argv: list[str]) -> dict[str, Any]:
     calibration = trainer.calibrate()
     method = "zero-shot" if script.zero_shot else script.preset
     if trainer.is_world_process_zero():
-        print(f"\n{method} on {script.suite}, temperature {calibration['temperature']:.3f}\n")
+        print(f"\n{method} on {printable(script.suite)}, temperature {calibration['temperature']:.3f}\n")
         print(table(suite, metrics), flush=True)
     if not args.push_to_hub:  # pushing saves
         trainer.save_model()
@@ -198,7 +199,7 @@ def work(argv: list[str]) -> dict[str, Any]:
         write_whole(output_dir / LOCAL_NAME, json.dumps(here, indent=2) + "\n")
         written = [*FINISHED, "config.json", "eval_reliability.png", "checkpoint-*"]
         found = [path.name for name in written for path in sorted(output_dir.glob(name))]
-        print(f"\nSaved to {output_dir}: {', '.join(dict.fromkeys(found))}")
+        print(f"\nSaved to {printable(output_dir)}: {printable(', '.join(dict.fromkeys(found)))}")
     if args.push_to_hub:
         trainer.push_to_hub(finetuned_from=None if Path(start_model).exists() else start_model)
     trainer.accelerator.end_training()
@@ -224,7 +225,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
     try:
         main(sys.argv[1:])
     except (ImportError, OSError, TypeError, ValueError) as error:  # OSError: a model that is not there, a full disk
-        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(error).split()))}")
 
 
 if __name__ == "__main__":

@@ -5,22 +5,34 @@ Fast, and over the loopback address only. SECURITY.md and docs/faults.md say whi
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
+import logging
 import math
 import os
+import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
+import finetune_imagenet
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from conftest import noise_suite, tiny_clip, tiny_processor
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from layouts import folders, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -32,12 +44,18 @@ from carot_hf import (
     bake_temperature,
     load_suite,
     loading,
+    run_lock,
     unbake_temperature,
 )
 from carot_hf.calibration import calibration_record
 from carot_hf.checkpoints import checkpoint_folders, damage_of, newest_complete_checkpoint, write_manifest
+from carot_hf.escape import code, markdown, printable
+from carot_hf.evaluation import comparison_table
 from carot_hf.images import FORMATS, MAX_BYTES, MAX_PIXELS, BadImageError, read_image
+from carot_hf.model_card import ZERO_SHOT, CardFacts, model_card
 from carot_hf.recommended import method_options
+from carot_hf.redaction import public, public_words
+from carot_hf.run_lock import locked
 from carot_hf.splits import as_set
 from carot_hf.tables import read_text
 
@@ -108,9 +126,9 @@ def test_postscript_starts_no_ghostscript(tmp_path):
     )
     stock = "from PIL import Image\ntry:\n    Image.open('cat.eps').load()\nexcept Exception as error:\n    pass\n"
     said = {}
-    for name, code in (("ours", ours), ("stock", stock)):
+    for name, script in (("ours", ours), ("stock", stock)):
         place = {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=place, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=place, capture_output=True, text=True)
         said[name] = done.stdout, (tmp_path / "ran").exists()
     assert (
         "an image that can be decoded in set 'hub' at index 0 (file cat.jpg), got UnidentifiedImageError"
@@ -724,3 +742,434 @@ def test_a_start_model_that_is_not_finite_is_neither_trained_nor_saved(tmp_path,
     with pytest.raises(ValueError, match=rf"a start model of finite weights, got nan or inf in `{name}` of CLIPModel"):
         made_trainer(tmp_path / "run", model)
     assert not (tmp_path / "run").exists()
+
+
+# ---- what is published ----
+
+
+class Client:
+    """Stands in for huggingface_hub's client; it notes by name what would be sent, chosen by its own filter."""
+
+    def __init__(self):
+        self.sent = []
+
+    def upload_folder(self, *, folder_path, allow_patterns, run_as_future, path_in_repo=None, **options):
+        names = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+        prefix = "" if path_in_repo is None else f"{path_in_repo}/"
+        chosen = filter_repo_objects(names, allow_patterns=allow_patterns)
+        self.sent.append({f"{prefix}{name}" for name in chosen})
+        done = Future()
+        done.set_result(None)
+        return done if run_as_future else None
+
+
+@pytest.fixture
+def commits(monkeypatch):
+    """What is sent to the Hub, a set of names for each commit."""
+    client = Client()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **options: client)
+    return client.sent
+
+
+def to_publish(out, **options):
+    trainer = made_trainer(out, **options)
+    trainer.hub_model_id, trainer.push_in_progress = "tester/tiny", None
+    return trainer
+
+
+MODEL = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_what_is_published_is_chosen_not_left_over(tmp_path, commits):
+    """Secrets, links, checkpoints at any depth, logs and files of the user's stay, and a teacher nobody asked for."""
+    out = tmp_path / "run"
+    trainer = to_publish(out, max_steps=2)
+    trainer.train()
+    trainer.evaluate()
+    trainer.calibrate()
+    for name in (".env", "id_rsa", "notes.txt", "old/checkpoint-3/optimizer.pt", "_cache/x", "teacher/own.txt",
+                 "runs/events.out.tfevents.1", "checkpoint-7/x", "local.json", "model.pt",
+                 "private.safetensors"):  # fmt: skip
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("private")
+    (tmp_path / "passwords").write_text("private")
+    (out / "linked.txt").symlink_to(tmp_path / "passwords")
+    (out / "metrics.json").write_text("{}")
+    trainer.push_to_hub()
+    trainer.push_to_hub(teacher=True)
+    trainer.push_to_hub(also=["notes.txt", "runs"])
+    first, second, third = commits
+    assert first.keys() >= MODEL
+    assert first - MODEL == {"README.md", "metrics.json", "eval_reliability.png"}
+    assert second - first == {f"teacher/{name}" for name in MODEL}
+    assert third - second == {"notes.txt", "runs/events.out.tfevents.1"}
+
+
+@pytest.mark.parametrize(
+    "name", ["linked.txt", "folder", "../passwords", "/etc/passwd", "nowhere", ".", "deep/linked.txt"]
+)
+def test_further_files_are_files_of_the_folder(tmp_path, commits, name):
+    out = tmp_path / "run"
+    trainer = to_publish(out)
+    (out / "deep").mkdir(parents=True)
+    (tmp_path / "passwords").write_text("private")
+    (out / "linked.txt").symlink_to(tmp_path / "passwords")
+    (out / "folder").symlink_to(tmp_path)
+    (out / "deep" / "linked.txt").symlink_to(tmp_path / "passwords")
+    with pytest.raises(ValueError, match=r"Expected files or folders in .*run to publish beside the model, got '"):
+        trainer.push_to_hub(also=[name])
+    assert commits == []
+    with pytest.raises(ValueError, match="beside the model"):
+        trainer.push_to_hub(also=["folder/passwords"])
+    trainer.push_to_hub(also=["deep"])
+    assert not any("linked" in name for name in commits[0])
+
+
+def test_links_in_the_place_of_the_model_are_not_followed(tmp_path, commits):
+    """A folder that somebody prepared: its metrics.json and picture lead elsewhere."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (tmp_path / "passwords").write_text("private")
+    for name in ("metrics.json", "model.safetensors", "config.json"):
+        (out / name).symlink_to(tmp_path / "passwords")
+    trainer = to_publish(out, overwrite_output_dir=True)
+    trainer.push_to_hub()
+    assert "metrics.json" not in commits[0]
+    assert commits[0].keys() >= MODEL  # written anew, in the place of the links
+    assert (tmp_path / "passwords").read_text() == "private"
+
+
+def test_a_push_while_it_trains_takes_the_files_of_the_checkpoint(tmp_path, commits, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".env").write_text("private")
+    trainer = to_publish(out, max_steps=2, hub_strategy="checkpoint", push_to_hub=False)
+    trainer.args.push_to_hub = True
+    write = trainer._write_checkpoint
+
+    def and_strays(folder, *args):
+        folder.mkdir(parents=True)
+        (folder / "linked").symlink_to(out / ".env")
+        write(folder, *args)
+        (folder / "late.txt").write_text("private")  # after the manifest
+
+    trainer._write_checkpoint = and_strays
+    monkeypatch.setattr(trainer, "_finalize_training", lambda *args, **kwargs: None)
+    trainer.train()
+    model, checkpoint = commits[:2]
+    assert model == {*MODEL, "README.md"}
+    listed = json.loads((out / "checkpoint-2" / "manifest.json").read_text())["files"]
+    assert checkpoint == {f"last-checkpoint/{name}" for name in [*listed, "manifest.json"] if name != "linked"}
+
+
+PRIVATE = [
+    ("/home/me/data", "", ".../data"), ("~/data/x", "", ".../x"), ("C:\\Users\\me\\x", "", ".../x"),
+    ("file:///home/me/x", "", ".../x"), ("../../me/x", "", ".../x"), ("https://me:pw@host/x", "", "https://...@host/x"),
+    ("s3://me:pw@host", "", "s3://...@host"), ("hunter2", "api_key", "..."), (123, "my_secret", "..."),
+    ("hf_abcdefghijklmnopqrstuvw", "", "..."), ({"key": "x", "path": "/a/b"}, "", {"key": "...", "path": ".../b"}),
+    (["/a/b", "c"], "", [".../b", "c"]), ("a photo of a {}.", "", "a photo of a {}."), ("cat/dog", "", "cat/dog"),
+    ("openai/clip-vit-base-patch16", "", "openai/clip-vit-base-patch16"), (0.5, "", 0.5), (None, "hub_token", None),
+    (True, "key", True), ("out/run", "", "out/run"), ("see /home/me/x, or ~/y", "", "see .../x, or .../y"),
+    ("https://huggingface.co/x/y", "", "https://huggingface.co/x/y"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "name", "shown"), PRIVATE, ids=repr)
+def test_what_is_public_of_an_option(value, name, shown):
+    assert public(value, name) == shown
+
+
+def test_command_lines_are_published_without_secrets():
+    words = ["--data_root=/home/me/x", "--api_key", "k1", "k2", "--lr", "1e-5", "--url=http://u:p@h/x", "--my_secret=s"]
+    words += ["--config", '{"password": "p", "path": "/a/b", "n": 1}', "--suite", "../me/s.yaml", "-k", "v"]
+    assert public_words(words) == [
+        "--data_root=.../x", "--api_key", "...", "...", "--lr", "1e-5", "--url=http://...@h/x", "--my_secret=...",
+        "--config", '{"password": "...", "path": ".../b", "n": 1}', "--suite", ".../s.yaml", "-k", "v",
+    ]  # fmt: skip
+
+
+@dataclass
+class OwnArguments(CaRotTrainingArguments):
+    """Options of a user's, with a key, a folder and an account."""
+
+    my_api_key: str = "k3y"
+    my_folder: str = ""
+    my_server: str = "https://me:pw@host/x"
+
+
+def test_event_files_hold_no_key_and_no_place(tmp_path):
+    pytest.importorskip("tensorboard")
+    processor = tiny_processor()
+    args = OwnArguments.from_preset(
+        "carot", output_dir=str(tmp_path / "run"), my_folder=str(tmp_path / "data"), max_steps=1, use_cpu=True,
+        per_device_train_batch_size=4, report_to="tensorboard", hub_token="hf_" + "x" * 30, disable_tqdm=True,
+        save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    model = tiny_clip(processor.tokenizer)
+    model.save_pretrained(tmp_path / "start")
+    model = type(model).from_pretrained(tmp_path / "start")
+    trainer = CaRotTrainer(model=model, args=args, suite=noise_suite(), processing_class=processor)
+    trainer.train()
+    content = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*tfevents*"))
+    assert b"per_device_train_batch_size" in content
+    for private in (str(tmp_path), "k3y", "me:pw", "xxxxxx"):
+        assert private.encode() not in content
+    trainer.create_model_card()
+    trainer.save_model()
+    for path in (tmp_path / "run").iterdir():
+        if path.is_file():
+            assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+# ---- names ----
+
+EVIL = "x`|</td><script>alert(1)</script>[a](https://evil)\x1b[31m\u202e\n# Title @all **b** https://u.x www.y _z_"
+
+
+def rendered(text):
+    markdown_it = pytest.importorskip("markdown")
+    return markdown_it.markdown(text, extensions=["tables", "fenced_code"])
+
+
+def evil_card():
+    facts = CardFacts(
+        name=EVIL, repo=None, task=ZERO_SHOT, suite=EVIL, sets={EVIL: "home"}, metrics={f"{EVIL}_accuracy": 0.5,
+        f"{EVIL}_ece": 0.1, f"{EVIL}_ece_ts": 0.2, f"{EVIL}_nll": 1.0, f"{EVIL}_nll_ts": 1.0}, temperature=1.5,
+        n_bins=10, calibration={"temperature": 1.5, "split": EVIL, "n": 3, "criterion": EVIL},
+        class_names=[EVIL, "cat"], templates=[EVIL, "```\n# T\n```"], steps=3, arguments={EVIL: EVIL},
+        versions={"torch": "2"}, seed=0, command=EVIL,
+        base_model=EVIL, diagram="a b)<x>.png", suite_version=EVIL, suite_hash="0" * 64, changes=[EVIL],
+        chosen_by=EVIL, processes=2,
+    )  # fmt: skip
+    return model_card(facts)
+
+
+def test_names_of_strangers_are_no_orders_in_the_card():
+    """Rendered, every one of them is text: no tag, link, title, cell or mention of theirs."""
+    card = evil_card()
+    text = card.text
+    assert not any(mark in str(card) for mark in ("\x1b", "\u202e"))
+    page = rendered(text)
+    assert "<script" not in page
+    assert "evil" in page
+    assert 'href="https://evil' not in page
+    titles = re.findall("<h[12]>(.*?)</h[12]>", page)
+    known = ["Results", "Temperature", "Use", "Intended use and limits", "How to make it again", "Citation"]
+    assert titles[1:] == known
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    width = {len(re.findall(r"(?<!\\)\|", line)) for line in rows if "0.5" in line or line.startswith("| set")}
+    assert len(width) == 1
+    assert ModelCard(str(card)).data.model_name == printable(EVIL)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("pets_2", "pets_2"), ("c-fog-3", "c-fog-3"), ("a|b", r"a\|b"), ("<b>", "&lt;b&gt;"), ("_x_", r"\_x\_"),
+        ("a*b*", r"a\*b\*"), ("[a](b)", r"\[a\]\(b\)"), ("a\nb", r"a\\nb"), ("\x1b[1m", r"\\x1b\[1m"),
+        ("http://x", "http&#58;//x"), ("@all", "&#64;all"), ("Zürich 猫", "Zürich 猫"), ("a&lt;", "a&amp;lt;"),
+    ],
+)  # fmt: skip
+def test_markdown_of_names(text, shown):
+    assert markdown(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a", "`a`"), ("a`b", "``a`b``"), ("`", "`` ` ``"), ("a|b", r"`a\|b`"), ("", "`  `"), ("a\nb", r"`a\nb`")],
+)
+def test_code_of_names(text, shown):
+    assert code(text) == shown
+
+
+def test_joiners_of_words_stay():
+    assert printable("می\u200cخواهم") == "می\u200cخواهم"
+    assert printable("a\u2066b\x7f\x85\ud800") == r"a\u2066b\x7f\x85\ud800"
+
+
+def test_names_of_strangers_are_no_orders_in_the_terminal(tmp_path, capfd, caplog):
+    """Class, suite, set, version and folder with codes that colour, move and turn the text."""
+    evil = "\x1b[2J\u202ered\n"
+    suite = noise_suite()
+    suite.class_names[0] = f"zero{evil}"
+    suite = dataclasses.replace(suite, name=f"noise{evil}", version=f"1{evil}")
+    suite.train.name = printable(f"train{evil}")
+    processor = tiny_processor()
+    args = CaRotTrainingArguments.from_preset(
+        "carot", output_dir=str(tmp_path / "run\x1b[2J"), max_steps=1, per_device_train_batch_size=4, use_cpu=True,
+        report_to="none", save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    made = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor)
+    made.train()
+    made.evaluate()
+    logging.getLogger("carot_hf.sets").warning("A set called %s of %d, in %s.", evil, 3, tmp_path / "a\x1bb")
+    logging.getLogger("carot_hf.suite_trainer").warning("A set called %s.", evil)
+    said = capfd.readouterr()
+    everything = said.out + said.err + caplog.text
+    assert r"zero\x1b[2J\u202ered\n" in everything
+    assert r"A set called \x1b[2J\u202ered\n of 3, in" in everything
+    assert "\x1b[2J" not in everything
+    assert "\u202e" not in everything
+    assert comparison_table({evil: {"a": 1.0}}, [("a", "a")]).count("\n") == 2
+
+
+def test_the_scripts_escape_what_they_say_last(capsys, monkeypatch):
+    def fail(argv):
+        raise ValueError("Expected data at \x1b[2J\n\u202ex")
+
+    monkeypatch.setattr(sys, "argv", ["finetune_imagenet.py"])
+    with pytest.raises(SystemExit) as ended:
+        finetune_imagenet.run(fail)
+    assert ended.value.code == r"finetune_imagenet.py: Expected data at \x1b[2J \u202ex"
+
+
+# ---- the folder of a run ----
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "loop", "dangling/x"])
+def test_an_output_dir_that_is_no_folder(tmp_path, name):
+    """Before a model is loaded, by the script and by the trainer."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(
+        ValueError, match=r"Expected a folder as `output_dir`, got .*, where .* is none\. Choose another"
+    ):
+        made_trainer(tmp_path / name)
+    with pytest.raises(ValueError, match="Expected a folder as `output_dir`"):
+        finetune_imagenet.main(["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path / name)])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc can be written to by nobody")
+def test_an_output_dir_that_cannot_be_written_to():
+    place = "/proc/self/run"
+    with pytest.raises(
+        ValueError, match=r"`output_dir` that can be written to, got /proc/self/run \(FileNotFoundError: No"
+    ):
+        finetune_imagenet.main(["--suite", "digits", "--use_cpu", "--output_dir", place])
+    with (
+        pytest.raises(ValueError, match=r"`output_dir` that can be written to, got /proc/self/fdinfo"),
+        locked("/proc/self/fdinfo"),
+    ):
+        pass
+
+
+def holder(**facts):
+    own = json.loads(run_lock._own())
+    return json.dumps({**own, **facts})
+
+
+def silent_for(path, seconds):
+    past = time.time() - seconds
+    os.utime(path, (past, past))
+
+
+def test_a_folder_is_locked_by_process_and_host(tmp_path, caplog):
+    lock = tmp_path / run_lock.LOCK_NAME
+    with locked(tmp_path):
+        facts = json.loads(lock.read_text())
+        assert (facts["process"], facts["host"]) == (os.getpid(), socket.gethostname())
+        with locked(tmp_path / ".." / tmp_path.name):  # the same folder, the same process
+            pass
+        assert lock.exists()
+    assert list(tmp_path.iterdir()) == []
+    living = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        started = run_lock._started(living.pid)
+        lock.write_text(holder(process=living.pid, started=started))
+        silent_for(lock, 10**6)
+        with (
+            pytest.raises(ValueError, match=rf"alone, got {tmp_path}, in which process {living.pid} on host"),
+            locked(tmp_path),
+        ):
+            pass
+        assert lock.exists()
+        lock.write_text(holder(process=living.pid, started="1"))  # its number was given to another process
+        with locked(tmp_path):
+            pass
+    finally:
+        living.kill()
+    lock.write_text(holder(process=living.pid, started=started))
+    with locked(tmp_path):  # killed, not buried
+        pass
+    living.wait()
+    lock.write_text(holder(process=living.pid, started=started))
+    with locked(tmp_path):
+        pass
+    assert f"Taking over {tmp_path} from process {living.pid} on host" in caplog.text
+
+
+def test_a_lock_of_another_machine_is_taken_over_after_five_minutes(tmp_path):
+    lock = tmp_path / run_lock.LOCK_NAME
+    lock.write_text(holder(host="node7", machine="node7", process=3))
+    with (
+        pytest.raises(ValueError, match=r"process 3 on host node7 has been running since .* counts as gone 5 minutes"),
+        locked(tmp_path),
+    ):
+        pass
+    silent_for(lock, 301)
+    with locked(tmp_path):
+        assert json.loads(lock.read_text())["host"] == socket.gethostname()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "\0", "[" * 10**5, '{"process": "x"}', '{"process": -1}', f'{{"process": {10**30}}}']
+)
+def test_locks_of_strangers(tmp_path, text):
+    lock = tmp_path / run_lock.LOCK_NAME
+    lock.write_text(text)
+    with pytest.raises(ValueError, match="of this run alone"), locked(tmp_path):
+        pass
+    silent_for(lock, 301)
+    with locked(tmp_path):
+        pass
+
+
+def test_of_several_that_find_a_stale_lock_one_takes_it(tmp_path, monkeypatch):
+    """Another run takes it over between the look and the hand."""
+    lock = tmp_path / run_lock.LOCK_NAME
+    lock.write_text(holder(host="node7", machine="node7", process=3))
+    silent_for(lock, 301)
+    refuse = run_lock._refuse_living
+
+    def faster(path, theirs, now):
+        refuse(path, theirs, now)
+        if "node7" in lock.read_text():
+            lock.write_text(holder(host="node8", machine="node8", process=4))
+
+    monkeypatch.setattr(run_lock, "_refuse_living", faster)
+    with pytest.raises(ValueError, match="process 4 on host node8"), locked(tmp_path):
+        pass
+    assert json.loads(lock.read_text())["host"] == "node8"
+    assert [path.name for path in tmp_path.iterdir()] == [run_lock.LOCK_NAME]
+
+
+def test_a_lock_gives_signs_of_life_and_tells_when_it_is_gone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run_lock, "_BEAT", 0.01)
+    lock = tmp_path / run_lock.LOCK_NAME
+    with locked(tmp_path):
+        silent_for(lock, 1000)
+        wait_for(lambda: lock.stat().st_mtime > time.time() - 500)
+        lock.write_text(holder(process=1))
+        wait_for(lambda: "is not locked by this run any more" in caplog.text)
+    assert json.loads(lock.read_text())["process"] == 1  # not ours to take away
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_file_system_without_links_is_locked_too(tmp_path, monkeypatch):
+    def no_links(*args, **kwargs):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with locked(tmp_path):
+        pass
+    (tmp_path / run_lock.LOCK_NAME).write_text(holder(host="node7", machine="node7"))
+    with pytest.raises(ValueError, match="on host node7"), locked(tmp_path):
+        pass

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers.trainer
@@ -451,16 +452,16 @@ class Uploads:
 
     def __init__(self, monkeypatch, done=True):
         self.taken, self.done, self.waiting = [], done, []
-        monkeypatch.setattr(transformers.trainer, "hf_api", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda **options: self)
 
         def init_hf_repo(trainer):
             trainer.hub_model_id, trainer.push_in_progress = "tester/tiny", None
 
         monkeypatch.setattr(CaRotTrainer, "init_hf_repo", init_hf_repo)
 
-    def upload_folder(self, *, folder_path, path_in_repo=None, **kwargs):
+    def upload_folder(self, *, folder_path, allow_patterns, path_in_repo=None, **kwargs):
         folder = Path(folder_path)
-        files = {path.name for path in folder.iterdir()}
+        files = {path.name for path in folder.iterdir()} & set(allow_patterns)
         damage = damage_of(folder) if path_in_repo else None
         self.taken.append((folder.name, path_in_repo, files, damage))
         job = Future()
