@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import warnings
 import zipfile
 from functools import partial, wraps
@@ -28,7 +29,9 @@ from carot_hf.ece.csv_rows import cells_of, is_number, label_of, number_of, read
 from carot_hf.plots import reliability_diagram
 
 MAX_FILE = "100mb"
-MAX_ARRAYS = 2_000_000_000  # bytes that an .npz may unpack to
+MAX_ROWS, MAX_VALUES = 1_000_000, 20_000_000  # of one request
+MAX_BINS, MAX_DRAWS = 100, 1000  # as the page offers them; the API is held to the same
+MAX_WAITING, AT_ONCE = 20, 2  # requests
 MEANINGS = {
     "ece": "mean distance between accuracy and mean confidence over the bins, weighted by their rows",
     "rmsce": "the root mean square of these distances",
@@ -54,6 +57,8 @@ FORECASTS = {  # with `mode` positive
     "overconfidence": "`avg_confidence` - `positive_rate`",
     "brier": "mean of (probability - label)^2, in [0, 1]",
 }
+_MAX_HEADER = 10_000  # bytes
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 INTRODUCTION = """\
 # Expected calibration error
 
@@ -103,7 +108,7 @@ def build() -> Any:
                 file = gr.File(label="or a file, read in place of the text", file_types=[".csv", ".npz"], height=140)
                 from_logits = gr.Checkbox(label="from_logits", info="the predictions are logits; take a softmax")
                 with gr.Accordion("Options", open=False):
-                    n_bins = gr.Slider(1, 100, value=10, step=1, precision=0, label="n_bins")
+                    n_bins = gr.Slider(1, MAX_BINS, value=10, step=1, precision=0, label="n_bins")
                     strategy = gr.Radio(
                         ["uniform", "quantile"],
                         value="uniform",
@@ -121,7 +126,7 @@ def build() -> Any:
                     )
                     n_bootstrap = gr.Slider(
                         0,
-                        1000,
+                        MAX_DRAWS,
                         value=0,
                         step=100,
                         precision=0,
@@ -155,7 +160,7 @@ def build() -> Any:
             filled = examples[name].click(partial(list, values), None, inputs, api_visibility="private")
             filled.then(show, inputs, outputs, api_visibility="private")
         gr.Button(visible=False).click(respond, inputs, [numbers, diagram], api_name="measure")  # the API only
-    return page
+    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=AT_ONCE, api_open=True)
 
 
 def compute(
@@ -175,10 +180,13 @@ def compute(
     Raises:
         ValueError: If an input is unreadable, or the metric refuses it.
     """
+    check_number("n_bins", n_bins, 1, MAX_BINS)
+    check_number("n_bootstrap", n_bootstrap, 0, MAX_DRAWS)
     if file:
         scores, labels, notes = read_file(file)
     else:
         scores, labels, notes = parse_predictions(predictions), parse_labels(references), []
+    check_size(scores.shape)
     divisor = parse_temperature(temperature)
     result = measure(
         scores,
@@ -194,6 +202,21 @@ def compute(
     if notes:
         result["notes"] = [*notes, *result.get("notes", [])]
     return result, draw(result, divisor)
+
+
+def check_number(name: str, value: Any, least: int, most: int) -> None:
+    """Raise a ValueError unless an option is a whole number in a range: time and memory grow with it."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"Expected `{name}` as a whole number from {least} to {most}, got {value!r:.40}. Lower it.")
+
+
+def check_size(shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if there are too many rows or values for one request."""
+    if (shape[:1] and shape[0] > MAX_ROWS) or math.prod(shape) > MAX_VALUES:
+        raise ValueError(
+            f"Expected at most {MAX_ROWS:,} rows and {MAX_VALUES:,} values, got an array of shape {shape}. Measure it "
+            "with carot_hf on your own machine, where nothing is limited."
+        )
 
 
 def show(*values: Any) -> tuple[Any, ...]:
@@ -327,25 +350,44 @@ def read_file(path: str) -> tuple[NDArray[Any], NDArray[Any], list[str]]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected a CSV in UTF-8, got {error}. Save it as text in UTF-8.") from error
+    except OSError as error:
+        raise ValueError(f"Expected a CSV, got {type(error).__name__}: {error}. Upload it once more.") from error
     return read_csv(text)
 
 
 def _read_npz(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_ARRAYS:
-            raise ValueError(f"arrays of {size:,} bytes, more than {MAX_ARRAYS:,}")
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = {"predictions", "references"} - set(arrays.files)
-            if missing:
-                raise ValueError(f"no {' and no '.join(sorted(missing))} among {arrays.files}")
-            return arrays["predictions"], arrays["references"]
-    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if missing := [name for name in ("predictions", "references") if name not in names]:
+                raise ValueError(f"no {' and no '.join(missing)} among {names[:10]}")
+            return _read_array(archive, "predictions.npy"), _read_array(archive, "references.npy")
+    except Exception as error:  # whatever zipfile, its decompressors and numpy make of a damaged or a locked file
         raise ValueError(
-            f"Expected an .npz with the arrays `predictions` and `references`, got {error}. "
+            f"Expected an .npz with the arrays `predictions` and `references`, got {error or type(error).__name__}. "
             "Write it with `np.savez(path, predictions=..., references=...)`."
         ) from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """An array of numbers, whose header is looked at before there is room made for what it claims."""
+    entry = archive.getinfo(name if name in archive.namelist() else name.removesuffix(".npy"))
+    with archive.open(entry) as file:
+        kind = np.lib.format.read_magic(file)
+        if kind not in _HEADERS:
+            raise ValueError(f"{name} in the format {kind}")
+        try:
+            shape, _, dtype = _HEADERS[kind](file, max_header_size=_MAX_HEADER)
+        except ValueError as error:  # numpy's own words suggest to trust the file
+            raise ValueError(f"{name} with a header that says no shape") from error
+        if dtype.kind not in "biuf":
+            raise ValueError(f"{name} of {dtype}, no numbers")
+        check_size(shape)
+        if math.prod(shape) * dtype.itemsize != entry.file_size - file.tell():
+            raise ValueError(f"{name} of {entry.file_size:,} bytes, whose header claims the shape {shape}")
+    with archive.open(entry) as file:
+        found: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_MAX_HEADER)
+        return found
 
 
 def _lines(text: str, what: str) -> list[tuple[int, list[str]]]:
@@ -372,7 +414,7 @@ def _rows(lines: list[tuple[int, list[str]]]) -> NDArray[np.float64]:
 def _from_json(text: str, what: str) -> NDArray[Any]:
     try:
         values = np.array(json.loads(text))
-    except RecursionError as error:
+    except (RecursionError, MemoryError) as error:
         raise ValueError(
             f"Expected a JSON list of {what}, got one nested too deeply. Paste one list of rows."
         ) from error

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 LABELS = ("label", "labels", "target", "targets", "y_true", "y", "reference", "references")
 INDICES = ("", "index", "idx", "id", "row", "row_id", "sample_id", "image_id", "level_0")
 _DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?")
+MAX_CELLS = 5_000_000
+_LARGEST_LABEL = 2**53  # up to which a float tells whole numbers apart
 _FEW = 3  # rows from which on consecutive integers are an index
 
 
@@ -83,10 +85,22 @@ def cells_of(text: str) -> list[tuple[int, list[str]]]:
         numbered = enumerate(text.splitlines(), 1)
         return [(number, line.split()) for number, line in numbered if line.strip()]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    found = []
-    for row in reader:
-        if any(cell.strip() for cell in row):
-            found.append((reader.line_num, [_pointed(cell.strip()) for cell in row]))
+    found, cells = [], 0
+    try:
+        for row in reader:
+            cells += len(row)
+            if cells > MAX_CELLS:
+                raise ValueError(
+                    f"Expected at most {MAX_CELLS:,} cells, got more, in line {reader.line_num}. Save them as .npz, or "
+                    "measure them with carot_hf on your own machine."
+                )
+            if any(cell.strip() for cell in row):
+                found.append((reader.line_num, [_pointed(cell.strip()) for cell in row]))
+    except csv.Error as error:
+        raise ValueError(
+            f"Expected rows of cells, got in line {reader.line_num}: {error}. Close each quote, and save the file as "
+            "text."
+        ) from error
     return found
 
 
@@ -120,7 +134,7 @@ def label_of(cell: str, line: int) -> int:
         ValueError: If it is no whole number.
     """
     value = number_of(cell, line)
-    if not value.is_integer():
+    if not value.is_integer() or abs(value) > _LARGEST_LABEL:
         raise ValueError(f"Expected a whole number as label in line {line}, got {cell[:40]!r}. Write class indices.")
     return int(value)
 

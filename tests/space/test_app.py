@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import io
 import math
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -323,3 +326,150 @@ def test_picture_is_drawn_from_the_bins(app):
     rows = np.array([[0.8, 0.2]] * 10)
     assert orange(app.measure(rows, (np.arange(10) >= 6).astype(int))) > 100
     assert orange(app.measure(rows, (np.arange(10) >= 9).astype(int))) == 0
+
+
+# ---- strangers' files and requests ----
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_bins", 10**7), ("n_bins", 101), ("n_bins", 0), ("n_bins", 2.5),
+                                             ("n_bins", "9"), ("n_bins", True), ("n_bootstrap", 10**6),
+                                             ("n_bootstrap", -1), ("n_bins", None), ("n_bins", math.nan)])  # fmt: skip
+def test_bins_and_draws_are_bounded(app, name, value):
+    """Of the API, whose callers see no slider: 10^7 bins took 20 seconds and 3 GB."""
+    with pytest.raises(ValueError, match=rf"Expected `{name}` as a whole number from \d to \d+, got"):
+        app.compute(SIX_ROWS, "1 0 0 1 0 0", **{name: value})
+
+
+def test_rows_and_values_are_bounded(app, monkeypatch):
+    monkeypatch.setattr(app, "MAX_ROWS", 5)
+    with pytest.raises(ValueError, match=r"at most 5 rows and 20,000,000 values, got an array of shape \(6, 3\)"):
+        app.compute(SIX_ROWS, "1 0 0 1 0 0", check_sums=False)
+    monkeypatch.setattr(app, "MAX_ROWS", 6)
+    monkeypatch.setattr(app, "MAX_VALUES", 17)
+    with pytest.raises(ValueError, match="at most 6 rows and 17 values"):
+        app.compute(SIX_ROWS, "1 0 0 1 0 0", check_sums=False)
+    monkeypatch.setattr("carot_hf.ece.csv_rows.MAX_CELLS", 17)
+    with pytest.raises(ValueError, match="at most 17 cells, got more, in line 6"):
+        app.compute(SIX_ROWS, "1 0 0 1 0 0", check_sums=False)
+
+
+def test_requests_wait_in_a_line_that_ends(app):
+    assert app.demo._queue.max_size == app.MAX_WAITING
+    assert app.demo._queue.default_concurrency_limit == app.AT_ONCE
+
+
+def npy(header, data=b"", version=1):
+    length = struct.pack("<H" if version == 1 else "<I", len(header))
+    return b"\x93NUMPY" + bytes([version, 0]) + length + header + data
+
+
+def archive_of(path, predictions, compression=zipfile.ZIP_STORED):
+    references = io.BytesIO()
+    np.save(references, np.zeros(2, int))
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("predictions.npy", predictions)
+        archive.writestr("references.npy", references.getvalue())
+    return path
+
+
+def good():
+    buffer = io.BytesIO()
+    np.save(buffer, np.full((2, 2), 0.5))
+    return buffer.getvalue()
+
+
+def flipped(path, mark, offset, value):
+    """Change a field of each entry of an archive."""
+    content = bytearray(path.read_bytes())
+    at = content.find(mark)
+    while at >= 0:
+        content[at + offset] = value
+        at = content.find(mark, at + 1)
+    path.write_bytes(bytes(content))
+
+
+def harmed(path, kind):
+    if kind == "80 TB":
+        archive_of(path, npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000, 1), }\n"))
+    elif kind == "8 EB":
+        archive_of(path, npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 2000000000000), }\n"))
+    elif kind == "long header":
+        archive_of(path, npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1,)" + b" " * 50_000 + b"}\n"))
+    elif kind == "deep header":
+        archive_of(path, npy(b"(" * 5_000))
+    elif kind == "no header":
+        archive_of(path, npy(b"hello"))
+    elif kind == "version 9":
+        archive_of(path, npy(b"{}", version=9))
+    elif kind == "objects":
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([[1, "a"]], dtype=object), allow_pickle=True)
+        archive_of(path, buffer.getvalue())
+    elif kind == "texts":
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(["a", "b"]))
+        archive_of(path, buffer.getvalue())
+    elif kind == "cut":
+        archive_of(path, good()[:-8])
+    elif kind == "encrypted":
+        archive_of(path, good())
+        flipped(path, b"PK\x03\x04", 6, 1)
+        flipped(path, b"PK\x01\x02", 8, 1)
+    elif kind == "odd compression":
+        archive_of(path, good())
+        flipped(path, b"PK\x03\x04", 8, 97)
+        flipped(path, b"PK\x01\x02", 10, 97)
+    elif kind == "corrupt":
+        archive_of(path, good(), zipfile.ZIP_DEFLATED)
+        content = bytearray(path.read_bytes())
+        content[60:90] = bytes(30)
+        path.write_bytes(bytes(content))
+    elif kind == "no archive":
+        path.write_bytes(b"PK\x03\x04hello")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "folder":
+        path.mkdir()
+    return path
+
+
+KINDS = ["80 TB", "8 EB", "long header", "deep header", "no header", "version 9", "objects", "texts", "cut",
+         "encrypted", "odd compression", "corrupt", "no archive", "empty", "folder"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_archives_that_cannot_be_read_are_said(app, tmp_path, kind):
+    path = harmed(tmp_path / "a.npz", kind)
+    with pytest.raises(
+        ValueError, match=r"^Expected an \.npz with the arrays `predictions` and `references`, got "
+    ) as said:
+        app.compute("", "", str(path))
+    assert "allow_pickle" not in str(said.value)
+    assert len(str(said.value)) < 600
+    assert "Not computed" in app.show("", "", str(path), False, 10, "uniform", "rows", "", 0, True)[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe\x00", b"\0\0\0", b'"a', b'a,"b\n1,2', b"a,b\n" + b"x" * 200_000 + b",1", b"1,2\r1,2", b"1,inf\n",
+     b"1,1e300\n", b"1," + b"9" * 5_000, b"a\0b,1\n", b"nan,0\n"],
+)  # fmt: skip
+def test_tables_that_cannot_be_read_are_said(app, tmp_path, content):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^Expected|^Every"):
+        app.compute("", "", str(tmp_path / "a.csv"))
+    (tmp_path / "b.csv").mkdir()
+    with pytest.raises(ValueError, match=r"^Expected a CSV, got IsADirectoryError"):
+        app.compute("", "", str(tmp_path / "b.csv"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "[" * 100 + "1" + "]" * 100, "[1e999]", "[null]", '["a"]', "[{}]", "[[1], [1, 2]]",
+     "[" + "9" * 5_000 + "]", "[[0.5, 0.5]", "[NaN]", f"[{10**400}]", "[true]"],
+)  # fmt: skip
+def test_json_that_cannot_be_read_is_said(app, text):
+    with pytest.raises(ValueError, match=r"^Expected"):
+        app.compute(text, "[0]")
+    with pytest.raises(ValueError, match=r"^Expected"):
+        app.compute("[[0.5, 0.5]]", text)
