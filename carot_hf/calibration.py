@@ -380,9 +380,9 @@ def calibration_record(model: Any) -> dict[str, Any] | None:
     if not isinstance(record, Mapping):
         raise ValueError(f"Expected a mapping as {where}, got {record!r:.80}. {cure}")
     for name in ("temperature", "bias", "logit_scale_before", "logit_bias_before"):
-        value: Any = record.get(name)
-        if name != "temperature" and value is None:
+        if name not in record and name != "temperature":
             continue
+        value: Any = record.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
         if not number or (name == "temperature" and value <= 0):
             wanted = "a finite number above 0" if name == "temperature" else "a finite number"

@@ -16,12 +16,14 @@ import torch
 import transformers
 from conftest import ROOT, Noise, noise_suite, tiny_clip, tiny_processor
 from ports import reserved_port
+from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
 import carot_hf.trainer
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 from carot_hf.checkpoints import newest_complete_checkpoint
 from carot_hf.distributed import lost_process
+from carot_hf.run_lock import locked
 
 SAVES = {  # moments of a checkpoint's saving, in their order: the function that starts then
     "teacher": (carot_hf.trainer, "save_teacher_file"),
@@ -105,7 +107,10 @@ def fill_disk_at(moment, out):
 
 def command(call):
     """A Python process that calls a function of this file."""
-    code = f"import signal, sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from test_faults import *; {call}"
+    code = (
+        f"import signal, sys; sys.path[:0] = {[str(ROOT / 'tests'), str(ROOT / 'examples')]}; "
+        f"from test_faults import *; {call}"
+    )
     return [sys.executable, "-c", code]
 
 
@@ -243,3 +248,137 @@ def test_sigterm_to_torchrun_saves_and_ends_all(tmp_path):
 
 def test_other_errors_are_left_alone():
     assert lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+# ---- the folder of a run ----
+
+
+def slow_train(out):
+    """A run that lives until it is killed, and says when it has begun."""
+    train(out, trainer=Faulty, max_steps=100_000, save_steps=50_000)
+
+
+def end_with_full_disk(out, moment):
+    """The whole script on a disk that is full from a moment on: weights are saved once, the rest comes after it."""
+    import finetune_imagenet
+
+    from carot_hf.suite_trainer import SuiteTrainer
+
+    places = {
+        "picture": (carot_hf.suite_trainer, "write_diagrams"),
+        "second save": (SuiteTrainer, "calibrate"),
+        "metrics": (finetune_imagenet, "write_whole"),
+    }
+    owner, name = places[moment]
+    original = getattr(owner, name)
+
+    def patched(*args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    options = ["--suite", "digits", "--use_cpu", "--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "true"]
+    sys.argv = ["finetune_imagenet.py", *options, "--report_to", "none", "--output_dir", out]
+    finetune_imagenet.run(finetune_imagenet.main)
+
+
+@pytest.mark.slow
+def test_rotation_goes_by_step_not_by_time(tmp_path):
+    """An older checkpoint dated an hour ahead, an unfinished one of the same second, one that is to be kept."""
+    out = tmp_path / "run"
+    train(out, max_steps=4)
+    ahead = time.time() + 3600
+    for path in [out / "checkpoint-2", *(out / "checkpoint-2").iterdir()]:
+        os.utime(path, (ahead, ahead))
+    (out / "checkpoint-5").mkdir()
+    (out / "checkpoint-5" / "model.safetensors").write_bytes(b"half of it")
+    os.utime(out / "checkpoint-5", (ahead, ahead))
+    status, log = finish(f"train({str(out)!r}, resume=True, save_total_limit=1)")
+    assert status == 0, log
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-8"]
+    assert newest_complete_checkpoint(out) == str(out / "checkpoint-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["picture", "second save", "metrics"])
+def test_a_full_disk_at_the_end_loses_no_training(tmp_path, moment):
+    """Without any checkpoint: what was trained is there, and each failure is one sentence."""
+    out = tmp_path / "run"
+    status, log = finish(f"end_with_full_disk({str(out)!r}, {moment!r})")
+    assert status == 1, log
+    weights = load_file(out / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert not (out / "metrics.json").exists()
+    assert not list(out.glob(".*partial*"))
+    last = log.strip().splitlines()[-1]
+    assert last.startswith("finetune_imagenet.py: Expected to write "), log
+    assert "What was there before is as it was: make room" in last
+    assert ("could not be written to" in log) == (moment == "picture")
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_of_two_runs_in_a_folder_the_second_is_refused_until_the_first_is_gone(tmp_path, unbroken):
+    """Refused by name while the first one lives; a killed one is taken over at once."""
+    out = tmp_path / "run"
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        first = subprocess.Popen(command(f"slow_train({str(out)!r})"), stdout=file, stderr=file)
+    try:
+        while "step 1" not in log.read_text():
+            assert first.poll() is None, log.read_text()
+            time.sleep(0.1)
+        before = sorted(out.rglob("*"))
+        script = [sys.executable, str(ROOT / "examples" / "finetune_imagenet.py"), "--suite", "digits", "--use_cpu"]
+        second = subprocess.run([*script, "--output_dir", str(out)], capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        last = second.stderr.strip().splitlines()[-1]
+        assert f"of this run alone, got {out}, in which process {first.pid} on host" in last
+        assert "Traceback" not in second.stderr
+        status, said = finish(f"train({str(out)!r}, overwrite_output_dir=True)")
+        assert status == 1
+        assert f"process {first.pid} on host" in said.strip().splitlines()[-1]
+        assert sorted(out.rglob("*")) == before
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    status, said = finish(f"train({str(out)!r})")
+    assert status == 0, said
+    assert f"Taking over {out} from process {first.pid} on host" in said
+    assert not (out / ".run.lock").exists()
+    assert_same_end(out, unbroken)
+
+
+@pytest.mark.slow
+def test_of_two_ranks_both_are_told_that_a_folder_is_taken(tmp_path, port):
+    out = tmp_path / "run"
+    with locked(out):
+        ranks = start_ranks(tmp_path, f"train({str(out)!r}, ddp_backend='gloo', ddp_timeout=60)", port)
+        try:
+            statuses = [process.wait(timeout=100) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+    assert statuses == [1, 1]
+    for rank in "01":
+        last = (tmp_path / f"{rank}.log").read_text().strip().splitlines()[-1]
+        assert f"of this run alone, got {out}, in which process {os.getpid()} on host" in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["file", "below a file", "read-only"])
+def test_an_output_dir_that_cannot_be_used_is_said_before_anything_is_loaded(tmp_path, kind):
+    (tmp_path / "file").write_text("mine")
+    place = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "run", "read-only": "/proc/self/run"}[kind]
+    script = [sys.executable, str(ROOT / "examples" / "finetune_imagenet.py"), "--suite", "digits", "--use_cpu"]
+    script += ["--model_name_or_path", str(tmp_path / "no-model")]  # which nobody looks for
+    result = subprocess.run([*script, "--output_dir", str(place)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("finetune_imagenet.py: Expected a"), result.stderr
+    assert "`output_dir`" in last
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
