@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 _JOINERS = "\u200c\u200d"  # of Persian and Indic words
-_MARKS = re.compile(r"[\\`*\[\]|~#$!(){}&<>@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.")
+_MARKS = re.compile(r"[\\`*\[\]|~#$!(){}&<@]|(?<!-)>|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.")
+_NAMES = re.compile(r"(`[\w .]+`)")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;", ":": "&#58;", ".": "&#46;"}
 
 
@@ -27,6 +28,12 @@ def printable_lines(text: str) -> str:
 def markdown(text: Any) -> str:
     """Return a text that Markdown and HTML show as it is: no emphasis, link, tag, cell or mention begins in it."""
     return _MARKS.sub(lambda mark: _ENTITIES.get(mark[0], f"\\{mark[0]}"), printable(text))
+
+
+def sentence(text: Any) -> str:
+    """The same of a sentence of ours, whose names in backticks stay so."""
+    parts = _NAMES.split(printable(text))
+    return "".join(part if number % 2 else markdown(part) for number, part in enumerate(parts))
 
 
 def code(text: Any) -> str:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .escape import code, markdown, printable, printable_lines
+from .escape import code, markdown, printable, printable_lines, sentence
 from .redaction import public_words
 
 TAGS = ("carot_hf", "clip", "calibration", "robustness", "distribution-shift")
@@ -339,7 +339,7 @@ def _reproduction(facts: CardFacts) -> str:
     processes = f"; {facts.processes} processes" if facts.processes > 1 else ""
     parts.append(f"{facts.steps:,} steps; seed {facts.seed}{processes}; {versions}.")
     if facts.changes:
-        parts.append("\n".join(f"- {markdown(change)}" for change in facts.changes))
+        parts.append("\n".join(f"- {sentence(change)}" for change in facts.changes))
     if facts.suite_hash:
         number = f" version {markdown(facts.suite_version)}" if facts.suite_version else ""
         parts.append(f"Suite {code(facts.suite)}{number}, sha256 `{facts.suite_hash}` (`suite.content_hash`).")

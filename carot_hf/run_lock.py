@@ -35,7 +35,7 @@ def locked(output_dir: str | Path) -> Iterator[None]:
     Raises:
         ValueError: If another run holds it, or nothing can be written there.
     """
-    make_folder(output_dir)
+    made = make_folder(output_dir)
     key = os.path.realpath(output_dir)
     if key in _held:
         _held[key] += 1
@@ -59,19 +59,27 @@ def locked(output_dir: str | Path) -> Iterator[None]:
         del _held[key]
         if _read(path) == own:
             path.unlink(missing_ok=True)
+        for folder in made:  # nothing was written there
+            with suppress(OSError):
+                folder.rmdir()
 
 
-def make_folder(output_dir: str | Path) -> None:
+def make_folder(output_dir: str | Path) -> list[Path]:
     """Make a folder for a run unless it is there.
 
+    Returns:
+        The folders that were made, the innermost first.
     Raises:
         ValueError: If it, or what it lies in, is a file, or may not be made.
     """
     refuse_file(output_dir)
+    path = Path(output_dir).absolute()
+    missing = [part for part in (path, *path.parents) if not part.exists()]
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(output_dir, error) from error
+    return missing
 
 
 def refuse_file(output_dir: str | Path) -> None:

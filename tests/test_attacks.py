@@ -1074,6 +1074,9 @@ def test_a_folder_is_locked_by_process_and_host(tmp_path, caplog):
             pass
         assert lock.exists()
     assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "new" / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []  # nothing was written there
     living = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         started = run_lock._started(living.pid)
@@ -1090,6 +1093,7 @@ def test_a_folder_is_locked_by_process_and_host(tmp_path, caplog):
             pass
     finally:
         living.kill()
+    wait_for(lambda: run_lock._started(living.pid) in ("ended", None))
     lock.write_text(holder(process=living.pid, started=started))
     with locked(tmp_path):  # killed, not buried
         pass

@@ -167,6 +167,7 @@ def test_an_interrupted_training_run_goes_on_from_its_checkpoint(script):
     runner = Runner(script / "cells", 1)
     checkpoint = runner.folder(cell) / "checkpoint-50"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
     write_manifest(checkpoint)
     runner.run([cell])
     assert "--resume_from_checkpoint" in (runner.folder(cell) / "seen").read_text()
