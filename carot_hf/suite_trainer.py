@@ -651,7 +651,7 @@ class SuiteTrainer(Trainer):
         """
         if calibration_record(base_model(self.model)) is None:
             logger.warning("An uncalibrated model is pushed, and its card says so. Call `calibrate` before.")
-        further = asked_files(self.args.output_dir, also)
+        further = asked_files(self.args.output_dir, also) if self.is_world_process_zero() else []
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(
