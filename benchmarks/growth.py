@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from carot_hf.evaluation import SetLogits, set_metrics
-from carot_hf.losses import contrastive_loss, distillation_loss, similarity_logits
-from carot_hf.prompts import CaptionTable, class_embeddings
-from carot_hf.sets import ShiftSet
+from carot_hf.data.captions import CaptionTable, class_embeddings
+from carot_hf.data.suite import ShiftSet
+from carot_hf.evaluation.sets import SetLogits, set_metrics
+from carot_hf.objective.losses import contrastive_loss, distillation_loss, similarity_logits
 
 ROWS, WIDTH = 64, 512  # of one device, and of the embeddings
 Work = Callable[[], Any]

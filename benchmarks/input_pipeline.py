@@ -81,9 +81,9 @@ def contestants(files: list[bytes]) -> tuple[dict[str, Callable[[int], Any]], li
     from transformers import CLIPProcessor, CLIPTokenizer
 
     from carot_hf import ShiftSet, load_suite
-    from carot_hf.data import CaRotCollator, DrawnSet, ReadSet
-    from carot_hf.prompts import CaptionTable, fill_template
-    from carot_hf.transforms import ImageTransform, normalize_pixels
+    from carot_hf.data.batches import CaRotCollator, DrawnSet, ReadSet
+    from carot_hf.data.captions import CaptionTable, fill_template
+    from carot_hf.data.transforms import ImageTransform, normalize_pixels
 
     suite = load_suite("digits")
     tokenizer = CLIPTokenizer.from_pretrained(CLIP)
@@ -152,8 +152,8 @@ def image_processors() -> dict[str, Any]:
 
 def check_agreement(files: list[bytes], transform: Any, expected: torch.Tensor) -> None:
     """Raise unless our evaluation transform gives the pixels of transformers' processor: all do the same work."""
-    from carot_hf.images import read_image
-    from carot_hf.transforms import normalize_pixels
+    from carot_hf.data.images import read_image
+    from carot_hf.data.transforms import normalize_pixels
 
     pixels = torch.stack([transform.evaluate(read_image(data)) for data in files])
     difference = float((normalize_pixels(pixels, transform.mean, transform.std) - expected).abs().max())

@@ -8,42 +8,45 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CLIPClassifier": "classifier",
+    "CLIPClassifier": "models.classifier",
     "CaRotTrainer": "trainer",
     "CaRotTrainingArguments": "training_args",
-    "ShiftSet": "suites",
-    "ShiftSuite": "suites",
-    "Teacher": "teacher",
-    "TeacherCallback": "callbacks",
-    "alpha_sweep": "merging",
-    "bake_temperature": "calibration",
-    "calibration_metrics": "calibration",
-    "clip_from_state_dict": "convert",
-    "confidence_histogram": "plots",
-    "export_classifier": "classifier",
-    "export_onnx": "onnx_export",
-    "fit_temperature": "calibration",
-    "greedy_soup": "merging",
-    "interpolate": "merging",
-    "load_clip_checkpoint": "convert",
+    "ShiftSet": "data.suite",
+    "ShiftSuite": "data.suite",
+    "Teacher": "teacher.average",
+    "TeacherCallback": "teacher.callback",
+    "alpha_sweep": "models.merging",
+    "bake_temperature": "calibration.record",
+    "calibration_metrics": "calibration.metrics",
+    "clip_from_state_dict": "models.convert",
+    "confidence_histogram": "evaluation.plots",
+    "export_classifier": "models.classifier",
+    "export_onnx": "models.onnx",
+    "fit_temperature": "calibration.temperature",
+    "greedy_soup": "models.merging",
+    "interpolate": "models.merging",
+    "load_clip_checkpoint": "models.convert",
     "load_ece": "metric",
-    "load_suite": "suites",
-    "reliability_diagram": "plots",
-    "unbake_temperature": "calibration",
-    "uniform_soup": "merging",
+    "load_suite": "suites.load",
+    "reliability_diagram": "evaluation.plots",
+    "unbake_temperature": "calibration.record",
+    "uniform_soup": "models.merging",
 }
 
 if TYPE_CHECKING:
-    from .calibration import bake_temperature, calibration_metrics, fit_temperature, unbake_temperature
-    from .callbacks import TeacherCallback
-    from .classifier import CLIPClassifier, export_classifier
-    from .convert import clip_from_state_dict, load_clip_checkpoint
-    from .merging import alpha_sweep, greedy_soup, interpolate, uniform_soup
+    from .calibration.metrics import calibration_metrics
+    from .calibration.record import bake_temperature, unbake_temperature
+    from .calibration.temperature import fit_temperature
+    from .data.suite import ShiftSet, ShiftSuite
+    from .evaluation.plots import confidence_histogram, reliability_diagram
     from .metric import load_ece
-    from .onnx_export import export_onnx
-    from .plots import confidence_histogram, reliability_diagram
-    from .suites import ShiftSet, ShiftSuite, load_suite
-    from .teacher import Teacher
+    from .models.classifier import CLIPClassifier, export_classifier
+    from .models.convert import clip_from_state_dict, load_clip_checkpoint
+    from .models.merging import alpha_sweep, greedy_soup, interpolate, uniform_soup
+    from .models.onnx import export_onnx
+    from .suites.load import load_suite
+    from .teacher.average import Teacher
+    from .teacher.callback import TeacherCallback
     from .trainer import CaRotTrainer
     from .training_args import CaRotTrainingArguments
 

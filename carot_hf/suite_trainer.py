@@ -33,17 +33,27 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import PushInProgress, logging
 
-from .adapters import base_model, check_folder, is_adapted, merged, save_beside
-from .backbones import TABLE, backbone_of, embedding_size, image_inputs, logit_head
-from .calibration import (
-    bake_temperature,
-    calibration_metrics,
-    calibration_record,
-    check_not_baked,
-    temperature_interval,
+from .basics.escape import guarded
+from .basics.fingerprint import fingerprint
+from .basics.precision import at_least_float32, wide_dtype
+from .basics.redaction import public, public_text
+from .basics.whole_file import files_below, whole_file, whole_files
+from .calibration.metrics import calibration_metrics
+from .calibration.names import (
+    DEFAULT_BEST_METRIC,
+    HOME,
+    METRICS,
+    SCALED,
+    SHIFTED,
+    SPLIT,
+    check_selection,
+    chosen_by,
+    greater_is_better,
+    set_of,
 )
-from .classifier import CLIPClassifier, export_classifier
-from .data import (
+from .calibration.record import bake_temperature, calibration_record, check_not_baked
+from .calibration.temperature import temperature_interval
+from .data.batches import (
     CaRotCollator,
     DrawnSet,
     DrawSampler,
@@ -51,10 +61,13 @@ from .data import (
     ReplacedCollator,
     ShareSampler,
 )
-from .distributed import gather_uneven, keep_group
+from .data.captions import CaptionTable, class_embeddings
+from .data.stream import RowCollator, StreamedDraws, StreamedRows, StreamedSet
+from .data.suite import ShiftSet, ShiftSuite
+from .data.transforms import check_image_size, check_processor, image_transform, normalize_pixels
 from .ece.binning import CalibrationBins
-from .escape import guarded
-from .evaluation import (
+from .evaluation.diagrams import can_draw, diagram_tables, diagrams_path, send_diagrams, write_diagrams
+from .evaluation.sets import (
     Comparison,
     Head,
     Metrics,
@@ -67,33 +80,17 @@ from .evaluation import (
     set_metrics,
     with_aggregates,
 )
-from .fingerprint import fingerprint
-from .metric_names import (
-    DEFAULT_BEST_METRIC,
-    HOME,
-    METRICS,
-    SCALED,
-    SHIFTED,
-    SPLIT,
-    check_selection,
-    chosen_by,
-    greater_is_better,
-    set_of,
-)
-from .model_card import CLASSIFICATION, ZERO_SHOT, CardFacts, command_line, model_card, versions
-from .precision import at_least_float32, wide_dtype
-from .prepare import Prepared, prepare_model
-from .prompts import CaptionTable, class_embeddings
-from .publish import CARD_NAME, METRICS_NAME, asked_files, checkpoint_files, copy_model, published_files, upload
-from .redaction import public, public_text
-from .reporting import can_draw, diagram_tables, diagrams_path, send_diagrams, write_diagrams
-from .resume import Change, used_arguments
-from .run_lock import refuse_file
-from .sets import ShiftSet, ShiftSuite
-from .streaming import RowCollator, StreamedDraws, StreamedRows, StreamedSet
+from .hub.card import CLASSIFICATION, ZERO_SHOT, CardFacts, command_line, model_card, versions
+from .hub.publish import CARD_NAME, METRICS_NAME, asked_files, copy_model, published_files, upload
+from .models.backbones import TABLE, backbone_of, embedding_size, image_inputs, logit_head
+from .models.classifier import CLIPClassifier, export_classifier
+from .models.lora import base_model, check_folder, is_adapted, merged, save_beside
+from .models.prepare import Prepared, prepare_model
+from .objective.gather import gather_uneven, keep_group
+from .run.checkpoint import listed_files
+from .run.lock import refuse_file
+from .run.resume import Change, used_arguments
 from .training_args import CaRotTrainingArguments
-from .transforms import check_image_size, check_processor, image_transform, normalize_pixels
-from .whole_file import files_below, whole_file, whole_files
 
 logger = guarded(logging.get_logger(__name__))
 
@@ -107,13 +104,13 @@ class SuiteTrainer(Trainer):
 
     Args:
         model: A ``CLIPModel``, a ``peft.PeftModel`` of one with LoRA, or of another family of
-            :data:`~carot_hf.backbones.BACKBONES`. With the objective "cross_entropy" a ``CLIPModel`` is turned into a
-            :class:`~carot_hf.CLIPClassifier` with the suite's zero-shot head; a classifier is taken as it is.
+            :data:`~carot_hf.models.backbones.BACKBONES`. With the objective "cross_entropy" a ``CLIPModel`` is
+            turned into a :class:`~carot_hf.CLIPClassifier` with the suite's zero-shot head; a classifier stays.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
         processing_class: The model's processor, e.g. a ``CLIPProcessor``.
-        data_collator: Replaces :class:`~carot_hf.data.CaRotCollator`. Training samples carry ``draw``, a number that
-            is unique to the sample and the epoch; seed whatever is random with it.
+        data_collator: Replaces :class:`~carot_hf.data.batches.CaRotCollator`. Training samples carry ``draw``, a number
+            that is unique to the sample and the epoch; seed whatever is random with it.
         compute_metrics: Called for each set with its logits ``(n, labels)`` and labels; its metrics join ours.
         **kwargs: As for ``Trainer``.
     Attributes:
@@ -194,7 +191,7 @@ class SuiteTrainer(Trainer):
         return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def get_train_dataloader(self) -> Any:
-        """Return the training loader; its samples carry the number of their draw (see :mod:`carot_hf.data`)."""
+        """Return the training loader; its samples carry the number of their draw (see :mod:`carot_hf.data.batches`)."""
         data = self._training_set(self.train_dataset)
         if data is None:
             raise ValueError("Expected a training set, got None. Pass a suite with `train` or a `train_dataset`.")
@@ -721,7 +718,7 @@ class SuiteTrainer(Trainer):
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             place = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
             options |= {"commit_message": f"{message}, checkpoint", "path_in_repo": place}
-            jobs.append(upload(checkpoint, checkpoint_files(checkpoint), **options))
+            jobs.append(upload(checkpoint, published_files(checkpoint, listed_files(checkpoint)), **options))
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self.push_in_progress = PushInProgress(jobs)
         else:

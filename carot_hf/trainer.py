@@ -19,7 +19,18 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
-from .adapters import (
+from .basics.content_hash import sha256_of_facts
+from .basics.escape import guarded, printable
+from .basics.precision import at_least_float32, not_finite, wide_dtype
+from .basics.tensor_files import tensors_flaw
+from .basics.whole_file import failed_to_write, files_below, whole_files
+from .data.suite import ShiftSuite
+from .data.survey import say_warnings, survey
+from .evaluation.sets import Comparison
+from .hub.card import TEACHER_FOLDER, versions
+from .models.backbones import load_renamed, logit_head, pair_inputs, weights_flaw
+from .models.classifier import linear_probe
+from .models.lora import (
     ADAPTERS_NAME,
     BESIDE_NAME,
     adapter_facts,
@@ -30,26 +41,10 @@ from .adapters import (
     load_beside,
     merged,
 )
-from .backbones import load_renamed, logit_head, pair_inputs, weights_flaw
-from .callbacks import LogitScaleCallback, Schedule, TeacherCallback, TerminationCallback
-from .checkpoint_files import optimizer_flaw, run_flaw, state_flaw, tensors_flaw
-from .checkpoints import (
-    check_checkpoint,
-    checkpoint_folders,
-    is_complete,
-    newest_complete_checkpoint,
-    rotate_checkpoints,
-    write_manifest,
-)
-from .classifier import linear_probe
-from .content_hash import sha256_of_facts
-from .distributed import gather_rows, local_columns, lost_process, row_counts, said_by_first
-from .escape import guarded, printable
-from .evaluation import Comparison
-from .gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
-from .header import Plan, every, header, model_line, plan_warnings, refuse_finished, shared_class_share
-from .input_wait import InputWait
-from .losses import (
+from .models.prepare import check_unchanged
+from .objective.gather import gather_rows, local_columns, lost_process, row_counts, said_by_first
+from .objective.gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
+from .objective.losses import (
     contrastive_loss,
     cross_entropy_loss,
     cross_norm_penalty,
@@ -59,10 +54,21 @@ from .losses import (
     same_class_targets,
     similarity_logits,
 )
-from .model_card import TEACHER_FOLDER, versions
-from .precision import at_least_float32, not_finite, wide_dtype
-from .prepare import check_unchanged
-from .resume import (
+from .objective.sigmoid import sigmoid_distillation_loss, sigmoid_loss
+from .run.callbacks import LogitScaleCallback, TerminationCallback
+from .run.checkpoint import (
+    check_checkpoint,
+    checkpoint_folders,
+    is_complete,
+    newest_complete_checkpoint,
+    rotate_checkpoints,
+    write_manifest,
+)
+from .run.checkpoint_files import optimizer_flaw, run_flaw, state_flaw
+from .run.header import Plan, every, header, model_line, plan_warnings, refuse_finished, shared_class_share
+from .run.input_wait import InputWait
+from .run.lock import locked
+from .run.resume import (
     RUN_NAME,
     Change,
     Epochs,
@@ -76,15 +82,11 @@ from .resume import (
     run_facts,
     write_run,
 )
-from .run_lock import locked
-from .sets import ShiftSuite
-from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
 from .suite_trainer import SuiteTrainer
-from .survey import say_warnings, survey
-from .teacher import Teacher, beta_momentum, ema_momentum, half_life
-from .teacher_file import TEACHER_NAME, load_teacher_file, save_teacher_file, teacher_flaw
+from .teacher.average import Teacher, beta_momentum, ema_momentum, half_life
+from .teacher.callback import Schedule, TeacherCallback
+from .teacher.file import TEACHER_NAME, load_teacher_file, save_teacher_file, teacher_flaw
 from .training_args import PUBLISHED_STEPS, CaRotTrainingArguments
-from .whole_file import failed_to_write, files_below, whole_files
 
 logger = guarded(logging.get_logger(__name__))
 
@@ -100,7 +102,7 @@ class CaRotTrainer(SuiteTrainer):
 
     Args:
         model: A ``CLIPModel``, to which ``args.lora_rank`` may add LoRA, a ``peft.PeftModel`` of one, or a model of
-            another family of :data:`~carot_hf.backbones.BACKBONES`.
+            another family of :data:`~carot_hf.models.backbones.BACKBONES`.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
         processing_class: The model's processor, e.g. a ``CLIPProcessor``.
@@ -624,7 +626,7 @@ class CaRotTrainer(SuiteTrainer):
         return terms
 
     def _cached_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """A micro-batch's part of the loss of the whole contrastive batch; see :mod:`carot_hf.gradient_cache`.
+        """A micro-batch's part of the loss of the whole contrastive batch: :mod:`carot_hf.objective.gradient_cache`.
 
         Its value is that of the whole batch, in each micro-batch: Trainer takes the mean over them.
         """

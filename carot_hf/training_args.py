@@ -15,11 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
-from .adapters import check_lora_options, check_penalties
-from .losses import SAME_CLASS
-from .metric_names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, greater_is_better
-from .redaction import SECRET, public
-from .teacher import check_momentum
+from .basics.redaction import SECRET, public
+from .calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, greater_is_better
+from .models.lora import check_lora_options, check_penalties
+from .objective.losses import SAME_CLASS
+from .teacher.average import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
 ON_BAD_IMAGE = ("raise", "skip")
@@ -160,7 +160,7 @@ class CaRotTrainingArguments(TrainingArguments):
             becomes a :class:`~carot_hf.CLIPClassifier`.
         linear_probe: Fit the head on frozen features before the first step (LP-FT).
         same_class: What other samples of the same class are in the contrastive loss: "negative" (as published),
-            "positive" or "ignore"; see :func:`~carot_hf.losses.same_class_targets`.
+            "positive" or "ignore"; see :func:`~carot_hf.objective.losses.same_class_targets`.
         freeze: Tower that is not trained, with its projection: "vision" or "text".
         lora_rank: Rank of LoRA adapters (peft) on the linear layers of both towers; only they are trained, and averaged
             by the teacher, and the saved model has them merged. 0: no adapters, all weights are trained.

@@ -20,9 +20,9 @@ from pathlib import Path
 import finetune_imagenet
 import torch
 
+from carot_hf.basics.whole_file import whole_file
 from carot_hf.ece.binning import CalibrationBins
-from carot_hf.plots import reliability_grid
-from carot_hf.whole_file import whole_file
+from carot_hf.evaluation.plots import reliability_grid
 
 METHODS = {
     "zero-shot": ["--zero_shot"],

@@ -17,7 +17,7 @@ from finetune_imagenet import run, suite_options
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
 from carot_hf import CLIPClassifier, export_classifier, export_onnx, load_suite
-from carot_hf.prompts import CaptionTable, class_embeddings
+from carot_hf.data.captions import CaptionTable, class_embeddings
 
 
 def main(argv: Sequence[str]) -> Path:

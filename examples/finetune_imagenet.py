@@ -30,16 +30,16 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 import carot_hf
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
-from carot_hf.checkpoints import checkpoint_folders, is_complete
-from carot_hf.escape import printable
-from carot_hf.evaluation import comparison_table
-from carot_hf.header import FINISHED, refuse_finished
-from carot_hf.model_card import command_line
-from carot_hf.redaction import public
-from carot_hf.run_lock import locked
-from carot_hf.survey import say_warnings, survey
+from carot_hf.basics.escape import printable
+from carot_hf.basics.redaction import public
+from carot_hf.basics.whole_file import write_whole
+from carot_hf.data.survey import say_warnings, survey
+from carot_hf.evaluation.sets import comparison_table
+from carot_hf.hub.card import command_line
+from carot_hf.run.checkpoint import checkpoint_folders, is_complete
+from carot_hf.run.header import FINISHED, refuse_finished
+from carot_hf.run.lock import locked
 from carot_hf.training_args import PRESETS, preset_arguments
-from carot_hf.whole_file import write_whole
 
 START_MODELS = {
     "imagenet": "openai/clip-vit-base-patch16",

@@ -32,14 +32,14 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.trainer_callback import PrinterCallback
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
-from carot_hf.backbones import BACKBONES
-from carot_hf.classifier import CLIPClassifier
-from carot_hf.evaluation import comparison_table
-from carot_hf.header import refuse_finished
-from carot_hf.merging import SWEEP, alpha_sweep, interpolate
-from carot_hf.redaction import HIDDEN, public_words
-from carot_hf.run_lock import locked
-from carot_hf.whole_file import whole_file, write_whole
+from carot_hf.basics.redaction import HIDDEN, public_words
+from carot_hf.basics.whole_file import whole_file, write_whole
+from carot_hf.evaluation.sets import comparison_table
+from carot_hf.models.backbones import BACKBONES
+from carot_hf.models.classifier import CLIPClassifier
+from carot_hf.models.merging import SWEEP, alpha_sweep, interpolate
+from carot_hf.run.header import refuse_finished
+from carot_hf.run.lock import locked
 
 KINDS = {**dict.fromkeys(BACKBONES, AutoModel), "clip_classifier": CLIPClassifier}
 TABLE = [*COLUMNS, ("T", "eval_temperature")]

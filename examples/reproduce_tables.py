@@ -34,10 +34,10 @@ from finetune_imagenet import suite_options
 from tables import write_report
 
 from carot_hf import ShiftSuite, load_suite
-from carot_hf.checkpoints import checkpoint_folders, is_complete
-from carot_hf.redaction import public_words
-from carot_hf.run_lock import locked
-from carot_hf.whole_file import write_whole
+from carot_hf.basics.redaction import public_words
+from carot_hf.basics.whole_file import write_whole
+from carot_hf.run.checkpoint import checkpoint_folders, is_complete
+from carot_hf.run.lock import locked
 
 HERE = Path(__file__).resolve().parent
 FIRST_SEED = 42

@@ -16,9 +16,9 @@ from scipy.stats import t as student_t
 
 import carot_hf
 from carot_hf import ShiftSuite
+from carot_hf.basics.whole_file import whole_file, write_whole
 from carot_hf.ece.binning import CalibrationBins
-from carot_hf.plots import id_ood_scatter, reliability_grid
-from carot_hf.whole_file import whole_file, write_whole
+from carot_hf.evaluation.plots import id_ood_scatter, reliability_grid
 
 Metrics = Mapping[str, float]
 TITLES = {

@@ -150,7 +150,7 @@ def check_pip(words):
 
 def check_suite(text):
     """Read a suite, or a part of one, by the rules of load_suite; its data need not be there."""
-    from carot_hf import suite_file as rules
+    from carot_hf.suites import from_yaml as rules
 
     content = rules._checked(yaml.safe_load(text), "page", "", rules._SUITE_KEYS, ())
     sets = {"train": rules._TRAIN_KEYS, "validation": rules._SET_KEYS, "test": rules._TEST_KEYS}
@@ -204,7 +204,7 @@ def near(shown, got):
 
 def cut_digits():
     """Let the suite of digits recommend a few steps to Python, as the commands on it are cut."""
-    from carot_hf import suites
+    from carot_hf.suites import load as suites
 
     whole = suites._digits_suite
 

@@ -23,7 +23,7 @@ from transformers import TrainingArguments as Arguments
 import carot_hf
 from carot_hf import Teacher, TeacherCallback
 from carot_hf.ece.binning import calibration_bins
-from carot_hf.teacher_file import load_teacher_file, save_teacher_file, student_mark
+from carot_hf.teacher.file import load_teacher_file, save_teacher_file, student_mark
 
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 COMPILE = partial(torch.compile, backend="eager")
@@ -208,7 +208,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
             file.write(before[:100])
         raise OSError("no space left")
 
-    monkeypatch.setattr("carot_hf.teacher_file.save_file", half)
+    monkeypatch.setattr("carot_hf.teacher.file.save_file", half)
     with pytest.raises(OSError, match="no space"):
         save_teacher_file(teacher, path)
     assert path.read_bytes() == before
@@ -493,7 +493,7 @@ import os, sys
 sys.path.insert(0, {tests!r})
 from test_any_trainer import run_and_save
 
-# Kept: what torch does when DDP lets the last reference to a gloo group go may hang (carot_hf.distributed.keep_group).
+# Kept: what torch does when DDP lets the last reference to a gloo group go may hang (`keep_group`).
 trainer = run_and_save({folder!r}, {resume!r})
 os._exit(0)  # all is saved: whatever threads are left need not be waited for
 """

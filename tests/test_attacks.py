@@ -37,27 +37,20 @@ from layouts import folders, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from carot_hf import (
-    CaRotTrainer,
-    CaRotTrainingArguments,
-    ShiftSet,
-    bake_temperature,
-    load_suite,
-    loading,
-    run_lock,
-    unbake_temperature,
-)
-from carot_hf.calibration import calibration_record
-from carot_hf.checkpoints import checkpoint_folders, damage_of, newest_complete_checkpoint, write_manifest
-from carot_hf.escape import code, markdown, printable
-from carot_hf.evaluation import comparison_table
-from carot_hf.images import FORMATS, MAX_BYTES, MAX_PIXELS, BadImageError, read_image
-from carot_hf.model_card import ZERO_SHOT, CardFacts, model_card
-from carot_hf.recommended import method_options
-from carot_hf.redaction import public, public_words
-from carot_hf.run_lock import locked
-from carot_hf.splits import as_set
-from carot_hf.tables import read_text
+from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSet, bake_temperature, load_suite, unbake_temperature
+from carot_hf.basics.escape import code, markdown, printable
+from carot_hf.basics.redaction import public, public_words
+from carot_hf.calibration.record import calibration_record
+from carot_hf.data.images import FORMATS, MAX_BYTES, MAX_PIXELS, BadImageError, read_image
+from carot_hf.evaluation.sets import comparison_table
+from carot_hf.hub.card import ZERO_SHOT, CardFacts, model_card
+from carot_hf.run import lock as run_lock
+from carot_hf.run.checkpoint import checkpoint_folders, damage_of, newest_complete_checkpoint, write_manifest
+from carot_hf.run.lock import locked
+from carot_hf.suites import rows as loading
+from carot_hf.suites.recommended import method_options
+from carot_hf.suites.splits import as_set
+from carot_hf.suites.tables import read_text
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 NAMES = ["cat", "dog"]
@@ -189,7 +182,7 @@ def test_one_limit_of_memory_for_all_modes_before_decoding(monkeypatch, size, de
 
 PEAK = """
 import sys
-from carot_hf.images import _BYTES, _OTHER_BYTES, _TURNED_BYTES, read_image
+from carot_hf.data.images import _BYTES, _OTHER_BYTES, _TURNED_BYTES, read_image
 
 def memory(name):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
@@ -1002,7 +995,7 @@ def test_names_of_strangers_are_no_orders_in_the_terminal(tmp_path, capfd, caplo
     made = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor)
     made.train()
     made.evaluate()
-    logging.getLogger("carot_hf.sets").warning("A set called %s of %d, in %s.", evil, 3, tmp_path / "a\x1bb")
+    logging.getLogger("carot_hf.data.suite").warning("A set called %s of %d, in %s.", evil, 3, tmp_path / "a\x1bb")
     logging.getLogger("carot_hf.suite_trainer").warning("A set called %s.", evil)
     said = capfd.readouterr()
     everything = said.out + said.err + caplog.text

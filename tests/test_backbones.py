@@ -17,7 +17,8 @@ from tolerances import EXACT, float32_bound
 from transformers import AutoModel, AutoProcessor, ViTConfig, ViTModel, pipeline
 
 from carot_hf import bake_temperature, interpolate, unbake_temperature
-from carot_hf.backbones import (
+from carot_hf.data.captions import CaptionTable, class_embeddings
+from carot_hf.models.backbones import (
     BACKBONES,
     backbone_of,
     caption_options,
@@ -25,9 +26,8 @@ from carot_hf.backbones import (
     fit_image_size,
     pair_inputs,
 )
-from carot_hf.losses import similarity_logits
-from carot_hf.prepare import captions_of
-from carot_hf.prompts import CaptionTable, class_embeddings
+from carot_hf.models.prepare import captions_of
+from carot_hf.objective.losses import similarity_logits
 
 
 @pytest.fixture(params=FAMILIES)

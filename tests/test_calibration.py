@@ -17,17 +17,12 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score, top_k_acc
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from carot_hf import calibration
-from carot_hf.calibration import (
-    bake_temperature,
-    calibration_metrics,
-    fit_temperature,
-    temperature_interval,
-    top_label,
-    unbake_temperature,
-)
+from carot_hf.calibration.metrics import calibration_metrics, top_label
+from carot_hf.calibration.record import bake_temperature, unbake_temperature
+from carot_hf.calibration.rows import row_chunks
+from carot_hf.calibration.sigmoid import fit_sigmoid
+from carot_hf.calibration.temperature import fit_temperature, temperature_interval
 from carot_hf.ece.binning import calibration_bins
-from carot_hf.sigmoid import fit_sigmoid
 
 METRICS = {
     "accuracy",
@@ -161,11 +156,11 @@ def test_numpy_gives_the_same_as_torch_and_inputs_stay_as_they_are():
 def test_chunks_of_rows_change_nothing(monkeypatch):
     logits, labels = sample(101, 6)
     whole = calibration_metrics(logits, labels), fit_temperature(logits, labels), top_label(logits, labels)
-    monkeypatch.setattr(calibration, "_CHUNK_VALUES", 45)  # 7 rows, and 3 in the last chunk
+    monkeypatch.setattr("carot_hf.calibration.rows._CHUNK_VALUES", 45)  # 7 rows, and 3 in the last chunk
     assert calibration_metrics(logits, labels) == pytest.approx(whole[0], abs=1e-12)
     assert fit_temperature(logits, labels) == pytest.approx(whole[1], abs=1e-9)
     np.testing.assert_array_equal(top_label(logits, labels), whole[2])
-    monkeypatch.setattr(calibration, "_CHUNK_VALUES", 1)
+    monkeypatch.setattr("carot_hf.calibration.rows._CHUNK_VALUES", 1)
     assert calibration_metrics(logits, labels) == pytest.approx(whole[0], abs=1e-12)
 
 
@@ -276,8 +271,9 @@ def test_the_ece_optimum_is_at_least_as_good_as_a_fine_grid(seed):
 
 def test_few_passes_over_the_rows_are_made(monkeypatch):
     passes = []
-    chunks = calibration.row_chunks
-    monkeypatch.setattr(calibration, "row_chunks", lambda *args: passes.append(1) or chunks(*args))
+    for module in ("rows", "temperature"):
+        place = f"carot_hf.calibration.{module}.row_chunks"
+        monkeypatch.setattr(place, lambda *args: passes.append(1) or row_chunks(*args))
     fit_temperature(*sample(500, 10, over=2.0))
     assert len(passes) <= 9  # one to check, two to prepare, and the Newton steps
     passes.clear()
@@ -297,7 +293,7 @@ def test_equal_values_of_ece_go_to_the_nll_optimum(caplog):
 @pytest.mark.parametrize("scale", [2.0, 30.0, 1e4])
 def test_an_optimum_at_a_bound_is_logged(caplog, criterion, scale):
     right = torch.eye(3, dtype=torch.float64) * scale
-    with caplog.at_level(logging.WARNING, logger="carot_hf.calibration"):
+    with caplog.at_level(logging.WARNING, logger="carot_hf.calibration.temperature"):
         assert fit_temperature(right, torch.arange(3), criterion=criterion, bounds=(0.6, 7)) == 0.6
         assert "bound 0.6 of [0.6, 7]" in caplog.text
         caplog.clear()
@@ -369,7 +365,7 @@ def test_finite_logits_whose_sum_is_not_are_allowed():
 
 
 def test_a_bad_row_beyond_the_first_chunk_is_named(monkeypatch):
-    monkeypatch.setattr(calibration, "_CHUNK_VALUES", 8)
+    monkeypatch.setattr("carot_hf.calibration.rows._CHUNK_VALUES", 8)
     logits = torch.zeros(20, 4)
     logits[17, 3] = logits[17, 2] = logits[18, 0] = math.nan
     with pytest.raises(ValueError, match="row 17, column 2"):

@@ -16,9 +16,9 @@ from transformers import trainer as module
 from transformers.trainer_utils import BestRun
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, CLIPClassifier, Teacher, TeacherCallback, export_classifier
-from carot_hf.calibration import calibration_metrics
-from carot_hf.metric_names import DIRECTIONS, METRICS, SCALED, greater_is_better, parse_metric, set_of
-from carot_hf.prompts import class_embeddings
+from carot_hf.calibration.metrics import calibration_metrics
+from carot_hf.calibration.names import DIRECTIONS, METRICS, SCALED, greater_is_better, parse_metric, set_of
+from carot_hf.data.captions import class_embeddings
 
 
 def make(tmp_path, preset="carot", **options):

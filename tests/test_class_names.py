@@ -9,9 +9,9 @@ import huggingface_hub
 import pytest
 from datasets import ClassLabel
 
-from carot_hf import class_names
-from carot_hf.class_names import resolve_names
-from carot_hf.imagenet import SETS
+from carot_hf.suites.imagenet import names as class_names
+from carot_hf.suites.imagenet.names import resolve_names
+from carot_hf.suites.imagenet.sets import SETS
 
 HUB = "clip-benchmark/wds_imagenetv2"
 
@@ -71,7 +71,7 @@ def write_cache(folder, names, templates):
 
 def test_the_users_names_come_first(caplog, tmp_path):
     folder = write_files(tmp_path / "files", ["x", "y"], ["a {c}"])
-    with caplog.at_level(logging.INFO, logger="carot_hf.class_names"):
+    with caplog.at_level(logging.INFO, logger="carot_hf.suites.imagenet.names"):
         found = resolve_names(
             2, class_names=("cat", "dog"), templates=("one {}", "two {}"), label_names=["p", "q"], folder=folder
         )

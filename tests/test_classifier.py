@@ -28,8 +28,9 @@ from transformers import (
     pipeline,
 )
 
-from carot_hf import bake_temperature, classifier, unbake_temperature
-from carot_hf.classifier import (
+from carot_hf import bake_temperature, unbake_temperature
+from carot_hf.models import classifier
+from carot_hf.models.classifier import (
     CLIPClassifier,
     CLIPClassifierConfig,
     export_classifier,
@@ -665,7 +666,7 @@ def test_the_head_comes_back_as_it_was_given():
 def test_too_few_steps_are_logged(caplog):
     features, labels, head = sample()
     bias = torch.zeros(4, dtype=torch.float64)
-    with caplog.at_level(logging.WARNING, logger="carot_hf.classifier"):
+    with caplog.at_level(logging.WARNING, logger="carot_hf.models.classifier"):
         short = linear_probe(features, labels, head, bias, max_iter=3)
         assert "not at its optimum after 3 steps" in caplog.text
         caplog.clear()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import CLASSES, Noise, noise_set
 
-from carot_hf import ShiftSet, digits, load_suite
-from carot_hf.content_hash import sha256_of_array, sha256_of_facts
+from carot_hf import ShiftSet, load_suite
+from carot_hf.basics.content_hash import sha256_of_array, sha256_of_facts
+from carot_hf.suites import digits
 
 DIGITS = {"1.0": "80169166ea0cdbb5811265fcf04ac76aab4ede4f57bb424fef4e188d126a6d2e"}
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tolerances import EXACT
 from transformers import CLIPModel
 
-from carot_hf.convert import clip_from_state_dict, load_clip_checkpoint
+from carot_hf.models.convert import clip_from_state_dict, load_clip_checkpoint
 
 END = 69  # last id of the reference's vocabulary
 

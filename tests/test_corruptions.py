@@ -11,8 +11,8 @@ from conftest import Noise, noise_set
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from carot_hf import corruptions
-from carot_hf.corruptions import CorruptedSet, corruption_names, parse_name
+from carot_hf.suites.imagenet import corruptions
+from carot_hf.suites.imagenet.corruptions import CorruptedSet, corruption_names, parse_name
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor
 
 from carot_hf import ShiftSet
-from carot_hf.data import CaRotCollator, DrawnSet, DrawSampler, ReadSet, ShareSampler
-from carot_hf.images import BadImageError, read_image
-from carot_hf.prompts import CaptionTable
-from carot_hf.transforms import ImageTransform, normalize_pixels, random_box
+from carot_hf.data.batches import CaRotCollator, DrawnSet, DrawSampler, ReadSet, ShareSampler
+from carot_hf.data.captions import CaptionTable
+from carot_hf.data.images import BadImageError, read_image
+from carot_hf.data.transforms import ImageTransform, normalize_pixels, random_box
 
 try:  # without torchvision CLIPImageProcessor is this class itself
     from transformers import CLIPImageProcessorPil

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tolerances import EXACT, float32_bound
 from transformers import CLIPModel, CLIPProcessor
 
-from carot_hf import digits
+from carot_hf.suites import digits
 
 SIZES = {
     **{"train": 800, "validation": 200, "test": 797},

@@ -28,7 +28,8 @@ sys.path.insert(0, {tests!r})
 import torch
 from conftest import Noise, noise_suite, tiny_clip, tiny_processor
 from families import model_of, processor_of
-from carot_hf import CaRotTrainer, CaRotTrainingArguments, distributed
+from carot_hf import CaRotTrainer, CaRotTrainingArguments
+from carot_hf.objective import gather as distributed
 
 processor = processor_of({family!r}) if {family!r} else tiny_processor()
 model = model_of({family!r}, processor.tokenizer) if {family!r} else tiny_clip(processor.tokenizer)

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 import carot_hf
-from carot_hf import losses
+from carot_hf.objective import losses
 
 # Blocks that neither run nor are checked: page, first line, why.
 EXEMPT = {
@@ -144,7 +144,7 @@ def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
     for name, text in reference.items():
         assert not re.findall(r":(?:class|func|meth|mod|math):|\.\. math|arithmatex|autoref ", text), name
         assert not re.search(r"<p>(?:Returns|Raises|Args|Attributes|Source):", text), name
-    assert 'id="carot_hf.losses.contrastive_loss"' in reference["losses"]
+    assert 'id="carot_hf.objective.losses.contrastive_loss"' in reference["losses"]
     assert reference["losses"].count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 5
     assert 'href="models.html#carot_hf.CLIPClassifier"' in reference["trainer"]
     assert 'href="#carot_hf.suite_trainer.SuiteTrainer.evaluate"><code>SuiteTrainer.evaluate' in reference["trainer"]

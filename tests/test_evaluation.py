@@ -18,9 +18,9 @@ from torch.utils.data import SequentialSampler
 from transformers import CLIPModel, CLIPProcessor, EarlyStoppingCallback, TrainerCallback, pipeline
 
 from carot_hf import ShiftSet, fit_temperature, unbake_temperature
-from carot_hf.evaluation import SetLogits, comparison_table, label_bins, set_metrics, with_aggregates
-from carot_hf.metric_names import METRICS, SCALED
-from carot_hf.prompts import class_embeddings
+from carot_hf.calibration.names import METRICS, SCALED
+from carot_hf.data.captions import class_embeddings
+from carot_hf.evaluation.sets import SetLogits, comparison_table, label_bins, set_metrics, with_aggregates
 
 KEYS = {"accuracy", "top5_accuracy", "ece", "ece_batch_mean", "adaptive_ece", "classwise_ece", "mce", "nll", "brier"}
 KEYS |= {"auroc", "overconfidence"}

@@ -21,9 +21,9 @@ from torch.utils.data import get_worker_info
 
 import carot_hf.trainer
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
-from carot_hf.checkpoints import newest_complete_checkpoint
-from carot_hf.distributed import lost_process
-from carot_hf.run_lock import locked
+from carot_hf.objective.gather import lost_process
+from carot_hf.run.checkpoint import newest_complete_checkpoint
+from carot_hf.run.lock import locked
 
 SAVES = {  # moments of a checkpoint's saving, in their order: the function that starts then
     "teacher": (carot_hf.trainer, "save_teacher_file"),

@@ -9,8 +9,8 @@ from layouts import content, folders, parquet, picture
 from PIL import Image
 
 from carot_hf import load_suite
-from carot_hf.folders import split_of, walk
-from carot_hf.loading import hold_out, local_files, open_source
+from carot_hf.suites.folders import split_of, walk
+from carot_hf.suites.rows import hold_out, local_files, open_source
 
 
 @pytest.fixture(autouse=True)

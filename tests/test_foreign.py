@@ -24,7 +24,7 @@ from sklearn.calibration import calibration_curve
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from carot_hf import fit_temperature
-from carot_hf.calibration import top_label
+from carot_hf.calibration.metrics import top_label
 from carot_hf.ece.binning import calibration_bins
 from carot_hf.ece.ece import ECE
 from carot_hf.ece.uncertainty import debiased_ece

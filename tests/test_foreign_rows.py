@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from carot_hf import calibration_metrics
-from carot_hf.calibration import fit_temperature
+from carot_hf.calibration.temperature import fit_temperature
 from carot_hf.ece.ece import ECE
 
 ROWS = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.05, 0.9, 0.05]])

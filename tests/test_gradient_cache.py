@@ -10,7 +10,7 @@ from conftest import tiny_clip
 from test_distributed import launch
 from tolerances import EXACT, LOGGED
 
-from carot_hf.gradient_cache import RandomState, cache_gradients, surrogate
+from carot_hf.objective.gradient_cache import RandomState, cache_gradients, surrogate
 
 CASES = {
     "flyp": {},

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from carot_hf import ShiftSet
-from carot_hf.calibration import calibration_metrics, fit_temperature
-from carot_hf.evaluation import SetLogits, set_metrics
+from carot_hf.calibration.metrics import calibration_metrics
+from carot_hf.calibration.temperature import fit_temperature
+from carot_hf.evaluation.sets import SetLogits, set_metrics
 
 ROWS, WORLD, WIDTH = 16, 16, 12
 

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, Noise
 
 from carot_hf import ShiftSet
-from carot_hf.imagenet import NUM_CLASSES, SETS, SHIFTS, wnids
+from carot_hf.suites.imagenet.sets import NUM_CLASSES, SETS, SHIFTS, wnids
 
 # Known from the papers, the Hub pages and WordNet, not from the table: index, wnid.
 KNOWN_WNIDS = {
@@ -146,7 +146,7 @@ def test_objectnet_takes_the_best_of_a_labels_classes():
 
 def test_importing_reads_nothing_and_no_library():
     code = (
-        "import sys, carot_hf.imagenet as i;"
+        "import sys, carot_hf.suites.imagenet.sets as i;"
         "print(i._tables.cache_info().currsize, [m for m in ('torch', 'numpy', 'datasets') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

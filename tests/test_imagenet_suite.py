@@ -20,10 +20,10 @@ from dataset_hub import DatasetHub
 from layouts import content, folders, parquet, picture, tars
 from transformers import CLIPModel
 
-import carot_hf.sets
+import carot_hf.data.suite
 import carot_hf.suite_trainer
 from carot_hf import load_suite
-from carot_hf.imagenet import SETS, wnids
+from carot_hf.suites.imagenet.sets import SETS, wnids
 
 TRAIN = np.repeat([0, 1, 2, 134, 517, 999], 10)
 NAMES = [f"name {index}" for index in range(1000)]
@@ -181,7 +181,7 @@ def test_what_is_held_out_of_a_stream_is_that_of_its_commit(hub, caplog):
     for commit in ("a" * 40, "b" * 40, "a" * 40):
         hub.commit = commit
         caplog.clear()
-        with caplog.at_level(logging.INFO, logger="carot_hf.splits"):
+        with caplog.at_level(logging.INFO, logger="carot_hf.suites.splits"):
             held, trained = hub.suite()
         assert (held | trained, held & trained, len(held)) == (whole, set(), 6)
         found.append((held, "Reading the stream" in caplog.text))
@@ -226,7 +226,7 @@ def test_without_a_commit_nothing_is_reused(hub, caplog):
     for commit in ("a", "b", "b"):
         hub.commit = commit
         caplog.clear()
-        with caplog.at_level(logging.INFO, logger="carot_hf.splits"):
+        with caplog.at_level(logging.INFO, logger="carot_hf.suites.splits"):
             held, trained = hub.suite()
         assert (held | trained, held & trained) == (set(range(60)), set())
         assert "revision of 'train' could not be learned: its validation set is read anew" in caplog.text
@@ -282,13 +282,13 @@ def test_corruptions_of_the_test_set(root, monkeypatch):
 def reads(monkeypatch):
     """How often an image was decoded, and the class head made."""
     count = Counter()
-    decode, embeddings = carot_hf.sets.ShiftSet.decode, carot_hf.suite_trainer.class_embeddings
+    decode, embeddings = carot_hf.data.suite.ShiftSet.decode, carot_hf.suite_trainer.class_embeddings
 
     def counted_decode(self, *args, **kwargs):
         count[self.name] += 1
         return decode(self, *args, **kwargs)
 
-    monkeypatch.setattr(carot_hf.sets.ShiftSet, "decode", counted_decode)
+    monkeypatch.setattr(carot_hf.data.suite.ShiftSet, "decode", counted_decode)
 
     def counted_head(*args, **kwargs):
         count["head"] += 1

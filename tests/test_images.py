@@ -18,9 +18,9 @@ from conftest import CLASSES
 from PIL import Image
 
 from carot_hf import ShiftSet
-from carot_hf.data import ReadSet
-from carot_hf.images import MAX_PIXELS, BadImageError, image_suffixes, is_image_name, read_image
-from carot_hf.transforms import ImageTransform, random_box
+from carot_hf.data.batches import ReadSet
+from carot_hf.data.images import MAX_PIXELS, BadImageError, image_suffixes, is_image_name, read_image
+from carot_hf.data.transforms import ImageTransform, random_box
 
 
 def encoded(image, form, **options):

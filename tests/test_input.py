@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from carot_hf import ShiftSet
-from carot_hf.images import BadImageError
-from carot_hf.input_wait import InputWait
-from carot_hf.splits import as_set
+from carot_hf.data.images import BadImageError
+from carot_hf.run.input_wait import InputWait
+from carot_hf.suites.splits import as_set
 
 
 def rows(bad, size=12, *, captions=False):

@@ -14,8 +14,8 @@ from tolerances import float32_bound
 from transformers import CLIPModel, CLIPProcessor
 
 from carot_hf import bake_temperature
-from carot_hf.classifier import CLIPClassifier
-from carot_hf.merging import interpolate as merge
+from carot_hf.models.classifier import CLIPClassifier
+from carot_hf.models.merging import interpolate as merge
 
 
 @pytest.fixture

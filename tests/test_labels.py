@@ -15,7 +15,7 @@ from layouts import folders, parquet, picture
 from PIL import Image
 
 from carot_hf import ShiftSet, ShiftSuite, load_suite
-from carot_hf.labels import ClassNames, LabelTable, folded, not_a_label
+from carot_hf.data.labels import ClassNames, LabelTable, folded, not_a_label
 
 TEXTILE = ["nominal", "local", "global"]
 

@@ -8,12 +8,12 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 from layouts import content, folders, parquet, tars
 
-from carot_hf.columns import image_column, label_column
-from carot_hf.imagenet import SETS, wnids
-from carot_hf.labels import LabelTable
-from carot_hf.loading import check_labels, hold_out, local_files, open_rows
-from carot_hf.splits import as_set
-from carot_hf.streaming import shard_rows
+from carot_hf.data.columns import image_column, label_column
+from carot_hf.data.labels import LabelTable
+from carot_hf.data.stream import shard_rows
+from carot_hf.suites.imagenet.sets import SETS, wnids
+from carot_hf.suites.rows import check_labels, hold_out, local_files, open_rows
+from carot_hf.suites.splits import as_set
 
 LABELS = np.array([0, 3, 1, 2, 2, 1, 3, 0, 1])
 

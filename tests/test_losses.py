@@ -12,7 +12,7 @@ from tolerances import EXACT
 from transformers.loss.loss_utils import LOSS_MAPPING  # noqa: F401  (fails early if transformers moves its losses)
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from carot_hf.losses import (
+from carot_hf.objective.losses import (
     contrastive_loss,
     cross_norm_penalty,
     distillation_loss,

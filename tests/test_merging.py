@@ -11,7 +11,7 @@ from conftest import tiny_clip
 from torch import nn
 
 from carot_hf import bake_temperature
-from carot_hf.merging import alpha_sweep, greedy_soup, interpolate, uniform_soup
+from carot_hf.models.merging import alpha_sweep, greedy_soup, interpolate, uniform_soup
 
 
 class Net(nn.Module):

@@ -19,8 +19,8 @@ from tolerances import EXACT, float32_bound
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
-from carot_hf.classifier import CLIPClassifier, linear_probe
-from carot_hf.losses import (
+from carot_hf.models.classifier import CLIPClassifier, linear_probe
+from carot_hf.objective.losses import (
     contrastive_loss,
     cross_entropy_loss,
     cross_norm_penalty,
@@ -29,7 +29,7 @@ from carot_hf.losses import (
     orthogonality_penalty,
     same_class_targets,
 )
-from carot_hf.teacher import Teacher, beta_momentum, half_life
+from carot_hf.teacher.average import Teacher, beta_momentum, half_life
 from carot_hf.training_args import PRESETS
 
 # ---- losses on fixed features: parity with the published arithmetic ----

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from carot_hf import bake_temperature, calibration_metrics, interpolate, suite_trainer, unbake_temperature
-from carot_hf.model_card import command_line
+from carot_hf.hub.card import command_line
 
 
 def card_of(trainer, **options):

@@ -16,8 +16,9 @@ from PIL import Image
 from tolerances import float32_bound
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
-from carot_hf import bake_temperature, export_classifier, export_onnx, load_suite, onnx_export
-from carot_hf.prompts import CaptionTable, class_embeddings
+from carot_hf import bake_temperature, export_classifier, export_onnx, load_suite
+from carot_hf.data.captions import CaptionTable, class_embeddings
+from carot_hf.models import onnx as onnx_export
 
 USE = """
 import json, sys

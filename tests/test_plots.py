@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from carot_hf.ece.binning import CalibrationBins, calibration_bins
 from carot_hf.ece.ece import ECE
-from carot_hf.plots import (
+from carot_hf.evaluation.plots import (
     OVER,
     OVER_HATCH,
     UNDER,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tolerances import EXACT, LOGGED
 from torch._dynamo.utils import counters
 
-from carot_hf.backbones import pair_inputs
+from carot_hf.models.backbones import pair_inputs
 
 CACHE = {"contrastive_batch_size": 12}
 

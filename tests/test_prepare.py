@@ -13,8 +13,8 @@ from tolerances import EXACT
 from transformers.trainer_utils import HPSearchBackend
 
 from carot_hf import CaRotTrainer, bake_temperature
-from carot_hf.prepare import FROZEN
-from carot_hf.teacher_file import TEACHER_NAME
+from carot_hf.models.prepare import FROZEN
+from carot_hf.teacher.file import TEACHER_NAME
 
 
 def with_model_init(make_trainer, processor, suite, init=None, preset="carot", **arguments):

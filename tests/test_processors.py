@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import ChineseCLIPImageProcessor, CLIPImageProcessor, Siglip2ImageProcessor, SiglipImageProcessor
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
-from carot_hf.data import CaRotCollator
-from carot_hf.transforms import ImageTransform, check_image_size, image_transform, normalize_pixels
+from carot_hf.data.batches import CaRotCollator
+from carot_hf.data.transforms import ImageTransform, check_image_size, image_transform, normalize_pixels
 
 CLIP = {"size": {"shortest_edge": 24}, "crop_size": {"height": 16, "width": 16}}
 SIGLIP = {"size": {"height": 16, "width": 16}}

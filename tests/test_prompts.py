@@ -8,8 +8,8 @@ from conftest import CLASSES, TEMPLATES, tiny_clip, tiny_processor
 from families import FAMILIES, model_of, processor_of
 from tolerances import EXACT
 
-from carot_hf.backbones import caption_options
-from carot_hf.prompts import CaptionTable, check_templates, class_embeddings, fill_template
+from carot_hf.data.captions import CaptionTable, check_templates, class_embeddings, fill_template
+from carot_hf.models.backbones import caption_options
 
 
 @pytest.fixture

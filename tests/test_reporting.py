@@ -19,8 +19,9 @@ from reported import DIAGRAMS, REPORTED, SETS, check_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from carot_hf import plots, reporting
 from carot_hf.ece.binning import calibration_bins
+from carot_hf.evaluation import diagrams as reporting
+from carot_hf.evaluation import plots
 
 
 @pytest.fixture
@@ -192,7 +193,10 @@ def test_packages_of_reporters_are_imported_only_for_their_callbacks(monkeypatch
 
 
 def test_reporting_needs_no_reporter():
-    code = "import sys, carot_hf.reporting; print([m for m in ('wandb', 'trackio', 'tensorboard') if m in sys.modules])"
+    code = """
+import sys, carot_hf.evaluation.diagrams
+print([m for m in ('wandb', 'trackio', 'tensorboard') if m in sys.modules])
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -226,7 +230,7 @@ def test_without_matplotlib_the_numbers_still_come(make_trainer, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(reporting.importlib.util, "find_spec", lambda name: None)
     trainer = make_trainer(reliability_diagrams=True)
-    with caplog.at_level(logging.INFO, "carot_hf.reporting"):
+    with caplog.at_level(logging.INFO, "carot_hf.evaluation.diagrams"):
         assert 0 <= trainer.evaluate()["eval_home_ece"] <= 1
     assert "pip install carot_hf[plot]" in caplog.text
     assert not list(Path(trainer.args.output_dir).glob("*.png"))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from carot_hf import CaRotTrainer
-from carot_hf.checkpoints import (
+from carot_hf.run.checkpoint import (
     check_checkpoint,
     checkpoint_folders,
     newest_complete_checkpoint,

@@ -18,8 +18,8 @@ from transformers import CLIPModel
 
 import carot_hf.trainer
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
-from carot_hf.checkpoints import check_checkpoint, damage_of, write_manifest
-from carot_hf.resume import Epochs, SavedRun, apply_hyperparameters, continued, hyperparameters, read_run
+from carot_hf.run.checkpoint import check_checkpoint, damage_of, write_manifest
+from carot_hf.run.resume import Epochs, SavedRun, apply_hyperparameters, continued, hyperparameters, read_run
 
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_validation_nll"}
 SAVE = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}  # 26 samples in batches of 4: 6 steps an epoch

@@ -15,7 +15,7 @@ from conftest import ROOT
 from PIL import Image
 
 from carot_hf import ShiftSet, load_clip_checkpoint
-from carot_hf.images import MAX_PIXELS, BadImageError, read_image
+from carot_hf.data.images import MAX_PIXELS, BadImageError, read_image
 
 FILES = sorted([*(ROOT / "carot_hf").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
 TOKEN = "hf_thisTokenMustNotBeSeenAnywhere"

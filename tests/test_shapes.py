@@ -15,8 +15,8 @@ from conftest import ROOT
 from PIL import Image
 from transformers import CLIPImageProcessor, Siglip2ImageProcessor, SiglipImageProcessor
 
-from carot_hf.images import read_image
-from carot_hf.transforms import ImageTransform, PatchTransform, image_transform, normalize_pixels
+from carot_hf.data.images import read_image
+from carot_hf.data.transforms import ImageTransform, PatchTransform, image_transform, normalize_pixels
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
@@ -88,8 +88,8 @@ import io, json, os, resource, sys
 import numpy as np
 from PIL import Image
 from transformers import Siglip2ImageProcessor
-from carot_hf.images import read_image
-from carot_hf.transforms import ImageTransform, PatchTransform
+from carot_hf.data.images import read_image
+from carot_hf.data.transforms import ImageTransform, PatchTransform
 
 half = ((0.5,) * 3, (0.5,) * 3)
 kinds = {

@@ -13,9 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from tolerances import EXACT
 
 from carot_hf import bake_temperature, calibration_metrics, unbake_temperature
-from carot_hf.calibration import top_label
+from carot_hf.calibration.metrics import top_label
+from carot_hf.calibration.sigmoid import fit_sigmoid
 from carot_hf.ece.binning import calibration_bins
-from carot_hf.sigmoid import fit_sigmoid, sigmoid_distillation_loss, sigmoid_loss
+from carot_hf.objective.sigmoid import sigmoid_distillation_loss, sigmoid_loss
 
 
 def matrix(seed, rows=3, columns=5, spread=4.0):

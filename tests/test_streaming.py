@@ -17,9 +17,9 @@ from layouts import parquet, tars
 from torch.utils.data import DataLoader
 
 from carot_hf import ShiftSuite
-from carot_hf.loading import open_rows
-from carot_hf.splits import as_set, hold_out_of_stream
-from carot_hf.streaming import StreamedDraws, StreamedRows
+from carot_hf.data.stream import StreamedDraws, StreamedRows
+from carot_hf.suites.rows import open_rows
+from carot_hf.suites.splits import as_set, hold_out_of_stream
 
 LABELS = np.random.default_rng(0).integers(0, 4, 41)
 

@@ -13,9 +13,9 @@ from conftest import CLASSES, Noise, noise_set
 from PIL import Image
 
 from carot_hf import ShiftSet, ShiftSuite, load_suite
-from carot_hf.data import ReadSet
-from carot_hf.loading import hold_out
-from carot_hf.splits import split_off
+from carot_hf.data.batches import ReadSet
+from carot_hf.suites.rows import hold_out
+from carot_hf.suites.splits import split_off
 
 
 def png(image):

@@ -15,9 +15,9 @@ from conftest import Noise, noise_set
 from layouts import picture
 
 from carot_hf import ShiftSet, ShiftSuite
-from carot_hf.evaluation import fit_scaling, scaling_bounds
-from carot_hf.header import Plan, header, plan_warnings, shared_class_share
-from carot_hf.survey import say_warnings, survey
+from carot_hf.data.survey import say_warnings, survey
+from carot_hf.evaluation.sets import fit_scaling, scaling_bounds
+from carot_hf.run.header import Plan, header, plan_warnings, shared_class_share
 from carot_hf.training_args import CaRotTrainingArguments
 
 
@@ -113,12 +113,12 @@ def test_nothing_is_read_of_images_of_other_sizes(monkeypatch):
     )
     assert train.encoded_lengths() == [len(data) for data in pictures(0, 1, 2)]
     assert train.subset(np.array([2, 0]), "part").encoded_lengths() == [len(pictures(2)[0]), len(pictures(0)[0])]
-    monkeypatch.setattr("carot_hf.survey._Contents._value", lambda self, row: pytest.fail("an image was read"))
+    monkeypatch.setattr("carot_hf.data.survey._Contents._value", lambda self, row: pytest.fail("an image was read"))
     assert dict(survey(suite_of(train, other, test)).shared) == {}
 
 
 def test_more_images_than_are_compared(suite, monkeypatch):
-    monkeypatch.setattr("carot_hf.survey.MOST_IMAGES", 50)
+    monkeypatch.setattr("carot_hf.data.survey.MOST_IMAGES", 50)
     found = survey(suite)
     assert not found.compared
     assert found.table().splitlines()[-1] == "more than 50 images: those that sets share were not looked for"

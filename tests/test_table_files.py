@@ -11,9 +11,9 @@ import yaml
 from layouts import content, picture
 
 from carot_hf import ShiftSet, load_suite
-from carot_hf.loading import open_source
-from carot_hf.splits import as_set
-from carot_hf.tables import read_text
+from carot_hf.suites.rows import open_source
+from carot_hf.suites.splits import as_set
+from carot_hf.suites.tables import read_text
 
 NAMES = ["cat", "dog"]
 LABELS = [0, 1, 1, 0, 1]
@@ -247,9 +247,9 @@ def test_missing_captions_are_refused_with_their_row(captions):
 
 def test_of_several_captions_one_is_drawn_by_the_number_of_the_draw(processor):
     """The text of the list was trained on."""
-    from carot_hf.data import CaRotCollator, DrawnSet
-    from carot_hf.prompts import CaptionTable
-    from carot_hf.transforms import image_transform
+    from carot_hf.data.batches import CaRotCollator, DrawnSet
+    from carot_hf.data.captions import CaptionTable
+    from carot_hf.data.transforms import image_transform
 
     given = [["zero", "one two three"], ["four five"], ["six", "seven", "eight"]]
     data = ShiftSet(captioned(given), name="s", num_classes=2, label_column=None, caption_column="text")
@@ -280,7 +280,7 @@ def test_of_several_captions_one_is_drawn_by_the_number_of_the_draw(processor):
 
 
 def test_captions_that_are_cut_are_said(processor):
-    from carot_hf.prompts import CaptionTable
+    from carot_hf.data.captions import CaptionTable
 
     table = CaptionTable(processor.tokenizer, ["x", "y"], ["a {}"], 8)
     long = " ".join(["zero"] * 40)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from carot_hf import Teacher
-from carot_hf.teacher import ema_momentum
+from carot_hf.teacher.average import ema_momentum
 
 
 class Net(nn.Module):

@@ -14,9 +14,9 @@ from tolerances import EXACT, LOGGED
 from transformers import CLIPModel, TrainerCallback, TrainingArguments
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
-from carot_hf.losses import contrastive_loss, cross_norm_penalty, distillation_loss, orthogonality_penalty
+from carot_hf.objective.losses import contrastive_loss, cross_norm_penalty, distillation_loss, orthogonality_penalty
 from carot_hf.suite_trainer import _check_launch
-from carot_hf.teacher import ema_momentum
+from carot_hf.teacher.average import ema_momentum
 
 
 class Spy(TrainerCallback):

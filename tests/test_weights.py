@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from carot_hf import calibration_metrics
-from carot_hf.calibration import LogitRows
+from carot_hf.calibration.rows import LogitRows
 from carot_hf.ece.binning import BinSums, calibration_bins
 from carot_hf.ece.ece import ECE
 

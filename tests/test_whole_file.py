@@ -8,8 +8,8 @@ import finetune_imagenet
 import pytest
 from safetensors.torch import load_file
 
-from carot_hf import reporting
-from carot_hf.whole_file import whole_file, write_whole
+from carot_hf.basics.whole_file import whole_file, write_whole
+from carot_hf.evaluation import diagrams as reporting
 
 
 def test_an_error_leaves_what_was_there(tmp_path):

@@ -10,8 +10,8 @@ import yaml
 from layouts import folders, parquet
 
 from carot_hf import CaRotTrainingArguments, load_suite
-from carot_hf.recommended import checked_arguments
-from carot_hf.yaml_text import load_yaml
+from carot_hf.basics.yaml_text import load_yaml
+from carot_hf.suites.recommended import checked_arguments
 
 
 @pytest.fixture(autouse=True)

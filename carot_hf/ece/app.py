@@ -26,7 +26,7 @@ from PIL import Image
 
 from carot_hf import load_ece
 from carot_hf.ece.csv_rows import cells_of, is_number, label_of, number_of, read_csv
-from carot_hf.plots import reliability_diagram
+from carot_hf.evaluation.plots import reliability_diagram
 
 MAX_FILE = "100mb"
 MAX_ROWS, MAX_VALUES = 1_000_000, 20_000_000  # of one request

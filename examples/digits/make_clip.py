@@ -3,8 +3,8 @@
     python examples/digits/make_clip.py                    # rebuilds examples/digits/clip, prints the table below
     python examples/digits/make_clip.py --evaluate_only    # the table alone, of the folder as it is
 
-It pretrains on MNIST digits and printed ones in varied renditions (`carot_hf.digits.pretraining_split`) with CLIP's
-contrastive loss, then divides its logits by one temperature fitted on digits held out of pre-training. Expect:
+It pretrains on MNIST digits and printed ones in varied renditions (`carot_hf.suites.digits.pretraining_split`) with
+CLIP's contrastive loss, then divides its logits by one temperature fitted on digits held out of pre-training. Expect:
 
     set            n  accuracy     ECE
     UCI test     797     0.795   0.082
@@ -40,8 +40,17 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from carot_hf.calibration import calibration_metrics, fit_temperature
-from carot_hf.digits import CLASS_NAMES, SIZE, TEMPLATES, Images, fine_tuning_splits, pretraining_split, shift_splits
+from carot_hf.calibration.metrics import calibration_metrics
+from carot_hf.calibration.temperature import fit_temperature
+from carot_hf.suites.digits import (
+    CLASS_NAMES,
+    SIZE,
+    TEMPLATES,
+    Images,
+    fine_tuning_splits,
+    pretraining_split,
+    shift_splits,
+)
 
 SEED = 0
 EPOCHS = 30

@@ -19,7 +19,7 @@ SCRIPT = """
 import json, torch, carot_hf
 from transformers import CLIPConfig, CLIPModel
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, bake_temperature, fit_temperature, load_ece
-from carot_hf.imagenet import wnids
+from carot_hf.suites.imagenet.sets import wnids
 
 torch.manual_seed(0)
 logits = 4 * torch.randn(4000, 5)

@@ -27,8 +27,8 @@ from tolerances import float32_bound
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, pipeline
 
 from carot_hf import load_suite
-from carot_hf.checkpoints import is_complete
-from carot_hf.imagenet import SETS, wnids
+from carot_hf.run.checkpoint import is_complete
+from carot_hf.suites.imagenet.sets import SETS, wnids
 
 pytestmark = [
     pytest.mark.rehearsal,

@@ -1,0 +1,1 @@
+"""What every package may use: text for people, files, precision; knows nothing of CLIP."""

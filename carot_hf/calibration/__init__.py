@@ -1,0 +1,1 @@
+"""How well probabilities hold what they say, and what mends them."""

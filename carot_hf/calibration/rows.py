@@ -1,0 +1,203 @@
+"""Logits and labels as every function here takes them: checked, in chunks, and computed only when they are read.
+
+Logits and labels may be torch tensors on any device or numpy arrays. Half precision is worked on as float32; rows
+are taken in chunks, so 50,000 x 1000 needs little memory beyond the logits, and little at all with `LogitRows`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..ece.binning import checked_weights, rows_that_count
+from ..ece.inputs import AS_LOGITS, as_array, looks_like_probabilities, to_numpy, two_dimensional
+
+LINKS = ("softmax", "sigmoid")
+_CHUNK_VALUES = 1 << 17  # logits worked on at a time: small enough for the cache of one core
+LOWEST_EXPONENT = -80.0  # exp(-80) is 0 for every sum here and still a normal float32; denormals are slow
+
+
+class LogitRows(ABC):
+    """Logits that are computed when they are read, some rows at a time: a matrix that is never there as a whole.
+
+    Attributes:
+        shape: ``(N, K)``.
+        dtype: Of the rows; a float dtype.
+        device: Of the rows.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return ``(n, K)``, the same values each time."""
+
+
+Logits = Tensor | NDArray[Any] | LogitRows
+
+
+def checked_rows(
+    logits: Logits, labels: Tensor | NDArray[Any], temperature: float = 1.0, *, warn: bool = False
+) -> tuple[Tensor | LogitRows, Tensor]:
+    """Return both as tensors on the device of the logits, shapes and values checked.
+
+    Args:
+        logits: See `calibration_metrics`.
+        labels: See there.
+        temperature: See there.
+        warn: Warn if all rows look like probabilities.
+    """
+    check_temperature(temperature)
+    if not isinstance(logits, LogitRows):
+        logits = _as_logits(logits)
+    labels = _as_labels(labels)
+    shape = tuple(logits.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not logits.dtype.is_floating_point:
+        raise ValueError(
+            f"Expected `logits` of a float dtype and shape (N, K) with N >= 1 and K >= 2, got {logits.dtype} of shape "
+            f"{shape}. Pass one row of class scores, before the softmax, for each sample."
+        )
+    if tuple(labels.shape) != shape[:1]:
+        two = labels.ndim == 2 and len(labels) == len(logits)
+        got = two_dimensional(labels.cpu().numpy(), "labels") if two else f"{tuple(labels.shape)}. Pass class indices."
+        raise ValueError(f"Expected `labels` of shape ({len(logits)},), got {got}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"Expected `labels` of an integer dtype, got {labels.dtype}. Pass class indices.")
+    labels = labels.to(logits.device, torch.int64)
+    outside = (labels < 0) | (labels >= logits.shape[1])
+    if outside.any():
+        row = int(outside.nonzero()[0, 0])
+        raise ValueError(
+            f"Expected `labels` in [0, {logits.shape[1]}), got {int(labels[row])} in row {row}. "
+            "Leave out rows without a class, and map labels to the columns of `logits`."
+        )
+    probable = warn and len(logits) > 1
+    for start, rows, _ in row_chunks(logits, labels):
+        probable = probable and looks_like_probabilities(rows)
+        if math.isfinite(rows.sum()):  # the sum shows a nan or inf at a fifth of the cost of `isfinite`
+            continue
+        for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
+            raise ValueError(
+                f"Expected finite `logits`, got {float(rows[row, column])} in row {start + row}, column {column}. "
+                "Find out where the model diverged; to leave a class out, drop its column."
+            )
+    if probable:
+        warnings.warn(AS_LOGITS + "Pass logits: `probabilities.log()` gives these probabilities back.", stacklevel=3)
+    return logits, labels
+
+
+def kept_rows(
+    logits: Logits, labels: Any, sample_weight: Any, ignore_index: int | None
+) -> tuple[Logits, Any, NDArray[np.float64] | None]:
+    """The rows that count, and their weights; None: 1 each."""
+    if sample_weight is None and ignore_index is None:
+        return logits, labels, None
+    labels = _as_labels(labels)
+    if labels.ndim != 1:
+        return logits, labels, None  # to be refused
+    weights = checked_weights(sample_weight, len(labels))
+    rows = rows_that_count(labels.cpu().numpy(), weights, ignore_index)
+    if rows is None:
+        return logits, labels, weights
+    whole = logits if isinstance(logits, LogitRows) else _as_logits(logits)
+    if tuple(labels.shape) != (len(whole),):
+        return whole, labels, weights  # to be refused
+    weights = None if weights is None else weights[rows]
+    return _Rows(whole, rows), labels[torch.from_numpy(rows).to(labels.device)], weights
+
+
+def row_chunks(logits: Tensor | LogitRows, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield first row, logits as float32 or float64, and labels of one chunk after the other."""
+    step = max(1, _CHUNK_VALUES // logits.shape[1])
+    for start in range(0, len(logits), step):
+        rows = logits[start : start + step]
+        yield start, rows if rows.dtype == torch.float64 else rows.float(), labels[start : start + step]
+
+
+def shift_rows(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A new ``(n, K)`` tensor with row maximum 0, its values ``(n,)`` at the labels, and ``(n,)`` hits."""
+    maxima, predictions = rows.max(dim=1, keepdim=True)  # the first index among equals
+    shifted = rows - maxima
+    return shifted, shifted.gather(1, targets[:, None])[:, 0], predictions[:, 0] == targets
+
+
+def empty_like_rows(logits: Tensor | LogitRows) -> NDArray[Any]:
+    """Return room for a number a row, as precise as the logits are worked on."""
+    return np.empty(len(logits), dtype=np.float64 if logits.dtype == torch.float64 else np.float32)
+
+
+def check_link(link: str, bias: float) -> None:
+    """Raise a ValueError if there is no such link, or the bias is none that it sees."""
+    if link not in LINKS:
+        raise ValueError(
+            f"Expected `link` to be one of {LINKS}, got {link!r}. CLIP's is 'softmax', SigLIP's 'sigmoid'."
+        )
+    if not math.isfinite(bias) or (bias and link == "softmax"):
+        raise ValueError(
+            f"Expected a finite `bias`, and 0 with the softmax, which does not see it; got {bias} with {link!r}. "
+            "Leave it out."
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError if a temperature is not finite or not above 0."""
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(
+            f"Expected a finite `temperature` above 0, got {temperature}. It divides the logits; 1.0 leaves them as is."
+        )
+
+
+class _Rows(LogitRows):
+    """Some rows of others, read when they are asked for.
+
+    Args:
+        logits: All rows.
+        rows: ``(n,)`` numbers of those that are kept, in order.
+    """
+
+    def __init__(self, logits: Tensor | LogitRows, rows: NDArray[np.int64]) -> None:
+        self._logits, self._kept = logits, rows
+        self.shape = len(rows), logits.shape[1]
+        self.dtype, self.device = logits.dtype, logits.device
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        kept = self._kept[rows]
+        if len(kept) == 0:
+            return self._logits[0:0]
+        first = int(kept[0])
+        block = self._logits[first : int(kept[-1]) + 1]
+        return block[torch.from_numpy(kept - first).to(block.device)]
+
+
+def _as_logits(logits: Any) -> Tensor:
+    return logits.detach() if isinstance(logits, Tensor) else _from_numpy(logits, "logits")
+
+
+def _as_labels(labels: Any) -> Tensor:
+    return labels.detach() if isinstance(labels, Tensor) else _from_numpy(labels, "labels")
+
+
+def _from_numpy(values: Any, name: str) -> Tensor:
+    """A tensor that shares memory where torch allows it."""
+    array = to_numpy(as_array(values, name))
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Expected `{name}` as numbers, got {array.dtype}. "
+            + ("Pass class indices." if name == "labels" else "Pass one row of class scores for each sample.")
+        )
+    if array.dtype.kind == "u":
+        array = array.astype(np.int64)
+    return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())

@@ -1,0 +1,1 @@
+"""Sets and suites of images, and how they become batches."""

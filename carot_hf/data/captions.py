@@ -1,0 +1,253 @@
+"""Class names x templates: captions for training, class heads for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..basics.modes import evaluating
+from ..basics.precision import at_least_float32
+
+PLACEHOLDER = "{}"
+_AT_ONCE = 4096  # captions; a fast tokenizer keeps kilobytes for each until it returns
+
+
+def fill_template(template: str, class_name: str) -> str:
+    """Return the caption of a class: ``{}`` in the template replaced by the class name."""
+    return template.replace(PLACEHOLDER, class_name)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise a ValueError unless there is a template and each one has a place for the class name."""
+    if isinstance(templates, str) or len(templates) == 0:
+        raise ValueError(
+            f"Expected a list of templates, got {templates!r}. Pass at least one, e.g. ['a photo of a {{}}.']."
+        )
+    for template in templates:
+        if not isinstance(template, str) or PLACEHOLDER not in template:
+            raise ValueError(
+                f"Expected `{{}}` in every template, got {template!r}. Mark the place of the class name, "
+                "e.g. 'a photo of a {}.'."
+            )
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Raise a ValueError unless there are at least two classes and each one has a name, which is a text."""
+    if not isinstance(class_names, list | tuple):
+        raise ValueError(f"Expected a list of class names, got {class_names!r}. Pass one for each label, in order.")
+    for index, name in enumerate(class_names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(
+                f"Expected a text as the name of class {index}, got {name!r}. Captions are made of the names: pass "
+                "words, e.g. 'three' for 3."
+            )
+    if len(class_names) < 2:
+        raise ValueError(
+            f"Expected at least two classes, got {list(class_names)}. There is nothing to tell apart with one: name "
+            "the others too, e.g. ['cat', 'no cat']."
+        )
+
+
+def check_distinct(class_names: Sequence[str]) -> None:
+    """Raise a ValueError if two classes have the same name."""
+    for index, name in enumerate(class_names):
+        if name in class_names[:index]:
+            raise ValueError(
+                f"Expected a name of its own for each class, got {name!r} for the classes {class_names.index(name)} "
+                f"and {index}. Their captions would be the same, and no model could tell them apart: rename one."
+            )
+
+
+class CaptionTable:
+    """The tokens of every class in every template, made once and looked up for each batch.
+
+    Args:
+        tokenizer: The model's tokenizer, or a processor that has one.
+        class_names: ``K`` names; duplicates are allowed (the ImageNet list has two), the index is what counts.
+        templates: ``M`` strings with ``{}`` for the class name.
+        max_length: The text model's context, in tokens.
+        padded: Always pad to the context, on the tokenizer's side, for text towers that read the padding (SigLIP);
+            else to the longest caption of the batch, on the right.
+        masked: Give an ``attention_mask``; SigLIP's towers were trained without.
+        vocab_size: Tokens that the text tower has an embedding of; ``None``: any.
+    Attributes:
+        input_ids: ``(K, M, L)`` int32, padded; ``L`` = the longest caption of all, or the context.
+        lengths: ``(K, M)`` int64 tokens of each caption, begin and end markers included.
+    Raises:
+        ValueError: If a template has no ``{}``, there is no class name, or a caption does not fit the context or holds
+            a token that the text tower does not know.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        max_length: int,
+        *,
+        padded: bool = False,
+        masked: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
+        check_templates(templates)
+        if len(class_names) == 0:
+            raise ValueError("Expected at least one class name, got none. Pass one name for each label, in order.")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._tokenizer, self._max_length, self._padded, self._masked = tokenizer, max_length, padded, masked
+        self._vocab_size = vocab_size
+        self._own: dict[str, NDArray[np.int32]] = {}  # tokens of captions that are not made of class names
+        captions = [fill_template(template, name) for name in class_names for template in templates]
+        rows: list[NDArray[np.int32]] = []
+        for start in range(0, len(captions), _AT_ONCE):
+            part = captions[start : start + _AT_ONCE]
+            encoded = tokenizer(part, padding=False, truncation=False, return_attention_mask=False, verbose=False)
+            rows += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
+        lengths = torch.tensor([len(row) for row in rows])
+        longest = int(lengths.argmax())
+        if lengths[longest] > max_length:
+            raise ValueError(
+                f"Expected captions of at most {max_length} tokens (the model's context), got {int(lengths[longest])} "
+                f"for {captions[longest]!r}. Shorten the class name or the template."
+            )
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        width = max_length if padded else int(lengths.max())
+        table = torch.full((len(rows), width), pad, dtype=torch.int32)
+        self._left = padded and tokenizer.padding_side == "left"
+        for index, row in enumerate(rows):
+            start = width - len(row) if self._left else 0
+            table[index, start : start + len(row)] = torch.from_numpy(row)
+        self._check_ids(table)
+        shape = (len(class_names), len(templates))
+        self.input_ids = table.view(*shape, -1)
+        self.lengths = lengths.view(shape)
+        self._check_alike(class_names)
+
+    @property
+    def n_templates(self) -> int:
+        """Number of templates, ``M``."""
+        return self.lengths.shape[1]
+
+    def lookup(self, classes: Tensor, templates: Tensor) -> dict[str, Tensor]:
+        """Return the captions of pairs of class and template, padded to the longest of them.
+
+        Args:
+            classes: ``(b,)`` int64 in ``[0, K)``.
+            templates: ``(b,)`` int64 in ``[0, M)``.
+        Returns:
+            ``input_ids`` and, where the tower takes one, ``attention_mask``, each ``(b, l)`` int64. A text tower that
+            is causal and pools at the end marker (CLIP), or that heeds the mask, embeds them as it would embed captions
+            padded to the maximum.
+        """
+        lengths = self.lengths[classes, templates]  # (b,)
+        longest = self._max_length if self._padded else int(lengths.max())
+        tokens = {"input_ids": self.input_ids[classes, templates, :longest].long()}
+        if self._masked:
+            places = torch.arange(longest)
+            tokens["attention_mask"] = ((places.flip(0) if self._left else places) < lengths[:, None]).long()
+        return tokens
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Tokenise captions that are not made of class names, padded as in `lookup`, cut at the model's context.
+
+        Those of `remember` are looked up.
+
+        Returns:
+            As `lookup`; the end marker stays.
+        Raises:
+            ValueError: If a token is one that the text tower does not know.
+        """
+        unknown = [caption for caption in dict.fromkeys(captions) if caption not in self._own]
+        found = {**dict(zip(unknown, self._rows(unknown), strict=True)), **self._own} if unknown else self._own
+        rows = self._tokenizer.pad(
+            {"input_ids": [found[caption].tolist() for caption in captions]},
+            padding="max_length" if self._padded else True,
+            max_length=self._max_length if self._padded else None,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return {name: rows[name] for name in ("input_ids", "attention_mask") if self._masked or name == "input_ids"}
+
+    def remember(self, captions: Iterable[str]) -> int:
+        """Tokenise captions once, for all batches in which they will be.
+
+        Returns:
+            How many of them are longer than the model's context, and cut.
+        """
+        texts = list(dict.fromkeys(captions))
+        self._own = {}
+        cut = 0
+        for start in range(0, len(texts), _AT_ONCE):
+            part = texts[start : start + _AT_ONCE]
+            whole = self._tokenizer(part, padding=False, truncation=False, return_attention_mask=False, verbose=False)
+            cut += sum(len(row) > self._max_length for row in whole["input_ids"])
+            self._own.update(zip(part, self._rows(part), strict=True))
+        return cut
+
+    def _rows(self, captions: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Tokens of each caption, cut at the model's context, not padded."""
+        encoded = self._tokenizer(
+            list(captions), padding=False, truncation=True, max_length=self._max_length, return_attention_mask=False
+        )
+        rows = [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
+        self._check_ids(torch.from_numpy(np.concatenate(rows)))
+        return rows
+
+    def _check_alike(self, class_names: Sequence[str]) -> None:
+        """Refuse classes of different names whose captions are the same tokens: no model could tell them apart."""
+        first: dict[bytes, int] = {}
+        for index, row in enumerate(self.input_ids):
+            other = first.setdefault(row.numpy().tobytes(), index)
+            if class_names[other] != class_names[index]:
+                raise ValueError(
+                    f"Expected class names that the tokenizer tells apart, got {class_names[other]!r} and "
+                    f"{class_names[index]!r} (classes {other} and {index}), which give the same tokens. Rename one, or "
+                    "join the classes."
+                )
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Refuse a token without an embedding: on a GPU it would be an assertion of the device, steps later."""
+        largest = int(ids.max())
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"Expected captions of tokens below {self._vocab_size}, the embeddings that the text tower has, got "
+                f"{largest} ({token!r}). Pass the tokenizer of this checkpoint, or call "
+                "`model.text_model.resize_token_embeddings(len(tokenizer))` before."
+            )
+
+
+@torch.no_grad()
+def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 1024) -> Tensor:
+    r"""Embed the classes: the normalised mean over the templates of normalised caption embeddings.
+
+    Captions go through the text tower in large batches of similar length.
+
+    Args:
+        model: A ``CLIPModel`` or one of its relatives, in whatever mode: dropout is off inside, and the mode is the
+            same after. The autocast of the caller acts.
+        captions: The table of captions.
+        batch_size: Captions at a time.
+    Returns:
+        ``(K, D)`` in at least float32 on the model's device, rows of length 1: the zero-shot head. Logits are
+        ``exp(logit_scale) * image_embeds @ head.T``, plus SigLIP's ``logit_bias``.
+    Source:
+        Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
+    """
+    order = captions.lengths.flatten().argsort(stable=True)  # (K M,)
+    device = model.logit_scale.device
+    parts = []
+    with evaluating(model):
+        for flat in order.split(batch_size):
+            tokens = captions.lookup(flat // captions.n_templates, flat % captions.n_templates)
+            tokens = {name: value.to(device) for name, value in tokens.items()}
+            features = model.get_text_features(**tokens).pooler_output
+            parts.append(F.normalize(at_least_float32(features), dim=-1))
+    embeds = torch.empty(len(order), parts[0].shape[-1], dtype=parts[0].dtype, device=device)
+    embeds[order.to(device)] = torch.cat(parts)
+    return F.normalize(embeds.view(*captions.lengths.shape, -1).mean(dim=1), dim=-1)

@@ -1,0 +1,1 @@
+"""Sets of a suite measured, compared and drawn."""

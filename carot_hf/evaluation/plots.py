@@ -1,0 +1,360 @@
+"""Pictures of a bin table: reliability diagram, confidence histogram, and a grid of diagrams.
+
+Everything is drawn from `carot_hf.ece.binning.CalibrationBins`, the table that the metrics were read off, and nothing
+is computed anew from rows. No pyplot: figures are returned, never shown or kept; save them with ``figure.savefig``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ece.binning import CalibrationBins
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OVER, UNDER = "#D55E00", "#0072B2"  # told apart by colour-blind readers; the hatches tell them apart in print
+OVER_HATCH, UNDER_HATCH = "//", "\\\\"
+_BAR, _EDGE, _NOISE = "#D4D4D4", "#555555", "#C9B800"
+_LINES = ["-", "--", ":", "-."]
+_MARKERS = "osD^vP*X<>h8"
+_COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
+_NOISE_SDS = 1.96  # 95 % of a normal distribution
+_NUMBERED = 20  # bins whose rows are written above the bars
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What the axes and the sides of the diagonal are called."""
+
+    confidence: str
+    accuracy: str
+    mean: str
+    over: str
+    under: str
+
+
+CONFIDENCE = _Words("confidence", "accuracy", "mean confidence", "over-confident", "under-confident")
+FORECAST = _Words(
+    "probability of class 1", "share of class 1", "mean probability", "forecasts too high", "forecasts too low"
+)
+
+
+def reliability_diagram(
+    bins: CalibrationBins | Mapping[str, Any],
+    *,
+    title: str | None = None,
+    temperature: float | None = None,
+    mode: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Accuracy against confidence, bin by bin, with the confidence histogram below.
+
+    Grey bars, as wide as their bins, are accuracies. A hatched bar spans the gap from there to the mean confidence of
+    the bin: orange and rising where over-confident, blue and falling where under-confident. Empty bins are blank; bins
+    of equal mass begin at the smallest confidence and end at the largest. The yellow band is where the accuracy of a
+    perfectly calibrated model with these confidences would lie, by chance alone, in 95 of 100 samples of this size
+    (`noise_band`).
+
+    Args:
+        bins: The table of `calibration_bins`, its `to_dict`, or what the metric returned with ``bins=True``.
+        title: Shown above.
+        mode: ``"positive"``: the confidences are probabilities of class 1, which are too high or too low, and for
+            accuracies there are shares of class 1. None: as the result of the metric says, else confidences.
+        temperature: Only written into the box, if the confidences are those of scaled logits.
+        ax: Draw the diagram here, without the histogram. By default a new figure gets both.
+
+    Returns:
+        The new figure, or that of ``ax``.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    table, words = _table(bins), _words(bins, mode)
+    if ax is not None:
+        figure = ax.figure.figure  # the root, also of a subfigure
+        _draw_reliability(ax, table, words, title, temperature)
+        ax.set_xlabel(words.confidence)
+        return figure
+    figure = _new_figure((4.8, 6.4))
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _draw_reliability(top, table, words, title, temperature)
+    _draw_histogram(bottom, table, words)
+    bottom.set_box_aspect(1 / 3)  # as wide as the panel above
+    return figure
+
+
+def confidence_histogram(
+    bins: CalibrationBins | Mapping[str, Any],
+    *,
+    title: str | None = None,
+    mode: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Share of the rows in each bin, with their number, and lines at the accuracy and the mean confidence of all rows.
+
+    Args:
+        bins: As for `reliability_diagram`.
+        title: Shown above.
+        ax: Draw here; by default in a new figure.
+
+    Returns:
+        The new figure, or that of ``ax``.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    figure = _new_figure((4.8, 3.0)) if ax is None else ax.figure.figure
+    target = figure.subplots() if ax is None else ax
+    _draw_histogram(target, _table(bins), _words(bins, mode))
+    if title is not None:
+        target.set_title(title)
+    return figure
+
+
+def reliability_grid(tables: Mapping[str, Mapping[str, CalibrationBins]], *, title: str | None = None) -> Figure:
+    """Reliability diagrams side by side: a row for each data set, a column for each method.
+
+    Args:
+        tables: ``{row: {column: bins}}``, e.g. ``{"ImageNet-R": {"CaRot": ..., "CaRot, T = 1.2": ...}}``. A cell that
+            is missing stays blank; columns come in the order in which they are first met.
+        title: Shown above.
+
+    Returns:
+        A new figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is no cell.
+    """
+    columns = list(dict.fromkeys(column for row in tables.values() for column in row))
+    if not columns:
+        raise ValueError(f"Expected `tables` with at least one cell, got {tables}. Pass {{row: {{column: bins}}}}.")
+    figure = _new_figure((2.5 * len(columns) + 0.5, 2.5 * len(tables) + 0.5))
+    axes = figure.subplots(len(tables), len(columns), sharex=True, sharey=True, squeeze=False)
+    for i, (row, cells) in enumerate(tables.items()):
+        for j, column in enumerate(columns):
+            ax = axes[i, j]
+            if column in cells:
+                _draw_bars(ax, cells[column], CONFIDENCE)
+                _write_box(ax, f"ECE {cells[column].ece:.3f}", size="small")
+            else:
+                ax.set_axis_off()
+            if i == 0:
+                ax.set_title(column)
+        axes[i, 0].set_ylabel(f"{row}\naccuracy")
+    for ax in axes[-1]:
+        ax.set_xlabel("confidence")
+    handles: dict[str, Any] = {}
+    for ax in axes.flat:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(columns), fontsize="small")
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
+def id_ood_scatter(
+    points: Mapping[str, tuple[float, float]],
+    curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    *,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Accuracy under shift against accuracy at home: one mark a method, one line a sweep such as WiSE-FT's.
+
+    Args:
+        points: ``{method: (accuracy in distribution, accuracy under shift)}``, fractions. Marks differ in shape as
+            well as in colour.
+        curves: ``{name: [(in distribution, under shift), ...]}`` in the order of the sweep.
+        title: Shown above.
+        ax: Draw here; by default in a new figure.
+
+    Returns:
+        The new figure, or that of ``ax``.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is no point.
+    """
+    if not points:
+        raise ValueError("Expected at least one point, got none. Pass {method: (id_accuracy, ood_accuracy)}.")
+    figure = _new_figure((6.4, 4.8)) if ax is None else ax.figure.figure
+    target = figure.subplots() if ax is None else ax
+    for line, (name, path) in zip(_LINES * len(curves or {}), (curves or {}).items(), strict=False):
+        xs, ys = zip(*path, strict=True)
+        label = f"{name}, sweep"
+        target.plot(xs, ys, color=_EDGE, linestyle=line, marker=".", markersize=4, zorder=1, label=label)
+    for i, (name, (home, shifted)) in enumerate(points.items()):
+        color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
+        target.plot([home], [shifted], color=color, marker=marker, linestyle="none", markersize=8, label=name)
+    target.set(xlabel="accuracy in distribution", ylabel="accuracy under shift (mean)")
+    target.grid(alpha=0.3)
+    target.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    if title is not None:
+        target.set_title(title)
+    return figure
+
+
+def noise_band(bins: CalibrationBins) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    r"""Lowest and highest accuracy of each bin, ``(M,)`` each, that chance alone explains in a calibrated model.
+
+    :math:`conf_b \pm 1.96 \sqrt{conf_b (1 - conf_b) / n_b}`, cut at 0 and 1; nan where the bin is empty. The root
+    bounds the standard deviation of a mean of :math:`n_b` independent hits whose chances average :math:`conf_b`. Of
+    weighted rows :math:`n_b` is the number of rows that say as much.
+    """
+    center = bins.confidence
+    half = _NOISE_SDS * np.sqrt(center * (1 - center) / np.where(bins.count > 0, bins.rows, np.nan))
+    return np.maximum(center - half, 0), np.minimum(center + half, 1)
+
+
+def _draw_reliability(
+    ax: Axes, bins: CalibrationBins, words: _Words, title: str | None, temperature: float | None
+) -> None:
+    """The whole upper panel: bars, legend and box."""
+    _draw_bars(ax, bins, words)
+    ax.set_ylabel(words.accuracy)
+    ax.legend(loc="lower right", fontsize="small", framealpha=0.9)
+    lines = {
+        f"ECE ({bins.n_bins} bins)": f"{bins.ece:.4f}",
+        words.accuracy: f"{bins.avg_accuracy:.4f}",
+        words.mean: f"{bins.avg_confidence:.4f}",
+        "N": f"{bins.n:,}",
+    }
+    if temperature is not None:
+        lines["T"] = f"{temperature:.4g}"
+    width = max(len(value) for value in lines.values())
+    _write_box(ax, "\n".join(f"{name:16s} {value:>{width}s}" for name, value in lines.items()), size="x-small")
+    if title is not None:
+        ax.set_title(title)
+
+
+def _draw_bars(ax: Axes, bins: CalibrationBins, words: _Words) -> None:
+    """Accuracy, gaps, noise band and diagonal on the unit square."""
+    left, width, filled = *_places(bins), bins.count > 0
+    ax.bar(
+        left[filled],
+        bins.accuracy[filled],
+        width[filled],
+        align="edge",
+        color=_BAR,
+        edgecolor=_EDGE,
+        linewidth=0.8,
+        label=words.accuracy,
+    )
+    low, high = noise_band(bins)
+    ax.bar(
+        left[filled],
+        (high - low)[filled],
+        width[filled],
+        bottom=low[filled],
+        align="edge",
+        facecolor=(_NOISE, 0.35),
+        edgecolor=_NOISE,
+        linewidth=0.8,
+        linestyle=":",
+        label="noise alone (95 %)",
+    )
+    for name, shown, color, hatch in (
+        (words.over, filled & (bins.gap > 0), OVER, OVER_HATCH),
+        (words.under, filled & (bins.gap < 0), UNDER, UNDER_HATCH),
+    ):
+        if shown.any():
+            ax.bar(
+                left[shown],
+                bins.gap[shown],
+                width[shown],
+                bottom=bins.accuracy[shown],
+                align="edge",
+                facecolor=(color, 0.3),
+                edgecolor=color,
+                linewidth=0.8,
+                hatch=hatch,
+                label=name,
+            )
+    ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+    ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+
+
+def _draw_histogram(ax: Axes, bins: CalibrationBins, words: _Words) -> None:
+    """Shares of rows with the numbers of rows, and the two lines."""
+    left, width = _places(bins)
+    shares = bins.mass / bins.mass.sum()
+    drawn = ax.bar(
+        left,
+        shares,
+        width,
+        align="edge",
+        color=_BAR,
+        edgecolor=_EDGE,
+        linewidth=0.8,
+        label="rows",
+    )
+    if bins.n_bins <= _NUMBERED:
+        numbers = [f"{count:,}" if count else "" for count in bins.count.tolist()]
+        ax.bar_label(drawn, numbers, fontsize="xx-small", rotation=90, padding=2)
+        ax.margins(y=0.35)
+    ax.axvline(bins.avg_accuracy, color="black", linewidth=1.5, label=words.accuracy)
+    ax.axvline(bins.avg_confidence, color=OVER, linewidth=1.5, linestyle="--", label=words.mean)
+    ylabel = "share of rows" if bins.weight is None else "share of weight"
+    ax.set(xlim=(0, 1), xlabel=words.confidence, ylabel=ylabel)
+    ax.legend(loc="upper left", fontsize="small", framealpha=0.9)
+
+
+def _write_box(ax: Axes, text: str, *, size: str) -> None:
+    """Text in the upper left corner, where a diagram has no bars unless it is under-confident."""
+    ax.text(
+        0.03,
+        0.97,
+        text,
+        transform=ax.transAxes,
+        va="top",
+        ha="left",
+        fontsize=size,
+        family="monospace",
+        bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": _EDGE, "alpha": 0.9},
+    )
+
+
+def _places(bins: CalibrationBins) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Left ends and widths of the bars: of bins of equal mass no further than there are rows."""
+    edges = bins.edges.astype(np.float64)
+    if bins.span is not None:
+        edges[0], edges[-1] = bins.span
+    return edges[:-1], np.diff(edges)
+
+
+def _table(bins: CalibrationBins | Mapping[str, Any]) -> CalibrationBins:
+    if not isinstance(bins, Mapping):
+        return bins
+    table = bins.get("bins", bins)
+    if "edges" not in table:
+        raise ValueError(
+            f"Expected a table of bins, or a result of the metric that has one, got the keys {sorted(bins)}. Compute "
+            "it with bins=True."
+        )
+    return CalibrationBins.from_dict(table)
+
+
+def _words(bins: CalibrationBins | Mapping[str, Any], mode: str | None) -> _Words:
+    """What confidences are called: those of a predicted class, or probabilities of class 1."""
+    if mode not in (None, "top_label", "positive"):
+        raise ValueError(f"Expected `mode` to be None, 'top_label' or 'positive', got {mode!r}. Pass one of these.")
+    found = isinstance(bins, Mapping) and "positive_rate" in bins
+    return FORECAST if mode == "positive" or (mode is None and found) else CONFIDENCE
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Expected matplotlib for the plots, found none. Install it with `pip install carot_hf[plot]`."
+        ) from error
+    return Figure(figsize=size, layout="constrained")

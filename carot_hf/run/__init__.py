@@ -1,0 +1,1 @@
+"""What surrounds a training: its folder, checkpoints, resuming, and what is said before the first step."""

@@ -1,0 +1,1 @@
+"""ImageNet and its shifted relatives."""

@@ -1,0 +1,99 @@
+"""Suites by name: the embedded digits, ImageNet and its shifts, or a YAML file of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..basics.content_hash import sha256_of_array
+from ..data.suite import RESERVED_NAMES, ShiftSet, ShiftSuite
+from . import digits
+
+__all__ = ["RESERVED_NAMES", "ShiftSet", "ShiftSuite", "load_suite"]
+
+
+def load_suite(name_or_yaml: str | Path, **options: Any) -> ShiftSuite:
+    """Load a suite.
+
+    Args:
+        name_or_yaml: ``"digits"``: real images of digits from installed packages, no network; a demonstration, not
+            evidence for ImageNet. ``"imagenet"``: ImageNet-1K and its shifts from the Hub or from local copies. A path
+            that ends in ``.yaml`` or ``.yml``: a suite of one's own, see `examples/suites/`.
+        **options: Those of :func:`~carot_hf.suites.imagenet.suite.imagenet_suite` (``root``, ``streaming``, ``shifts``,
+            ...) or of :func:`~carot_hf.suites.from_yaml.suite_from_file` (``streaming``); ``digits`` has none.
+    Raises:
+        ValueError: If there is no such suite or option, or the data are not as described.
+    """
+    name = str(name_or_yaml)
+    if name.endswith((".yaml", ".yml")):
+        from .from_yaml import suite_from_file
+
+        return suite_from_file(name, **_known(options, name, ("streaming",)))
+    if name == "imagenet":
+        from .imagenet.suite import OPTIONS, imagenet_suite
+
+        return imagenet_suite(**_known(options, name, OPTIONS))
+    if name == "digits":
+        _known(options, name, ())
+        return _digits_suite()
+    raise ValueError(
+        f"Expected 'digits', 'imagenet' or a file .yaml, got {name!r}. Describe other data in a YAML file (see "
+        "examples/suites/), or build a carot_hf.ShiftSuite of carot_hf.ShiftSet."
+    )
+
+
+def _known(options: dict[str, Any], suite: str, names: tuple[str, ...]) -> dict[str, Any]:
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        known = f"options out of {sorted(names)}" if names else "no options"
+        raise ValueError(f"Expected {known} for the suite '{suite}', got {unknown}. Leave them out.")
+    return options
+
+
+class _Arrays:
+    """Images and labels in memory, as items."""
+
+    def __init__(self, split: digits.DigitSplit) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split.labels)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return {"image": Image.fromarray(self.split.images[index]), "label": int(self.split.labels[index])}
+
+
+def _digits_suite() -> ShiftSuite:
+    def shift_set(name: str, split: digits.DigitSplit) -> ShiftSet:
+        return ShiftSet(
+            _Arrays(split),
+            name=name,
+            num_classes=len(digits.CLASS_NAMES),
+            labels=split.labels,
+            content=sha256_of_array(split.images, "u1"),
+        )
+
+    splits = digits.fine_tuning_splits()
+    return ShiftSuite(
+        name="digits",
+        class_names=list(digits.CLASS_NAMES),
+        templates=list(digits.TEMPLATES),
+        train=shift_set("train", splits["train"]),
+        validation=shift_set("validation", splits["validation"]),
+        test=shift_set("uci", splits["test"]),
+        shifts={name: shift_set(name, split) for name, split in digits.shift_splits().items()},
+        recommended={
+            "learning_rate": 5e-4,
+            "per_device_train_batch_size": 128,
+            "num_train_epochs": 33,  # 33 x 6 = 198 optimizer steps
+            "warmup_steps": 0.1,
+            "teacher_update_every": 4,  # 1/50 of the run, as 500 of 25,030
+            "logging_steps": 10,
+            "save_steps": 50,
+            "save_total_limit": 2,
+        },
+        version=digits.VERSION,
+    )
