@@ -15,9 +15,13 @@ from conftest import ROOT
 import carot_hf
 from carot_hf.objective import losses
 
+README_MAP = (
+    "README.md",
+    "carot_hf/            imports point down: who may use whom is a table in tests/test_architecture.py",
+)
 # Blocks that neither run nor are checked: page, first line, why.
 EXEMPT = {
-    ("README.md", "carot_hf/"): "the tree of the files; test_the_tree_in_the_readme_names_every_file looks at it",
+    README_MAP: "the map; test_the_map_in_the_readme_names_every_room looks at it",
     ("docs/imagenet.md", "from carot_hf import load_suite"): "loads ImageNet; test_imagenet_suite.py has this option",
     ("carot_hf/ece/README.md", "pip install -r carot_hf/ece/requirements.txt"): "the Space; tests/space runs it",
 }
@@ -85,12 +89,13 @@ def test_page_runs(page, tmp_path):
     assert left <= {"out", *docs.OF_PAGES}  # the places that git ignores and test_leftovers.py looks at
 
 
-def test_the_tree_in_the_readme_names_every_file():
+def test_the_map_in_the_readme_names_every_room():
     tree = next(block.code for block in BLOCKS["README.md"] if block.code.startswith("carot_hf/"))
-    named = set(re.findall(r"\w+\.py", tree))
-    files = {path.name for path in (ROOT / "carot_hf").glob("*.py")} - {"__init__.py"}
-    assert files <= named
-    assert named <= files | {path.name for path in (ROOT / "examples").glob("*.py")}
+    named = set(re.findall(r"^  (\w+(?:/|\.py))", tree, re.MULTILINE)) | set(re.findall(r"; (\w+\.py):", tree))
+    places = [path for path in (ROOT / "carot_hf").iterdir() if not path.name.startswith("__")]
+    assert named == {f"{p.name}/" if p.is_dir() else p.name for p in places if p.is_dir() or p.suffix == ".py"}
+    mentioned = set(re.findall(r"\w+\.py", tree)) - {"test_architecture.py"}
+    assert mentioned - named == {path.name for path in (ROOT / "examples").glob("*.py")} - {"tables.py"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "carot_hf/ece/README.md"])
@@ -105,13 +110,15 @@ def test_the_reference_has_every_public_name():
     shown = set(re.findall(r"^::: carot_hf\.([\w.]+)$", text, re.MULTILINE))
     public = set(carot_hf.__all__) - {"__version__"}
     functions = {
-        f"losses.{name}"
+        f"objective.losses.{name}"
         for name, value in vars(losses).items()
         if not name.startswith("_") and getattr(value, "__module__", "") == losses.__name__
     }
-    functions -= {"losses.check_pair", "losses.check_smoothing", "losses.target_rows"}  # of use to sigmoid.py alone
+    functions -= {
+        f"objective.losses.{name}" for name in ("check_pair", "check_smoothing", "target_rows")
+    }  # of use to sigmoid.py alone
     assert public <= shown
-    assert {name for name in shown if name.startswith("losses.")} == functions
+    assert {name for name in shown if name.startswith("objective.losses.")} == functions
     for name in shown:
         home, _, last = name.rpartition(".")
         module = importlib.import_module(f"carot_hf.{home}") if home else carot_hf
