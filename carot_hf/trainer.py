@@ -42,19 +42,9 @@ from .models.lora import (
     merged,
 )
 from .models.prepare import check_unchanged
-from .objective.gather import gather_rows, local_columns, lost_process, row_counts, said_by_first
+from .objective.gather import lost_process, said_by_first
 from .objective.gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
-from .objective.losses import (
-    contrastive_loss,
-    cross_entropy_loss,
-    cross_norm_penalty,
-    distillation_loss,
-    feature_distillation_loss,
-    orthogonality_penalty,
-    same_class_targets,
-    similarity_logits,
-)
-from .objective.sigmoid import sigmoid_distillation_loss, sigmoid_loss
+from .objective.objective import Objective
 from .run.callbacks import LogitScaleCallback, TerminationCallback
 from .run.checkpoint import (
     check_checkpoint,
@@ -146,6 +136,7 @@ class CaRotTrainer(SuiteTrainer):
         self._epochs: Epochs | None = None
         self._termination = TerminationCallback()
         self.add_callback(self._termination)
+        self.method: Objective
         self.teacher: Teacher | None = None
         self._teacher_callback: TeacherCallback | None = None
         self._clamp: LogitScaleCallback | None = None
@@ -155,8 +146,8 @@ class CaRotTrainer(SuiteTrainer):
         """Make teacher and callbacks, from the arguments of this moment and for the model of this moment."""
         options: CaRotTrainingArguments = self.args
         before = (self._clamp, self._teacher_callback)
-        clamps = options.clamps_logit_scale and self._link == "softmax"  # SigLIP's own scale is above 100
-        self._clamp = LogitScaleCallback(options.max_logit_multiplier) if clamps else None
+        self.method = Objective(options, self._link)
+        self._clamp = LogitScaleCallback(options.max_logit_multiplier) if self.method.clamps_scale else None
         self._teacher_callback = None
         self.teacher = self._made_teacher() if options.needs_teacher else None
         if self.teacher is not None:
@@ -397,7 +388,7 @@ class CaRotTrainer(SuiteTrainer):
         unnamed = {name: int(getattr(options, name)) for name in options.unnamed()}
         plan = Plan(
             model=model_line(self.accelerator.unwrap_model(self.model)),
-            method=self._method(),
+            method=self.method.describe(),
             table=found.table(),
             steps=steps,
             epochs=epochs,
@@ -429,16 +420,6 @@ class CaRotTrainer(SuiteTrainer):
         if self._suite_of is None or self._suite_of[0] is not self.train_dataset:
             self._suite_of = (self.train_dataset, replace(self.suite, train=train))
         return self._suite_of[1]
-
-    def _method(self) -> str:
-        """The terms of the loss with their weights."""
-        options: CaRotTrainingArguments = self.args
-        terms = ["cross-entropy" if options.objective == "cross_entropy" else f"contrastive ({self._link})"]
-        for name in ("distillation", "feature_distillation", "orthogonality", "cross_norm"):
-            if weight := getattr(options, f"{name}_weight"):
-                terms.append(f"{weight:g} x {name.replace('_', ' ')}")
-        smoothing = options.label_smoothing_factor
-        return " + ".join(terms) + (f", label smoothing {smoothing:g}" if smoothing else "")
 
     def _will_write(self) -> list[str]:
         """What the run writes, and where."""
@@ -545,68 +526,31 @@ class CaRotTrainer(SuiteTrainer):
         terms, outputs = self.loss_terms(model, inputs)
         if model.training:
             self._remember(terms)
-        loss = self._weighted(terms)
+        loss = self.method.weighted(terms)
         return (loss, outputs) if return_outputs else loss
-
-    def _weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Sum the terms with their weights."""
-        weights = {
-            "contrastive": 1.0,
-            "sigmoid": 1.0,
-            "cross_entropy": 1.0,
-            "distillation": self.args.distillation_weight,
-            "sigmoid_distillation": self.args.distillation_weight,
-            "feature_distillation": self.args.feature_distillation_weight,
-            "orthogonality": self.args.orthogonality_weight,
-            "cross_norm": self.args.cross_norm_weight,
-        }
-        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def loss_terms(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Compute the loss terms by name, unweighted, and the model's output."""
-        epsilon = self.args.label_smoothing_factor
         if self.args.objective == "cross_entropy":
             outputs = model(pixel_values=inputs["pixel_values"])
-            loss = cross_entropy_loss(outputs.logits, inputs["labels"], label_smoothing=epsilon)
-            return {"cross_entropy": _share(self._row_counts(outputs.logits), len(outputs.logits)) * loss}, outputs
+            return self.method.class_terms(outputs.logits, inputs["labels"]), outputs
         student = self.accelerator.unwrap_model(model)
         pairs = pair_inputs(inputs)
         outputs = model(**pairs)
-        terms = self._pair_terms(_unit_embeds(outputs), logit_head(student), self._taught(pairs), inputs)
-        return {**terms, **self._penalties(student)}, outputs
+        labels = inputs.get("labels")
+        terms = self._pair_terms(_unit_embeds(outputs), logit_head(student), labels, self._taught(pairs))
+        return {**terms, **self._weight_terms(student)}, outputs
 
     def _pair_terms(
         self,
         embeds: tuple[Tensor, Tensor],
         head: Sequence[Tensor],
+        labels: Tensor | None,
         taught: tuple[Tensor, Tensor] | None,
-        inputs: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         """The terms that are functions of the embeddings of this device's rows, the teacher's, and the labels."""
-        counts = self._row_counts(embeds[0])
-        sigmoid = self._link == "sigmoid"
-        batch_logits: Any = _sigmoid_logits if sigmoid else _batch_logits
-        name, loss = ("sigmoid", sigmoid_loss) if sigmoid else ("contrastive", contrastive_loss)
-        logits = batch_logits(*embeds, head, counts, with_grad=True)
-        targets, ignore = self._targets(inputs, logits[0], counts)
-        pair_loss: Any = partial(loss, label_smoothing=self.args.label_smoothing_factor, ignore=ignore)
-        terms = {name: pair_loss(*logits, targets)}
-        if self.teacher is not None and taught is not None:
-            if self.args.distillation_weight:
-                teacher_logits = batch_logits(*taught, logit_head(self.teacher.model), counts, with_grad=False)
-                if sigmoid:
-                    terms["sigmoid_distillation"] = sigmoid_distillation_loss(*logits, *teacher_logits)
-                else:
-                    terms["distillation"] = distillation_loss(*logits, *teacher_logits)
-            if self.args.feature_distillation_weight:
-                terms["feature_distillation"] = feature_distillation_loss(*embeds, *taught)
-        share = _share(counts, len(embeds[0]))
-        return {name: share * term for name, term in terms.items()}
-
-    def _row_counts(self, local: Tensor) -> list[int] | None:
-        """Rows of each process, where the last batch of an epoch may give them different numbers of rows."""
-        uneven = self.args.world_size > 1 and not self.args.dataloader_drop_last
-        return row_counts(len(local), local.device) if uneven else None
+        teacher_head = () if self.teacher is None else logit_head(self.teacher.model)
+        return self.method.pair_terms(embeds, head, labels, taught, teacher_head)
 
     def _taught(self, pairs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """The teacher's embeddings."""
@@ -616,14 +560,9 @@ class CaRotTrainer(SuiteTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             return _unit_embeds(network(**pairs))
 
-    def _penalties(self, student: Any) -> dict[str, Tensor]:
+    def _weight_terms(self, student: Any) -> dict[str, Tensor]:
         """The terms that are functions of weights alone."""
-        terms = {}
-        if self.args.orthogonality_weight:
-            terms["orthogonality"] = orthogonality_penalty(student.visual_projection.weight)
-        if self.args.cross_norm_weight:
-            terms["cross_norm"] = cross_norm_penalty(student.visual_projection.weight, student.text_projection.weight)
-        return terms
+        return self.method.weight_terms({name: getattr(student, name).weight for name in self.method.modules})
 
     def _cached_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """A micro-batch's part of the loss of the whole contrastive batch: :mod:`carot_hf.objective.gradient_cache`.
@@ -638,13 +577,13 @@ class CaRotTrainer(SuiteTrainer):
         self._micro_index += 1
         self._random_states[index].restore()
         outputs = model(**pair_inputs(inputs))
-        terms = {**self._cached_terms, **self._penalties(student)}
+        terms = {**self._cached_terms, **self._weight_terms(student)}
         self._remember(terms)
         part = surrogate(self._cached, index, *_unit_embeds(outputs), logit_head(student))
         penalties = {name: terms[name] for name in terms.keys() - self._cached_terms.keys()}
         if penalties:
-            part = part + self._weighted(penalties) / count
-        value = self._weighted({name: term.detach() for name, term in terms.items()})
+            part = part + self.method.weighted(penalties) / count
+        value = self.method.weighted({name: term.detach() for name, term in terms.items()})
         return value + count * (part - part.detach()), outputs
 
     def _embed_micro_batches(
@@ -660,7 +599,7 @@ class CaRotTrainer(SuiteTrainer):
                 embeds.append(_unit_embeds(model(**pair_inputs(inputs))))
             taught.append(self._taught(pair_inputs(inputs)))
             labels += [inputs["labels"]] if "labels" in inputs else []
-        whole: dict[str, Any] = {"labels": torch.cat(labels)} if labels else {}
+        whole = torch.cat(labels) if labels else None
         teacher = [pair for pair in taught if pair is not None]
         joined = (
             (torch.cat([pair[0] for pair in teacher]), torch.cat([pair[1] for pair in teacher])) if teacher else None
@@ -668,28 +607,11 @@ class CaRotTrainer(SuiteTrainer):
         terms: dict[str, Tensor] = {}
 
         def loss_of(images: Tensor, texts: Tensor, *head: Tensor) -> Tensor:
-            terms.update(self._pair_terms((images, texts), head, joined, whole))
-            return self._weighted(terms)
+            terms.update(self._pair_terms((images, texts), head, whole, joined))
+            return self.method.weighted(terms)
 
         cached = cache_gradients(embeds, head, loss_of)
         return cached, {name: term.detach() for name, term in terms.items()}
-
-    def _targets(
-        self, inputs: Mapping[str, Any], logits: Tensor, counts: list[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Targets and ignored columns of the contrastive loss for the rows of this device."""
-        columns = local_columns(len(logits), logits.device, counts)
-        if self.args.same_class == "negative":
-            return columns, None
-        if "labels" not in inputs:
-            raise ValueError(
-                f"Expected `labels` in the batch for `same_class` '{self.args.same_class}', got {sorted(inputs)}. "
-                "Let the data collator add them, or use 'negative'."
-            )
-        labels = inputs["labels"]
-        everyones = gather_rows(labels, with_grad=False, counts=counts)
-        shared = self._link == "softmax"
-        return same_class_targets(labels, everyones, columns, self.args.same_class, shared=shared, dtype=logits.dtype)
 
     def _fit_head(self) -> None:
         """Fit the linear head on the frozen features of the training images, as evaluation sees them."""
@@ -860,26 +782,6 @@ def _unit_embeds(outputs: Any) -> tuple[Tensor, Tensor]:
     with torch.autocast(outputs.image_embeds.device.type, enabled=False):
         image, text = at_least_float32(outputs.image_embeds), at_least_float32(outputs.text_embeds)
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-
-
-def _batch_logits(
-    image: Tensor, text: Tensor, head: Sequence[Tensor], counts: list[int] | None, *, with_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Compare this device's samples with the whole batch: two ``(b, B)`` float32 matrices, rows image and text."""
-    all_image, all_text = (gather_rows(part, with_grad=with_grad, counts=counts) for part in (image, text))
-    return similarity_logits(image, all_text, *head), similarity_logits(text, all_image, *head)
-
-
-def _sigmoid_logits(
-    image: Tensor, text: Tensor, head: Sequence[Tensor], counts: list[int] | None, *, with_grad: bool
-) -> tuple[Tensor]:
-    """Compare this device's images with all texts, ``(b, B)`` float32: with a sigmoid each pair counts once."""
-    return (similarity_logits(image, gather_rows(text, with_grad=with_grad, counts=counts), *head),)
-
-
-def _share(counts: list[int] | None, rows: int) -> float:
-    """Weight of a mean over this device's rows, so that the mean over the devices is that over all rows."""
-    return 1.0 if counts is None else rows * len(counts) / sum(counts)
 
 
 def _schedule(options: CaRotTrainingArguments) -> Schedule:

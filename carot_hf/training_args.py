@@ -19,6 +19,7 @@ from .basics.redaction import SECRET, public
 from .calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, greater_is_better
 from .models.lora import check_lora_options, check_penalties
 from .objective.losses import SAME_CLASS
+from .objective.terms import TEXT, VISUAL, needs_teacher, penalties, weight_fields
 from .teacher.average import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
@@ -27,7 +28,6 @@ _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
 _SCALED_STEPS = ("warmup_steps", "teacher_update_every", "logging_steps")
 PUBLISHED_STEPS = 500  # of the papers
 _SHORT_RUN, _PARTS = 5_000, 50
-_WEIGHTS = ("distillation_weight", "feature_distillation_weight", "orthogonality_weight", "cross_norm_weight")
 _STOCK = ("max_steps", "gradient_accumulation_steps", "bf16", "fp16", "tf32", "optim", "label_smoothing_factor", "seed")
 # Arguments of transformers that would be ignored here or break the method: what they may be, and what to do instead.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -490,7 +490,7 @@ class CaRotTrainingArguments(TrainingArguments):
     @property
     def needs_teacher(self) -> bool:
         """Whether a term of the loss reads a teacher."""
-        return self.distillation_weight > 0 or self.feature_distillation_weight > 0
+        return needs_teacher(self)
 
     @property
     def clamps_logit_scale(self) -> bool:
@@ -538,8 +538,8 @@ class CaRotTrainingArguments(TrainingArguments):
         for name, (accepted, cure) in _REFUSED.items():
             if hasattr(self, name) and getattr(self, name) not in accepted:
                 raise ValueError(f"Expected `{name}` {accepted[0]!r}, got {getattr(self, name)!r}. {cure}")
-        for name in (*_WEIGHTS, "max_logit_multiplier"):
-            if not 0 <= getattr(self, name) < float("inf"):
+        for name in (*weight_fields(), "max_logit_multiplier"):
+            if not 0 <= getattr(self, name, 0.0) < float("inf"):
                 raise ValueError(f"Expected `{name}` >= 0 and finite, got {getattr(self, name)}. 0 switches it off.")
         for name in ("teacher_momentum_start", "teacher_momentum_end"):
             check_momentum(name, getattr(self, name))
@@ -608,8 +608,8 @@ class CaRotTrainingArguments(TrainingArguments):
                     "use the preset 'lp-ft' or `objective` 'cross_entropy'."
                 )
             return
-        for name in _WEIGHTS:
-            if getattr(self, name):
+        for name in weight_fields():
+            if getattr(self, name, 0.0):
                 raise ValueError(
                     f"Expected `{name}` 0 with the objective 'cross_entropy', got {getattr(self, name)}. It needs both "
                     "towers; set it to 0, or use a preset with the contrastive objective."
@@ -622,9 +622,9 @@ class CaRotTrainingArguments(TrainingArguments):
 
     def _check_penalised(self) -> None:
         """Refuse a penalty on the projection of a frozen tower: it would act on a part of what it names, or nothing."""
-        sides = {"orthogonality_weight": ("vision",), "cross_norm_weight": ("vision", "text")}
-        for name, towers in sides.items():
-            if getattr(self, name) and self.freeze in towers:
+        towers = {VISUAL: "vision", TEXT: "text"}
+        for name, modules in penalties().items():
+            if getattr(self, name, 0.0) and self.freeze in [towers[module] for module in modules]:
                 raise ValueError(
                     f"Expected `{name}` 0 with `freeze` '{self.freeze}', whose projection it would move, got "
                     f"{getattr(self, name)}. Set it to 0, or train both towers."

@@ -23,7 +23,7 @@ ALLOWED = {
     "data": {"basics", "calibration"},
     "objective": {"basics"},
     "teacher": {"basics"},
-    "models": {"basics", "calibration", "data"},
+    "models": {"basics", "calibration", "data", "objective"},
     "training_args": {"basics", "calibration", "models", "objective", "teacher"},
     "suites": {"basics", "data", "training_args"},
     "evaluation": {"basics", "calibration", "data", "ece"},

@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..basics.tensor_files import tensors_flaw
+from ..objective.terms import penalties
 
 TABLE = "docs/backbones.md"
 IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -102,8 +103,8 @@ def check_method(model: Any, arguments: Any) -> None:
             f"Expected a CLIPModel for `lora_rank` {arguments.lora_rank}, got {type(model).__name__}. Train it whole, "
             f"with `lora_rank` 0; see {TABLE}."
         )
-    for name in ("orthogonality_weight", "cross_norm_weight"):
-        if getattr(arguments, name) and not family.projections:
+    for name in penalties():
+        if getattr(arguments, name, 0.0) and not family.projections:
             raise ValueError(
                 f"Expected `{name}` 0 for {type(model).__name__}, got {getattr(arguments, name)}. It has no linear "
                 f"projections that the penalty could act on: use the preset 'carot', or set it to 0; see {TABLE}."

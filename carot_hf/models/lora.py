@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from ..basics.whole_file import whole_file
+from ..objective.terms import penalties
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of both towers of CLIPModel
 ADAPTERS_NAME = "adapter_model.safetensors"
@@ -139,12 +140,9 @@ def check_penalties(model: Any, args: Any) -> None:
     Raises:
         ValueError: If there is such a penalty.
     """
-    sides = {"orthogonality_weight": ("visual",), "cross_norm_weight": ("visual", "text")}
-    for name, projections in sides.items():
-        trained = model is not None and any(
-            getattr(model, f"{side}_projection").weight.requires_grad for side in projections
-        )
-        if getattr(args, name) and not trained:
+    for name, projections in penalties().items():
+        trained = model is not None and any(getattr(model, module).weight.requires_grad for module in projections)
+        if getattr(args, name, 0.0) and not trained:
             raise ValueError(
                 f"Expected `{name}` 0 where LoRA leaves the projection frozen, got {getattr(args, name)}. The penalty "
                 f"would be a constant: set it to 0, or name the projection in `modules_to_save`; {_SEE}"
