@@ -27,7 +27,8 @@ from torch import Tensor
 
 from carot_hf.data.captions import CaptionTable, class_embeddings
 from carot_hf.data.suite import ShiftSet
-from carot_hf.evaluation.sets import SetLogits, set_metrics
+from carot_hf.evaluation.logits import SetLogits
+from carot_hf.evaluation.measure import measure
 from carot_hf.objective.losses import contrastive_loss, distillation_loss, similarity_logits
 
 ROWS, WIDTH = 64, 512  # of one device, and of the embeddings
@@ -67,9 +68,8 @@ def evaluation(rows: int, classes: int) -> tuple[Work, int]:
     data = ShiftSet(range(rows), name="rows", num_classes=classes)
 
     def work() -> None:
-        set_metrics(
-            SetLogits(embeds, (weight, torch.zeros(classes)), data), labels, n_bins=10, scaling={"temperature": 1.5}
-        )
+        logits = SetLogits(embeds, (weight, torch.zeros(classes)), data)
+        measure(logits, labels, n_bins=10, link="softmax", scaling={"temperature": 1.5})
 
     return work, rows * classes
 

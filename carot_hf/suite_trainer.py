@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader
 from transformers import CLIPModel, EarlyStoppingCallback, EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
@@ -34,16 +32,14 @@ from transformers.trainer_utils import (
 from transformers.utils import PushInProgress, logging
 
 from .basics.escape import guarded
-from .basics.fingerprint import fingerprint
-from .basics.precision import at_least_float32, wide_dtype
+from .basics.precision import wide_dtype
+from .basics.processes import keep_group
 from .basics.redaction import public, public_text
 from .basics.whole_file import files_below, whole_file, whole_files
-from .calibration.metrics import calibration_metrics
+from .calibration.metrics import METRICS, read_set, scaled_metrics
 from .calibration.names import (
     DEFAULT_BEST_METRIC,
     HOME,
-    METRICS,
-    SCALED,
     SHIFTED,
     SPLIT,
     check_selection,
@@ -51,8 +47,8 @@ from .calibration.names import (
     greater_is_better,
     set_of,
 )
-from .calibration.record import bake_temperature, calibration_record, check_not_baked
-from .calibration.temperature import temperature_interval
+from .calibration.record import calibration_record, check_not_baked
+from .data.bad_images import BadImages
 from .data.batches import (
     CaRotCollator,
     DrawnSet,
@@ -62,31 +58,20 @@ from .data.batches import (
     ShareSampler,
 )
 from .data.captions import CaptionTable, class_embeddings
-from .data.stream import RowCollator, StreamedDraws, StreamedRows, StreamedSet
+from .data.stream import StreamedDraws, StreamedSet
 from .data.suite import ShiftSet, ShiftSuite
 from .data.transforms import check_image_size, check_processor, image_transform, normalize_pixels
 from .ece.binning import CalibrationBins
 from .evaluation.diagrams import can_draw, diagram_tables, diagrams_path, send_diagrams, write_diagrams
-from .evaluation.sets import (
-    Comparison,
-    Head,
-    Metrics,
-    Scaling,
-    SetLogits,
-    fit_scaling,
-    flat_names,
-    label_bins,
-    scaling_bounds,
-    set_metrics,
-    with_aggregates,
-)
+from .evaluation.embed import Embedder
+from .evaluation.evaluation import Comparison
+from .evaluation.evaluator import Evaluator, Memory
 from .hub.card import CLASSIFICATION, ZERO_SHOT, CardFacts, command_line, model_card, versions
 from .hub.publish import CARD_NAME, METRICS_NAME, asked_files, copy_model, published_files, upload
-from .models.backbones import TABLE, backbone_of, embedding_size, image_inputs, logit_head
+from .models.backbones import TABLE, backbone_of
 from .models.classifier import CLIPClassifier, export_classifier
 from .models.lora import base_model, check_folder, is_adapted, merged, save_beside
 from .models.prepare import Prepared, prepare_model
-from .objective.gather import gather_uneven, keep_group
 from .run.checkpoint import listed_files
 from .run.lock import refuse_file
 from .run.resume import Change, used_arguments
@@ -94,7 +79,6 @@ from .training_args import CaRotTrainingArguments
 
 logger = guarded(logging.get_logger(__name__))
 
-FEW_ROWS = 50  # with fewer `calibrate` warns
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _LISTED = 20  # indices of bad images that a warning names
 
@@ -170,8 +154,7 @@ class SuiteTrainer(Trainer):
         self.can_return_loss = True
         self.bins: dict[str, CalibrationBins] = {}
         self.bins_ts: dict[str, CalibrationBins] = {}
-        self._bad_images: dict[str, set[int]] = {}
-        self._warned_of_bound = False
+        self._bad_images = BadImages()
         self._said_positions: set[tuple[Any, ...]] = set()
         self._owns_output = False  # what is in `output_dir` is of this trainer
         self._changes: list[Change] = []  # since the run was resumed
@@ -181,8 +164,7 @@ class SuiteTrainer(Trainer):
         self._in_checkpoint = False  # what is saved goes into a checkpoint
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
         self._latest = Comparison()  # by the latest evaluation of the whole suite
-        self._weights = ""  # the fingerprint of those that `_known` was computed from
-        self._known: dict[str, tuple[Any, ...]] = {}
+        self._memory = Memory()  # of the student's evaluations
 
     # ---- data ----
 
@@ -264,18 +246,18 @@ class SuiteTrainer(Trainer):
 
     def _plain_loader(self, data: Any, collator: Any, **batches: Any) -> DataLoader[Any]:
         """A loader as `Trainer` makes them."""
-        args = self.args
-        workers = args.dataloader_num_workers
-        return DataLoader(
-            data,
-            **batches,
-            collate_fn=collator,
-            num_workers=workers,
-            pin_memory=args.dataloader_pin_memory and self.accelerator.device.type == "cuda",
-            persistent_workers=workers > 0 and args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None) if workers else None,
-        )
+        persistent = self.args.dataloader_num_workers > 0 and self.args.dataloader_persistent_workers
+        return DataLoader(data, **batches, collate_fn=collator, persistent_workers=persistent, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        """Options of a ``DataLoader`` as `Trainer` sets them."""
+        args, workers = self.args, self.args.dataloader_num_workers
+        return {
+            "num_workers": workers,
+            "pin_memory": args.dataloader_pin_memory and self.accelerator.device.type == "cuda",
+            "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+            "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None) if workers else None,
+        }
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Make a model with ``model_init`` and prepare it as one that is passed in, with the arguments of the trial."""
@@ -359,9 +341,7 @@ class SuiteTrainer(Trainer):
             self.data_collator = collator
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        for name, index in inputs.get("replaced", ()):
-            self._bad_images.setdefault(name, set()).add(int(index))
-        inputs = super()._prepare_inputs({key: value for key, value in inputs.items() if key != "replaced"})
+        inputs = super()._prepare_inputs(self._bad_images.note(inputs))
         pixels = inputs["pixel_values"]
         if pixels.dtype == torch.uint8:
             dtype = wide_dtype(base_model(self._network).dtype)
@@ -381,22 +361,7 @@ class SuiteTrainer(Trainer):
         Returns:
             Indices by set (of a stream the numbers of its rows).
         """
-        found = [self._bad_images]
-        if gather and self.args.world_size > 1:
-            found = [{} for _ in range(self.args.world_size)]
-            dist.all_gather_object(found, self._bad_images)
-        self._bad_images = {}
-        merged = {name: sorted(set().union(*(part.get(name, ()) for part in found))) for part in found for name in part}
-        if self.is_world_process_zero() or not gather:
-            for name, indices in merged.items():
-                logger.warning(
-                    "%d images of set '%s' could not be decoded and were replaced by the next ones: indices %s%s.",
-                    len(indices),
-                    name,
-                    ", ".join(map(str, indices[:_LISTED])),
-                    ", ..." if len(indices) > _LISTED else "",
-                )
-        return merged
+        return self._bad_images.report(gather=gather, first=self.is_world_process_zero())
 
     # ---- evaluation ----
 
@@ -430,31 +395,68 @@ class SuiteTrainer(Trainer):
         named, sets = self._sets(eval_dataset)
         self._memory_tracker.start()
         start = time.time()
-        parts = self._embed_sets(sets, "Evaluation", prefix)
-        known = self._known_of_weights()
-        if sets.get("validation") is self.suite.validation:
-            known["validation"] = (self.suite.validation, self.data_collator, *parts["validation"])
-        head = self._head(known)
-        metrics, scaling = self._measure(sets, parts, head)
+        final = not self.is_in_train and self._evaluated is None
+        found = self.evaluator.evaluate(sets, own_metrics=self._own_metrics, remember=not self.is_in_train)
+        self.bins, self.bins_ts = dict(found.bins), dict(found.bins_ts)
         if named:
-            flat = flat_names(with_aggregates(metrics, self.suite), prefix)
+            flat = found.flat(prefix)
         else:
-            flat = {f"{prefix}_{key}": value for values in metrics.values() for key, value in values.items()}
-        flat.update({f"{prefix}_{name}": value for name, value in (scaling or {}).items()})
-        compared = None if self.is_in_train else self._compared(sets, parts, head, metrics, scaling)
-        if compared is not None and eval_dataset is None and self._evaluated is None:
-            self._latest = compared
-        samples = sum(len(data) for data in sets.values())
-        steps = math.ceil(samples / (self.args.eval_batch_size * self.args.world_size))
-        flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=steps))
+            flat = {f"{prefix}_{key}": value for key, value in found.metrics["set"].items()}
+        if final and eval_dataset is None:
+            self._latest = replace(found.comparison, model=self.model)
+        samples = sum(found.sizes.values())
+        flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=self.evaluator.embedder.steps(samples)))
         self.log(flat)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         self._memory_tracker.stop_and_update_metrics(flat)
-        if compared is not None and self._draws():
+        if not self.is_in_train and self._draws():
+            compared = found.comparison
             tables = diagram_tables(compared.bins, compared.bins_ts, compared.temperature)
             self._write_diagrams(diagrams_path(self.args.output_dir, prefix), tables)
             send_diagrams(self.callback_handler.callbacks, tables, prefix=prefix, step=self.state.global_step)
         return flat
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """The :class:`~carot_hf.evaluation.evaluator.Evaluator` of the student, or for a while of the teacher."""
+        network, args = self._network, self.args
+        embedder = Embedder(
+            self._transform,
+            self.data_collator,
+            args.eval_batch_size,
+            args.device,
+            skip=self._skips,
+            loader=self._loader_options(),
+            autocast=self.accelerator.autocast,
+            progress=not args.disable_tqdm and self.is_world_process_zero(),
+            after_batch=self._after_batch,
+            bad_images=self._bad_images,
+        )
+        return Evaluator(
+            network,
+            self.processing_class,
+            self.suite,
+            n_bins=args.n_bins,
+            criterion=args.calibration_criterion,
+            bounds=args.calibration_bounds,
+            captions=self.captions,
+            embedder=embedder,
+            memory=self._memory if self._evaluated is None else None,
+        )
+
+    def _after_batch(self, loader: Any) -> None:
+        """Let callbacks see that a batch was evaluated: one of them shows a bar."""
+        self.callback_handler.eval_dataloader = loader
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    @property
+    def _own_metrics(self) -> Callable[[Tensor, Tensor], dict[str, float]] | None:
+        """``compute_metrics``, of logits and labels."""
+        if self.compute_metrics is None:
+            return None
+        return lambda logits, labels: denumpify_detensorize(
+            self.compute_metrics(EvalPrediction(predictions=logits.cpu().numpy(), label_ids=labels.numpy()))
+        )
 
     def evaluation_loop(
         self,
@@ -466,34 +468,15 @@ class SuiteTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Return the logits ``(n, labels)`` of one set and its metrics; ``predict`` is built on it."""
         data = self._as_set("prediction", getattr(dataloader.dataset, "data", dataloader.dataset))
-        embeds, labels = self._embed(dataloader, description, metric_key_prefix)
-        self.report_bad_images()
-        logits = SetLogits(embeds, self._head(), data)[:]
-        metrics = {} if labels is None else self._set_metrics(logits, labels)
+        logits, labels = self.evaluator.predict(data, remember=not self.is_in_train, title=description)
+        metrics: dict[str, float] = {}
+        if labels is not None:
+            seen, _ = read_set(logits, labels, {"": ({}, None)}, n_bins=self.args.n_bins, link=self._link)
+            own = self._own_metrics
+            metrics = {**seen[""].metrics(), **({} if own is None else own(logits, labels))}
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         ids = None if labels is None else labels.numpy()
         return EvalLoopOutput(predictions=logits.numpy(), label_ids=ids, metrics=named, num_samples=len(logits))
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, Tensor | None]:
-        """Return no loss, the normalised image embeddings ``(b, D)`` in at least float32, and the labels."""
-        inputs = self._prepare_inputs(inputs)
-        images = image_inputs(inputs)
-        rows = len(images["pixel_values"])
-        missing = self.args.eval_batch_size - rows
-        if missing > 0:  # always one shape: a row's embedding then depends on no batch and on no number of processes
-            images = {
-                name: torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) for name, part in images.items()
-            }
-        network = self.accelerator.unwrap_model(model if self._evaluated is None else self._evaluated)
-        with torch.no_grad(), self.accelerator.autocast():
-            embeds = network.get_image_features(**images).pooler_output[:rows]
-        return None, F.normalize(at_least_float32(embeds), dim=-1), inputs.get("labels")
 
     def calibrate(self) -> dict[str, Any]:
         """Fit the temperature on the validation set and bake it into the student's ``logit_scale``.
@@ -513,60 +496,7 @@ class SuiteTrainer(Trainer):
         if self.model.dtype == torch.bfloat16:
             logger.info("The model is brought to float32: a temperature baked into bfloat16 may be off by 1.6 %%.")
             self.model.float()
-        known, data = self._known_of_weights(), self.suite.validation
-        if known.get("validation", ())[:2] != (data, self.data_collator):
-            parts = self._embed_sets({"validation": data}, "Calibration", "eval")["validation"]
-            known["validation"] = (data, self.data_collator, *parts)
-        embeds, labels = known["validation"][2:]
-        logits = SetLogits(embeds, self._head(known), data)
-        criterion = self.args.calibration_criterion
-        scaling: Any = self._fit_scaling(logits, labels)
-        bounds = scaling_bounds(self.args.calibration_bounds, self._link)
-        if len(labels) < FEW_ROWS:
-            self._warn_of_few(logits, labels, scaling["temperature"])
-        before = calibration_metrics(logits, labels, n_bins=self.args.n_bins, link=self._link)
-        after = calibration_metrics(logits, labels, n_bins=self.args.n_bins, link=self._link, **scaling)
-        record: dict[str, Any] = {
-            "split": self.suite.validation.name,
-            "n": len(labels),
-            "criterion": criterion,
-            "bounds": list(bounds),
-            "at_bound": scaling["temperature"] in bounds,
-            "templates": list(self.suite.templates),
-            **{f"{name}_before": before[name] for name in ("nll", "ece")},
-            **{f"{name}_after": after[name] for name in ("nll", "ece")},
-        }
-        bake_temperature(base_model(self.model), **scaling, record=record)
-        return dict(self.model.config.calibration)
-
-    def _fit_scaling(self, logits: SetLogits, labels: Tensor) -> Scaling:
-        """Fit on the validation set; a temperature at a bound is warned of once until the next training."""
-        criterion, bounds = self.args.calibration_criterion, self.args.calibration_bounds
-        scaling = fit_scaling(logits, labels, link=self._link, criterion=criterion, bounds=bounds, warn=False)
-        low, high = scaling_bounds(bounds, self._link)
-        if scaling["temperature"] in (low, high) and not self._warned_of_bound and not self.is_in_train:
-            self._warned_of_bound = True
-            logger.warning(
-                "The best temperature is at the bound %g of [%g, %g]: the optimum may lie outside, and what is "
-                "baked in is not it. Look at the validation set, or set `calibration_bounds` wider.",
-                scaling["temperature"],
-                low,
-                high,
-            )
-        return scaling
-
-    def _warn_of_few(self, logits: SetLogits, labels: Tensor, temperature: float) -> None:
-        """Say how little is known of a temperature that was fitted on few rows."""
-        low, high = temperature_interval(logits, labels, link=self._link)
-        logger.warning(
-            "The temperature %.3g is fitted on %d rows only: its 95 %% interval is %.3g to %.3g. Hold out %d rows or "
-            "more, or do not rely on it.",
-            temperature,
-            len(labels),
-            low,
-            high,
-            FEW_ROWS,
-        )
+        return self.evaluator.calibrate()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -923,157 +853,6 @@ class SuiteTrainer(Trainer):
             ", ..." if len(named) > _LISTED else "",
         )
 
-    def _embed(self, loader: Any, description: str, prefix: str) -> tuple[Tensor, Tensor | None]:
-        """Embed the images of a loader: ``(n, D)`` float32 and labels ``(n,)``, on the CPU."""
-        own_metrics, self.compute_metrics = self.compute_metrics, None
-        try:
-            output = super().evaluation_loop(loader, description, prediction_loss_only=False, metric_key_prefix=prefix)
-        finally:
-            self.compute_metrics = own_metrics
-        return _joined(output.predictions), None if output.label_ids is None else _joined(output.label_ids)
-
-    def _known_of_weights(self) -> dict[str, tuple[Any, ...]]:
-        """What has been computed from the weights as they are now: empty after any change of them.
-
-        Embeddings of the validation set and of the classes, neither of which depends on ``logit_scale``, a bias or the
-        linear head. In a training, and of another model than the student, nothing is kept.
-        """
-        if self.is_in_train or self._evaluated is not None:
-            return {}
-        head = ("logit_scale", "logit_bias", "head.weight", "head.bias")
-        weights = fingerprint(base_model(self._network), leave_out=head)
-        if weights != self._weights:
-            self._weights, self._known = weights, {}
-        return self._known
-
-    @torch.no_grad()
-    def _head(self, known: dict[str, tuple[Any, ...]] | None = None) -> Head:
-        """Weight ``(K, D)`` and bias ``(K,)`` that turn the evaluated model's embeddings into logits.
-
-        On the CPU, in at least float32.
-
-        Args:
-            known: Of `_known_of_weights`; class embeddings are taken from it, or go into it.
-        """
-        known = self._known_of_weights() if known is None else known
-        network = self._network
-        if isinstance(network, CLIPClassifier):
-            head = network.head
-            return at_least_float32(head.weight.detach()).cpu(), at_least_float32(head.bias.detach()).cpu()
-        if known.get("classes", (None,))[0] is not self.captions:
-            with self.accelerator.autocast():
-                known["classes"] = (self.captions, class_embeddings(network, self.captions).cpu())
-        classes = known["classes"][1]
-        scale, *shift = (at_least_float32(parameter.detach()).cpu() for parameter in logit_head(network))
-        bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes), dtype=classes.dtype)
-        return scale.exp() * classes, bias
-
-    def _set_metrics(self, logits: Any, labels: Tensor, scaling: Scaling | None = None) -> Metrics:
-        metrics = set_metrics(logits, labels, n_bins=self.args.n_bins, link=self._link, scaling=scaling)
-        if self.compute_metrics is not None:
-            own = self.compute_metrics(EvalPrediction(predictions=logits[:].numpy(), label_ids=labels.numpy()))
-            metrics.update(denumpify_detensorize(own))
-        return metrics
-
-    def _embed_sets(self, sets: dict[str, ShiftSet], description: str, prefix: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Embeddings ``(n, D)`` float32 and labels ``(n,)`` by set, CPU: streams one by one, the others in one pass."""
-        missing = [data.name for data in sets.values() if data.label_column is None]
-        if missing:
-            raise ValueError(f"Expected labels in every set, got none in {missing}. Use `predict` for those.")
-        parts = {
-            name: self._embed_stream(data, description) for name, data in sets.items() if isinstance(data, StreamedSet)
-        }
-        indexed = {name: data for name, data in sets.items() if name not in parts}
-        if indexed:
-            readable: Any = ConcatDataset([ReadSet(data, skip=self._skips) for data in indexed.values()])
-            loader = self.get_eval_dataloader(readable)
-            embeds, labels = self._embed(loader, description, prefix)
-            if labels is None:
-                raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
-            sizes = [len(data) for data in indexed.values()]
-            parts |= dict(zip(indexed, zip(embeds.split(sizes), labels.split(sizes), strict=True), strict=True))
-        self.report_bad_images()
-        return parts
-
-    def _embed_stream(self, data: StreamedSet, description: str) -> tuple[Tensor, Tensor]:
-        """Embed the rows of a stream: each process and worker its share, then all of them in the order of the rows."""
-        args = self.args
-        source = StreamedRows(data, args.process_index, args.world_size, skip=self._skips)
-        loader = self._plain_loader(
-            source, RowCollator(ReplacedCollator(self.data_collator)), batch_size=args.eval_batch_size
-        )
-        network = self._network.eval()
-        shown = not args.disable_tqdm and self.is_world_process_zero()
-        parts = []
-        with tqdm(total=len(data), desc=f"{description} of {data.name}", disable=not shown, leave=None) as bar:
-            for numbers, batch in loader:
-                _, embeds, labels = self.prediction_step(network, batch, prediction_loss_only=False)
-                parts.append((numbers, embeds.cpu(), batch["labels"]))
-                bar.update(min(len(numbers) * args.world_size, len(data) - bar.n))
-        width = embedding_size(network)
-        empty_embeds = torch.empty(0, width, dtype=wide_dtype(base_model(network).dtype))
-        empty = (torch.empty(0, dtype=torch.int64), empty_embeds, torch.empty(0, dtype=torch.int64))
-        columns = [torch.cat(column) for column in zip(empty, *parts, strict=True)]
-        numbers, embeds, labels = (gather_uneven(column.to(args.device)).cpu() for column in columns)
-        if len(numbers) != len(data):
-            raise ValueError(
-                f"Expected {len(data):,} rows in set '{data.name}', read {len(numbers):,}. The copy is incomplete or "
-                "another version."
-            )
-        order = numbers.argsort()
-        return embeds[order], labels[order]
-
-    def _measure(
-        self, sets: dict[str, ShiftSet], parts: dict[str, tuple[Tensor, Tensor]], head: Head
-    ) -> tuple[dict[str, Metrics], Scaling | None]:
-        """Compute each set's metrics and, with a validation set, the temperature; keep the bin tables."""
-        options: dict[str, Any] = {"n_bins": self.args.n_bins, "link": self._link}
-        scaling: Scaling | None = None
-        metrics: dict[str, Metrics] = {}
-        if "validation" in sets:
-            held_out, ids = parts["validation"]
-            logits = SetLogits(held_out, head, sets["validation"])
-            scaling = self._fit_scaling(logits, ids)
-        self.bins, self.bins_ts = {}, {}
-        for name, data in sets.items():
-            part, ids = parts[name]
-            logits = SetLogits(part, head, data)
-            self.bins[name] = label_bins(logits, ids, **options)
-            if scaling is not None and name != "validation":
-                self.bins_ts[name] = label_bins(logits, ids, **options, scaling=scaling)
-            metrics[name] = self._set_metrics(logits, ids, scaling if name in self.bins_ts else None)
-        return metrics, scaling
-
-    def _compared(
-        self,
-        sets: dict[str, ShiftSet],
-        parts: dict[str, tuple[Tensor, Tensor]],
-        head: Head,
-        metrics: dict[str, Metrics],
-        scaling: Scaling | None,
-    ) -> Comparison:
-        """Set the metrics without a temperature beside those with it, also where it is in the weights already."""
-        record = calibration_record(self._network)
-        plain, bins, bins_ts = metrics, self.bins, self.bins_ts
-        temperature = (scaling or {}).get("temperature")
-        if record is not None:
-            temperature = float(record["temperature"])
-            inverse: dict[str, Any] = {"temperature": 1.0 / temperature}
-            if "bias" in record:
-                inverse["bias"] = -float(record["bias"]) * temperature
-            options: dict[str, Any] = {"n_bins": self.args.n_bins, "link": self._link}
-            plain, bins = {}, {}
-            bins_ts = {name: table for name, table in self.bins.items() if name != "validation"}
-            for name, data in sets.items():
-                part, ids = parts[name]
-                logits = SetLogits(part, head, data)
-                before = calibration_metrics(logits, ids, **options, **inverse)
-                plain[name] = {**before, **{f"{key}_ts": metrics[name][key] for key in SCALED if name in bins_ts}}
-                bins[name] = label_bins(logits, ids, **options, scaling=inverse)
-        named = with_aggregates(plain, self.suite)
-        flat = {f"{name}_{key}": value for name, values in named.items() for key, value in values.items()}
-        return Comparison(self.model, flat, temperature, bins, bins_ts)
-
     def _write_diagrams(self, path: Path, tables: Any) -> None:
         """Write a picture; one that cannot be written is no reason to lose what was computed."""
         try:
@@ -1098,10 +877,6 @@ class SuiteTrainer(Trainer):
             yield
         finally:
             self._evaluated = None
-
-
-def _joined(batches: Any) -> Tensor:
-    return torch.from_numpy(np.concatenate(batches) if isinstance(batches, list) else batches)
 
 
 def _one_line(error: BaseException) -> str:
@@ -1166,11 +941,11 @@ def _check_best_metric(args: CaRotTrainingArguments, suite: ShiftSuite, *, other
     homes, test = (SPLIT, HOME, suite.test.name), suite.test.name
     check_selection(metric, args.greater_is_better, homes, (SHIFTED, *suite.shifts))
     known = {f"{name}_{key}" for name in homes for key in METRICS}
-    known |= {f"{name}_{key}_ts" for name in homes[1:] for key in SCALED}
+    known |= {f"{name}_{key}_ts" for name in homes[1:] for key in scaled_metrics()}
     if metric.removeprefix("eval_") not in known and not others:
         raise ValueError(
-            f"Expected `metric_for_best_model` as eval_<set>_<metric> with a set of {homes} and a metric of {METRICS}, "
-            f"got {metric!r}. Use for example '{DEFAULT_BEST_METRIC}'; there is no evaluation loss."
+            f"Expected `metric_for_best_model` as eval_<set>_<metric> with a set of {homes} and a metric of "
+            f"{(*METRICS,)}, got {metric!r}. Use for example '{DEFAULT_BEST_METRIC}'; there is no evaluation loss."
         )
     if chosen_by(metric, test):
         logger.warning(

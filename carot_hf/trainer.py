@@ -22,11 +22,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from .basics.content_hash import sha256_of_facts
 from .basics.escape import guarded, printable
 from .basics.precision import at_least_float32, not_finite, wide_dtype
+from .basics.processes import lost_process, said_by_first
 from .basics.tensor_files import tensors_flaw
 from .basics.whole_file import failed_to_write, files_below, whole_files
 from .data.suite import ShiftSuite
 from .data.survey import say_warnings, survey
-from .evaluation.sets import Comparison
+from .evaluation.evaluation import Comparison
+from .evaluation.evaluator import Memory
 from .hub.card import TEACHER_FOLDER, versions
 from .models.backbones import load_renamed, logit_head, pair_inputs, weights_flaw
 from .models.classifier import linear_probe
@@ -42,7 +44,6 @@ from .models.lora import (
     merged,
 )
 from .models.prepare import check_unchanged
-from .objective.gather import lost_process, said_by_first
 from .objective.gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from .objective.objective import Objective
 from .run.callbacks import LogitScaleCallback, TerminationCallback
@@ -190,7 +191,6 @@ class CaRotTrainer(SuiteTrainer):
             del self.model.config.calibration
         if self.args.linear_probe and not self._resumes:
             self._fit_head()
-        self._forget_evaluation()
         self._set_up_method()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -216,7 +216,7 @@ class CaRotTrainer(SuiteTrainer):
         if not resume_from_checkpoint and not self._owns_output and not self.args.overwrite_output_dir:
             refuse_finished(self.args.output_dir)
         self._owns_output = True
-        self._warned_of_bound = False
+        self._memory = Memory()
         self._latest = Comparison()  # what was measured is of other weights from here on
         self._term_sums, self._term_steps = {}, 0.0
         self._resumes = bool(resume_from_checkpoint)
@@ -473,16 +473,6 @@ class CaRotTrainer(SuiteTrainer):
             self._stop(f"Expected a finite loss at step {self.state.global_step + 1}, got {loss.item()}.")
         return loss
 
-    def _forget_evaluation(self) -> None:
-        """Take back what an evaluation before the training did to the model.
-
-        accelerate marks it as prepared; training would then leave out DDP, and each process keep its own gradients.
-        """
-        network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        for part in (network, base_model(network)):
-            part.__dict__.pop("_is_accelerate_prepared", None)
-        self.accelerator._models = [model for model in self.accelerator._models if model is not network]
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Take the batches of a step from the loader, and note how long it took."""
         with self._input_wait.waiting():
@@ -616,11 +606,12 @@ class CaRotTrainer(SuiteTrainer):
     def _fit_head(self) -> None:
         """Fit the linear head on the frozen features of the training images, as evaluation sees them."""
         logger.info("Linear probe: fitting the head on frozen features before the first step.")
-        embeds, labels = self._embed_sets({"train": self.train_dataset}, "Linear probe", "probe")["train"]
+        embeds, labels = self.evaluator.embed({"train": self.train_dataset}, "Linear probe")["train"]
         if labels is None:
             raise ValueError("Expected labels in the training set, got none. A linear probe needs them.")
         network = self.accelerator.unwrap_model(self.model)
-        fitted = linear_probe(embeds, labels, *self._head(), label_smoothing=self.args.label_smoothing_factor)
+        head = [part.cpu() for part in self.evaluator.head()]
+        fitted = linear_probe(embeds, labels, *head, label_smoothing=self.args.label_smoothing_factor)
         with torch.no_grad():
             network.head.weight.copy_(fitted[0])
             network.head.bias.copy_(fitted[1])

@@ -34,7 +34,7 @@ from carot_hf.basics.escape import printable
 from carot_hf.basics.redaction import public
 from carot_hf.basics.whole_file import write_whole
 from carot_hf.data.survey import say_warnings, survey
-from carot_hf.evaluation.sets import comparison_table
+from carot_hf.evaluation.evaluation import comparison_table
 from carot_hf.hub.card import command_line
 from carot_hf.run.checkpoint import checkpoint_folders, is_complete
 from carot_hf.run.header import FINISHED, refuse_finished

@@ -34,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
 from carot_hf.basics.redaction import HIDDEN, public_words
 from carot_hf.basics.whole_file import whole_file, write_whole
-from carot_hf.evaluation.sets import comparison_table
+from carot_hf.evaluation.evaluation import comparison_table
 from carot_hf.models.backbones import BACKBONES
 from carot_hf.models.classifier import CLIPClassifier
 from carot_hf.models.merging import SWEEP, alpha_sweep, interpolate

@@ -26,11 +26,11 @@ ALLOWED = {
     "models": {"basics", "calibration", "data", "objective"},
     "training_args": {"basics", "calibration", "models", "objective", "teacher"},
     "suites": {"basics", "data", "training_args"},
-    "evaluation": {"basics", "calibration", "data", "ece"},
+    "evaluation": {"basics", "calibration", "data", "ece", "models"},
     "run": {"basics", "training_args"},
     "hub": {"basics"},
     "suite_trainer": {
-        "basics", "calibration", "data", "ece", "evaluation", "hub", "models", "objective", "run", "training_args",
+        "basics", "calibration", "data", "ece", "evaluation", "hub", "models", "run", "training_args",
     },
     "trainer": {
         "basics", "data", "evaluation", "hub", "models", "objective", "run", "suite_trainer", "teacher",
@@ -64,7 +64,7 @@ THIRD_PARTY = {
         "transformers",
         "yaml",
     },
-    "evaluation": {"matplotlib", "numpy", "torch"},
+    "evaluation": {"matplotlib", "numpy", "torch", "tqdm"},
     "run": {"numpy", "safetensors", "torch", "transformers"},
     "hub": {"huggingface_hub"},
 }

@@ -359,7 +359,8 @@ def test_a_fitted_model_is_the_one_that_interpolates_at_each_call(family, side, 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_a_fitted_model_trains_and_works_in_the_stock_pipeline(make_trainer, family):
     processor, model = with_size(family, 24), small(family)
-    with pytest.raises(ValueError, match=r"or fit the model: carot_hf\.models\.backbones\.fit_image_size\(model, 24\)\."):
+    cure = r"or fit the model: carot_hf\.models\.backbones\.fit_image_size\(model, 24\)\."
+    with pytest.raises(ValueError, match=cure):
         make_trainer(model, processing_class=processor)
     model.vision_model.embeddings.position_embedding.weight.requires_grad_(family == "clip")
     fit_image_size(model, 24)

@@ -16,8 +16,8 @@ from transformers import trainer as module
 from transformers.trainer_utils import BestRun
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, CLIPClassifier, Teacher, TeacherCallback, export_classifier
-from carot_hf.calibration.metrics import calibration_metrics
-from carot_hf.calibration.names import DIRECTIONS, METRICS, SCALED, greater_is_better, parse_metric, set_of
+from carot_hf.calibration.metrics import METRICS, calibration_metrics, scaled_metrics
+from carot_hf.calibration.names import greater_is_better, parse_metric, set_of
 from carot_hf.data.captions import class_embeddings
 
 
@@ -135,10 +135,10 @@ def test_nothing_that_evaluates_depends_on_the_mode(make_trainer, preset):
 
 def test_each_metric_has_a_direction():
     logits, labels = 2 * torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
-    assert set(DIRECTIONS) == set(METRICS) == set(calibration_metrics(logits, labels))
+    assert set(METRICS) == set(calibration_metrics(logits, labels))
     higher = {name for name in METRICS if name != "overconfidence" and greater_is_better(f"eval_id_{name}")}
     assert higher == {"accuracy", "top5_accuracy", "auroc"}
-    assert not any(greater_is_better(f"eval_id_{name}_ts") for name in SCALED)
+    assert not any(greater_is_better(f"eval_id_{name}_ts") for name in scaled_metrics())
     assert greater_is_better("eval_my_own")
     assert not greater_is_better("eval_my_loss")
 

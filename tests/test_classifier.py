@@ -464,7 +464,7 @@ def test_saving_and_loading_keeps_every_bit(exported, tmp_path):
 
 def test_a_copy_of_the_module_may_register_again(exported, tmp_path, monkeypatch):
     exported.save_pretrained(tmp_path)
-    spec = importlib.util.spec_from_file_location("carot_hf.classifier_again", classifier.__file__)
+    spec = importlib.util.spec_from_file_location("carot_hf.models.classifier_again", classifier.__file__)
     try:
         again = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, again)

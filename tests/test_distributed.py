@@ -29,7 +29,7 @@ import torch
 from conftest import Noise, noise_suite, tiny_clip, tiny_processor
 from families import model_of, processor_of
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
-from carot_hf.objective import gather as distributed
+from carot_hf.basics import processes
 
 processor = processor_of({family!r}) if {family!r} else tiny_processor()
 model = model_of({family!r}, processor.tokenizer) if {family!r} else tiny_clip(processor.tokenizer)
@@ -50,7 +50,7 @@ metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
     teacher = {{}} if trainer.teacher is None else trainer.teacher.state_dict()
     torch.save({{"student": trainer.model.state_dict(), "teacher": teacher,
-                "log": trainer.state.log_history, "metrics": metrics, "held": len(distributed._KEPT)}},
+                "log": trainer.state.log_history, "metrics": metrics, "held": len(processes._KEPT)}},
                {out!r} + "/result.pt")
 trainer.accelerator.end_training()
 os._exit(0)  # a thread of gloo that asks for the interpreter's lock while it ends aborts the process

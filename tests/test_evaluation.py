@@ -18,9 +18,11 @@ from torch.utils.data import SequentialSampler
 from transformers import CLIPModel, CLIPProcessor, EarlyStoppingCallback, TrainerCallback, pipeline
 
 from carot_hf import ShiftSet, fit_temperature, unbake_temperature
-from carot_hf.calibration.names import METRICS, SCALED
+from carot_hf.calibration.metrics import METRICS, scaled_metrics
 from carot_hf.data.captions import class_embeddings
-from carot_hf.evaluation.sets import SetLogits, comparison_table, label_bins, set_metrics, with_aggregates
+from carot_hf.evaluation.evaluation import comparison_table, with_aggregates
+from carot_hf.evaluation.logits import SetLogits
+from carot_hf.evaluation.measure import measure
 
 KEYS = {"accuracy", "top5_accuracy", "ece", "ece_batch_mean", "adaptive_ece", "classwise_ece", "mce", "nll", "brier"}
 KEYS |= {"auroc", "overconfidence"}
@@ -168,7 +170,7 @@ def test_own_metrics_get_the_logits_of_each_set(make_trainer, suite):
 def test_the_head_is_built_once_an_evaluation(make_trainer, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "carot_hf.suite_trainer.class_embeddings", lambda *a, **k: calls.append(1) or class_embeddings(*a, **k)
+        "carot_hf.evaluation.evaluator.class_embeddings", lambda *a, **k: calls.append(1) or class_embeddings(*a, **k)
     )
     make_trainer().evaluate()
     assert len(calls) == 1
@@ -265,7 +267,7 @@ def test_every_metric_that_may_be_selected_exists(make_trainer):
     metrics = make_trainer().evaluate()
     assert {key.removeprefix("eval_home_") for key in metrics if key.startswith("eval_home_")} == {
         *METRICS,
-        *(f"{name}_ts" for name in SCALED),
+        *(f"{name}_ts" for name in scaled_metrics()),
     }
 
 
@@ -408,17 +410,17 @@ def test_metrics_and_temperature_never_hold_the_whole_matrix():
     whole = embeds @ head[0].T + head[1]
     labels = torch.multinomial((whole / 2).softmax(1), 1, generator=generator)[:, 0]
     data = ShiftSet([0] * 4000, name="far", num_classes=1000)
-    expected = set_metrics(whole, labels, n_bins=10, scaling={"temperature": 1.7})
+    options = {"n_bins": 10, "link": "softmax", "scaling": {"temperature": 1.7}}
+    expected = measure(whole, labels, **options).metrics
     fitted = {name: fit_temperature(whole, labels, criterion=name) for name in ("nll", "ece")}
     with LargestTensor() as largest:
         rows = SetLogits(embeds, head, data)
-        metrics = set_metrics(rows, labels, n_bins=10, scaling={"temperature": 1.7})
+        measured = measure(rows, labels, **options)
         temperatures = {name: fit_temperature(rows, labels, criterion=name) for name in fitted}
-        bins = label_bins(rows, labels, n_bins=10)
     assert largest.values <= 131_072
-    assert metrics == pytest.approx(expected, rel=EXACT)
+    assert measured.metrics == pytest.approx(expected, rel=EXACT)
     assert temperatures == pytest.approx(fitted, rel=EXACT)
-    assert bins.n == 4000
+    assert measured.bins.n == measured.bins_ts.n == 4000
 
 
 def test_columns_are_taken_row_by_row_as_from_the_whole_matrix():

@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 import carot_hf.trainer
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
-from carot_hf.objective.gather import lost_process
+from carot_hf.basics.processes import lost_process
 from carot_hf.run.checkpoint import newest_complete_checkpoint
 from carot_hf.run.lock import locked
 

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from carot_hf import ShiftSet
 from carot_hf.calibration.metrics import calibration_metrics
 from carot_hf.calibration.temperature import fit_temperature
-from carot_hf.evaluation.sets import SetLogits, set_metrics
+from carot_hf.evaluation.logits import SetLogits
+from carot_hf.evaluation.measure import measure
 
 ROWS, WORLD, WIDTH = 16, 16, 12
 
@@ -75,7 +76,8 @@ def test_an_evaluation_works_in_chunks():
         data = ShiftSet(range(rows), name="home", num_classes=200)
         logits = SetLogits(embeds, head, data)
         with Largest() as largest:
-            metrics = set_metrics(logits, labels, n_bins=10, scaling={"temperature": fit_temperature(logits, labels)})
+            scaling = {"temperature": fit_temperature(logits, labels)}
+            metrics = measure(logits, labels, n_bins=10, link="softmax", scaling=scaling).metrics
         seen[rows] = largest.elements
         whole = calibration_metrics(F.linear(embeds, *head), labels, n_bins=10)
         assert metrics["ece"] == pytest.approx(whole["ece"], abs=1e-6)

@@ -21,7 +21,7 @@ from layouts import content, folders, parquet, picture, tars
 from transformers import CLIPModel
 
 import carot_hf.data.suite
-import carot_hf.suite_trainer
+import carot_hf.evaluation.evaluator
 from carot_hf import load_suite
 from carot_hf.suites.imagenet.sets import SETS, wnids
 
@@ -282,7 +282,7 @@ def test_corruptions_of_the_test_set(root, monkeypatch):
 def reads(monkeypatch):
     """How often an image was decoded, and the class head made."""
     count = Counter()
-    decode, embeddings = carot_hf.data.suite.ShiftSet.decode, carot_hf.suite_trainer.class_embeddings
+    decode, embeddings = carot_hf.data.suite.ShiftSet.decode, carot_hf.evaluation.evaluator.class_embeddings
 
     def counted_decode(self, *args, **kwargs):
         count[self.name] += 1
@@ -294,7 +294,7 @@ def reads(monkeypatch):
         count["head"] += 1
         return embeddings(*args, **kwargs)
 
-    monkeypatch.setattr(carot_hf.suite_trainer, "class_embeddings", counted_head)
+    monkeypatch.setattr(carot_hf.evaluation.evaluator, "class_embeddings", counted_head)
     return count
 
 

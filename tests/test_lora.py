@@ -227,7 +227,7 @@ def test_the_saved_folder_gives_calibrated_probabilities_in_the_stock_pipeline(m
         theirs = classifier(pixel_values=batch["pixel_values"]).logits
         network = trainer.model.eval()
         features = nn.functional.normalize(network.get_image_features(batch["pixel_values"]).pooler_output, dim=-1)
-    torch.testing.assert_close(theirs, features @ trainer._head()[0].T, atol=EXACT, rtol=0)
+    torch.testing.assert_close(theirs, features @ trainer.evaluator.head()[0].T, atol=EXACT, rtol=0)
 
 
 def test_an_optimizer_of_the_plain_model_is_refused(make_trainer, model):
@@ -417,14 +417,14 @@ def test_models_of_model_init_get_lora_and_share_with_the_teacher(make_trainer, 
     assert any("lora_B" in name and value.abs().max() > 0 for name, value in trainer.teacher.state_dict().items())
 
 
-def test_an_evaluation_of_the_plain_network_does_not_keep_accelerate_from_wrapping(make_trainer, processor):
-    """peft hands attributes through: the mark that accelerate left on the network would hide the need for DDP."""
+def test_an_evaluation_leaves_no_mark_that_would_keep_accelerate_from_wrapping(make_trainer, processor):
+    """peft hands attributes through: one on the network would hide the need for DDP."""
     base = tiny_clip(processor.tokenizer)
-    make_trainer(model=base).evaluate()
-    assert base._is_accelerate_prepared
-    trainer = make_trainer(model=get_peft_model(base, copy.deepcopy(CONFIGS["plain"])))
-    trainer._forget_evaluation()
-    assert not getattr(trainer.model, "_is_accelerate_prepared", False)
+    trainer = make_trainer(model=base)
+    trainer.evaluate()
+    trainer.predict(trainer.suite.test)
+    assert not getattr(base, "_is_accelerate_prepared", False)
+    assert trainer.accelerator._models == []
 
 
 # ---- the teacher on its own ----

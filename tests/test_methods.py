@@ -310,7 +310,7 @@ def test_ft_minimises_the_cross_entropy_of_its_head(make_trainer, model, preset)
 def test_lp_ft_starts_from_the_optimum_of_its_head(make_trainer, suite):
     trainer = make_trainer(preset="lp-ft", learning_rate=0.0, max_steps=1)
     tower = {name: value.clone() for name, value in trainer.model.state_dict().items() if not name.startswith("head")}
-    embeds, labels = trainer._embed(trainer.get_eval_dataloader(suite.train), "features", "probe")
+    embeds, labels = trainer.evaluator.embed({"train": suite.train})["train"]
     trainer.train()
     for name, value in tower.items():
         assert torch.equal(trainer.model.state_dict()[name], value), name

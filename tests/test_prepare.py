@@ -232,7 +232,7 @@ def test_weights_that_changed_are_never_calibrated_by_old_embeddings(make_traine
         parameter = next(getattr(trainer.model, part).parameters())
         parameter.data += torch.randn_like(parameter)  # torch counts no version of this
     fresh = make_trainer(trainer.model)
-    assert trainer._head()[0].equal(fresh._head()[0])
+    assert trainer.evaluator.head()[0].equal(fresh.evaluator.head()[0])
     changed = trainer.calibrate()
     fresh.model.config.calibration = None
     trainer.model.logit_scale.data += np.log(changed["temperature"])

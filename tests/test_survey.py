@@ -15,8 +15,8 @@ from conftest import Noise, noise_set
 from layouts import picture
 
 from carot_hf import ShiftSet, ShiftSuite
+from carot_hf.calibration.fit import fit_scaling, scaling_bounds
 from carot_hf.data.survey import say_warnings, survey
-from carot_hf.evaluation.sets import fit_scaling, scaling_bounds
 from carot_hf.run.header import Plan, header, plan_warnings, shared_class_share
 from carot_hf.training_args import CaRotTrainingArguments
 

@@ -1,29 +1,203 @@
-"""Accuracy and calibration of the logits of a whole data set."""
+"""METRICS: one row for each metric of a set, all of them computed in one reading of its logits.
+
+A metric of one's own is a row more, from outside as well::
+
+    METRICS["wrong"] = Metric("wrong", "lower", lambda seen: 1.0 - seen.bins.avg_accuracy)
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ece.binning import calibration_bins, check_n_bins, classwise_sums
+from ..ece.binning import CalibrationBins, calibration_bins, check_n_bins, classwise_sums
+from ..ece.inputs import looks_like_probabilities
+from .links import Chunk, Scaled, check_link, chunk_of
 from .rows import (
-    LOWEST_EXPONENT,
     Logits,
-    check_link,
-    checked_rows,
+    check_finite,
+    check_temperature,
+    checked_shapes,
     empty_like_rows,
     kept_rows,
     row_chunks,
-    shift_rows,
+    warn_of_probabilities,
 )
 
 PUBLISHED_BATCH = 512  # rows of one batch where published figures are means of per-batch ECE
+TOP5, NLL, CLASSWISE, BRIER = "top5", "nll", "classwise", "brier"  # sums over the rows
+Scaling = Mapping[str, float]  # "temperature" and, for a sigmoid, "bias"
+
+
+@dataclass(eq=False)
+class Seen:
+    """What one reading of a set leaves at one temperature: from this every metric is computed.
+
+    Attributes:
+        confidences: ``(N,)`` largest probability of each row.
+        correct: ``(N,)`` bool.
+        n_bins: Confidence bins.
+        n_classes: ``K``.
+        mass: Rows, or the sum of their weights.
+        weights: ``(N,)`` or None: 1 each.
+        sums: By name, of those that a metric needs: ``top5``, ``nll``, ``brier`` over the rows, and ``classwise``
+            ``(K, n_bins)``, as :func:`~carot_hf.ece.binning.classwise_sums` returns it.
+    """
+
+    confidences: NDArray[Any]
+    correct: NDArray[np.bool_]
+    n_bins: int
+    n_classes: int
+    mass: float
+    weights: NDArray[np.float64] | None = None
+    sums: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def bins(self) -> CalibrationBins:
+        """The table of uniform confidence bins."""
+        return calibration_bins(self.confidences, self.correct, self.n_bins, sample_weight=self.weights)
+
+    def metrics(self, names: Iterable[str] | None = None) -> dict[str, float]:
+        """Compute metrics by name; None: all."""
+        wanted = list(METRICS) if names is None else list(names)
+        return {name: METRICS[name].compute(self) for name in wanted}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of a set.
+
+    Attributes:
+        name: As in ``eval_<set>_<name>``.
+        direction: "higher" or "lower" is better; "signed": best at 0.
+        compute: From what was seen of the set to a Python float, a fraction and no percent.
+        needs: Sums over the rows, of those that `Seen` names.
+        scaled: Reported with a fitted temperature as well, under ``<name>_ts``.
+    """
+
+    name: str
+    direction: str
+    compute: Callable[[Seen], float]
+    needs: tuple[str, ...] = ()
+    scaled: bool = False
+
+
+def _adaptive(seen: Seen) -> float:
+    return calibration_bins(
+        seen.confidences, seen.correct, seen.n_bins, strategy="quantile", sample_weight=seen.weights
+    ).ece
+
+
+_ROWS = (
+    Metric("accuracy", "higher", lambda seen: seen.bins.avg_accuracy),
+    Metric("top5_accuracy", "higher", lambda seen: seen.sums[TOP5] / seen.mass, (TOP5,)),
+    Metric("ece", "lower", lambda seen: seen.bins.ece, scaled=True),
+    Metric("ece_batch_mean", "lower", lambda seen: _batch_mean_ece(seen)),
+    Metric("adaptive_ece", "lower", _adaptive),
+    Metric(
+        "classwise_ece",
+        "lower",
+        lambda seen: float(np.abs(seen.sums[CLASSWISE]).sum() / (seen.mass * seen.n_classes)),
+        (CLASSWISE,),
+    ),
+    Metric("mce", "lower", lambda seen: seen.bins.mce),
+    Metric("nll", "lower", lambda seen: seen.sums[NLL] / seen.mass, (NLL,), scaled=True),
+    Metric("brier", "lower", lambda seen: seen.sums[BRIER] / seen.mass, (BRIER,)),
+    Metric("auroc", "higher", lambda seen: _auroc(seen.confidences, seen.correct, seen.weights)),
+    Metric("overconfidence", "signed", lambda seen: seen.bins.overconfidence),
+)
+METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
+
+
+def scaled_metrics() -> list[str]:
+    """Return the metrics that are reported with a fitted temperature as well."""
+    return [row.name for row in METRICS.values() if row.scaled]
+
+
+def read_set(
+    logits: Logits,
+    labels: Tensor | NDArray[Any],
+    scalings: Mapping[str, tuple[Scaling, Iterable[str] | None]],
+    *,
+    n_bins: int = 10,
+    link: str = "softmax",
+    sample_weight: Tensor | NDArray[Any] | None = None,
+    ignore_index: int | None = None,
+) -> tuple[dict[str, Seen], bool]:
+    """Read the logits of a set once, for the metrics at several temperatures.
+
+    Args:
+        logits: See `calibration_metrics`, as are the rest.
+        labels: See there.
+        scalings: By a name of yours a temperature (and bias) and the metrics that are wanted there; None: all.
+        n_bins: See there.
+        link: See there.
+        sample_weight: See there.
+        ignore_index: See there.
+    Returns:
+        What was seen at each, and whether all rows look like probabilities.
+    Raises:
+        ValueError: As there.
+    """
+    check_n_bins(n_bins)
+    for scaling, _ in scalings.values():
+        check_temperature(scaling.get("temperature", 1.0))
+        check_link(link, scaling.get("bias", 0.0))
+    kind = check_link(link)
+    logits, labels, weights = kept_rows(logits, labels, sample_weight, ignore_index)
+    logits, labels = checked_shapes(logits, labels)
+    n_rows, n_classes = logits.shape
+    mass = float(n_rows) if weights is None else float(weights.sum())
+    correct = np.empty(n_rows, dtype=bool)
+    seen = {name: Seen(empty_like_rows(logits), correct, n_bins, n_classes, mass, weights) for name in scalings}
+    needs = {
+        name: {need for metric in (METRICS if wanted is None else wanted) for need in METRICS[metric].needs}
+        for name, (_, wanted) in scalings.items()
+    }
+    probable = n_rows > 1
+    for start, rows, targets in row_chunks(logits, labels):
+        check_finite(rows, start)
+        probable = probable and looks_like_probabilities(rows)
+        at, chunk = slice(start, start + len(rows)), chunk_of(rows, targets)
+        own = None if weights is None else weights[at]
+        correct[at] = chunk.hits.cpu().numpy()
+        for name, (scaling, _) in scalings.items():
+            parts = scaling.get("temperature", 1.0), scaling.get("bias", 0.0)
+            if not needs[name]:
+                seen[name].confidences[at] = kind.confidence(chunk, *parts).cpu().numpy()
+                continue
+            scaled = kind.scale(chunk, *parts)
+            seen[name].confidences[at] = scaled.confidences.cpu().numpy()
+            _add(seen[name].sums, needs[name], chunk, scaled, n_bins, own)
+    return seen, probable
+
+
+def _add(
+    sums: dict[str, Any], needs: set[str], chunk: Chunk, scaled: Scaled, n_bins: int, own: NDArray[np.float64] | None
+) -> None:
+    """Add what is needed of a chunk; the probabilities are used up."""
+    if TOP5 in needs:
+        sums[TOP5] = sums.get(TOP5, 0.0) + _total(_in_top5(chunk), own)
+    if NLL in needs:
+        sums[NLL] = sums.get(NLL, 0.0) + _total(scaled.nll, own)
+    if not {CLASSWISE, BRIER} & needs:
+        return
+    probabilities, label_index = scaled.probabilities.cpu().numpy(), chunk.targets.cpu().numpy()
+    if CLASSWISE in needs:
+        sums[CLASSWISE] = sums.get(CLASSWISE, 0.0) + classwise_sums(probabilities, label_index, n_bins, own)
+    if BRIER in needs:
+        probabilities[np.arange(len(label_index)), label_index] -= 1.0
+        squares = np.einsum("ij,ij->i", probabilities, probabilities)
+        total = float(squares.sum(dtype=np.float64)) if own is None else float(own @ squares)
+        sums[BRIER] = sums.get(BRIER, 0.0) + total
 
 
 def calibration_metrics(
@@ -73,53 +247,12 @@ def calibration_metrics(
     Source:
         Guo et al. 2017 (ECE, MCE, NLL); Kull et al. 2019 (class-wise ECE); Nixon et al. 2019 (adaptive ECE).
     """
-    check_n_bins(n_bins)
-    check_link(link, bias)
-    logits, labels, weights = kept_rows(logits, labels, sample_weight, ignore_index)
-    logits, labels = checked_rows(logits, labels, temperature, warn=True)
-    n_rows, n_classes = logits.shape
-    mass = float(n_rows) if weights is None else float(weights.sum())
-    confidences, correct = empty_like_rows(logits), np.empty(n_rows, dtype=bool)
-    nll = brier = top5 = 0.0
-    class_sums = np.zeros((n_classes, n_bins))
-    for start, rows, targets in row_chunks(logits, labels):
-        at = slice(start, start + len(rows))
-        own_weights = None if weights is None else weights[at]
-        shifted, margins, hits = shift_rows(rows, targets)
-        top5 += _total(_in_top5(rows, targets, hits), own_weights)
-        if link == "softmax":
-            exponentials = shifted.div_(temperature).clamp_(min=LOWEST_EXPONENT).exp_()
-            totals = exponentials.sum(dim=1)
-            nll += _total(totals.double().log() - margins.double() / temperature, own_weights)
-            probabilities = exponentials.div_(totals[:, None]).cpu().numpy()
-            confidences[at] = totals.reciprocal().cpu().numpy()
-        else:
-            scaled = rows / temperature + bias
-            own = scaled.gather(1, targets[:, None])[:, 0]
-            nll += _total(F.softplus(scaled).sum(dim=1, dtype=torch.float64) - own.double(), own_weights)
-            confidences[at] = scaled.amax(dim=1).sigmoid().cpu().numpy()
-            probabilities = scaled.sigmoid_().cpu().numpy()
-        correct[at] = hits.cpu().numpy()
-        label_index = targets.cpu().numpy()
-        class_sums += classwise_sums(probabilities, label_index, n_bins, own_weights)
-        probabilities[np.arange(len(label_index)), label_index] -= 1.0
-        squares = np.einsum("ij,ij->i", probabilities, probabilities)
-        brier += float(squares.sum(dtype=np.float64)) if own_weights is None else float(own_weights @ squares)
-    bins = calibration_bins(confidences, correct, n_bins, sample_weight=weights)
-    adaptive = calibration_bins(confidences, correct, n_bins, strategy="quantile", sample_weight=weights)
-    return {
-        "accuracy": bins.avg_accuracy,
-        "top5_accuracy": top5 / mass,
-        "ece": bins.ece,
-        "ece_batch_mean": _batch_mean_ece(confidences, correct, n_bins, weights),
-        "adaptive_ece": adaptive.ece,
-        "classwise_ece": float(np.abs(class_sums).sum() / (mass * n_classes)),
-        "mce": bins.mce,
-        "nll": nll / mass,
-        "brier": brier / mass,
-        "auroc": _auroc(confidences, correct, weights),
-        "overconfidence": bins.overconfidence,
-    }
+    scaling = {"temperature": temperature, "bias": bias}
+    options: dict[str, Any] = {"sample_weight": sample_weight, "ignore_index": ignore_index}
+    seen, probable = read_set(logits, labels, {"": (scaling, None)}, n_bins=n_bins, link=link, **options)
+    if probable:
+        warn_of_probabilities(2)
+    return seen[""].metrics()
 
 
 def top_label(
@@ -147,21 +280,13 @@ def top_label(
         ValueError: If a shape or range above does not hold, or a logit is not finite.
     """
     check_link(link, bias)
-    logits, labels = checked_rows(logits, labels, temperature)
-    confidences, correct = empty_like_rows(logits), np.empty(len(logits), dtype=bool)
-    for start, rows, targets in row_chunks(logits, labels):
-        at = slice(start, start + len(rows))
-        shifted, _, hits = shift_rows(rows, targets)
-        if link == "softmax":
-            largest = shifted.div_(temperature).clamp_(min=LOWEST_EXPONENT).exp_().sum(dim=1).reciprocal()
-        else:
-            largest = (rows.amax(dim=1) / temperature + bias).sigmoid()
-        confidences[at], correct[at] = largest.cpu().numpy(), hits.cpu().numpy()
-    return confidences, correct
+    seen, _ = read_set(logits, labels, {"": ({"temperature": temperature, "bias": bias}, ())}, link=link)
+    return seen[""].confidences, seen[""].correct
 
 
-def _in_top5(rows: Tensor, targets: Tensor, hits: Tensor) -> Tensor:
+def _in_top5(chunk: Chunk) -> Tensor:
     """``(n,)`` whether the label is among the first five classes by logit, equal logits in the order of the classes."""
+    rows, targets, hits = chunk.rows, chunk.targets, chunk.hits
     label_logits = rows.gather(1, targets[:, None])
     larger = (rows > label_logits).sum(dim=1)
     near = (~hits & (larger < 5)).nonzero()[:, 0]  # only here can equal logits matter
@@ -179,15 +304,13 @@ def _total(values: Tensor, weights: NDArray[np.float64] | None) -> float:
     return float(values.double() @ torch.from_numpy(weights).to(values.device))
 
 
-def _batch_mean_ece(
-    confidences: NDArray[Any], correct: NDArray[np.bool_], n_bins: int, weights: NDArray[np.float64] | None = None
-) -> float:
+def _batch_mean_ece(seen: Seen) -> float:
     """Mean of the ECE of consecutive batches of 512 rows, by the weight of each."""
-    total = 0.0
+    confidences, correct, weights, total = seen.confidences, seen.correct, seen.weights, 0.0
     for start in range(0, len(confidences), PUBLISHED_BATCH):
         batch = slice(start, start + PUBLISHED_BATCH)
         own = None if weights is None else weights[batch]
-        bins = calibration_bins(confidences[batch], correct[batch], n_bins, sample_weight=own)
+        bins = calibration_bins(confidences[batch], correct[batch], seen.n_bins, sample_weight=own)
         total += bins.ece * float(bins.n if own is None else own.sum())
     return total / float(len(confidences) if weights is None else weights.sum())
 

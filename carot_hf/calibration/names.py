@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-DIRECTIONS = {
-    "accuracy": "higher",
-    "top5_accuracy": "higher",
-    "ece": "lower",
-    "ece_batch_mean": "lower",
-    "adaptive_ece": "lower",
-    "classwise_ece": "lower",
-    "mce": "lower",
-    "nll": "lower",
-    "brier": "lower",
-    "auroc": "higher",
-    "overconfidence": "signed",  # mean confidence less accuracy: best at 0
-}
-METRICS = tuple(DIRECTIONS)
-SCALED = ("ece", "nll")  # reported with a fitted temperature as well, under <name>_ts
+from .metrics import METRICS
+
 DEFAULT_BEST_METRIC = "eval_validation_nll"
 SPLIT, HOME, SHIFTED = "validation", "id", "ood"  # as the sets of every suite are called, beside their own names
 
-_DIRECTIONS = {**DIRECTIONS, **{f"{name}_ts": DIRECTIONS[name] for name in SCALED}}
+
+def directions() -> dict[str, str]:
+    """Return the direction of every metric that a set can have, those with a temperature as well."""
+    rows = METRICS.values()
+    return {row.name: row.direction for row in rows} | {f"{row.name}_ts": row.direction for row in rows if row.scaled}
 
 
 def parse_metric(name: str, sets: Iterable[str]) -> list[tuple[str, str]]:
@@ -36,7 +27,7 @@ def parse_metric(name: str, sets: Iterable[str]) -> list[tuple[str, str]]:
     """
     bare, sets = name.removeprefix("eval_"), list(sets)
     for prefix in ("", "teacher_"):
-        found = [(data, metric) for data in sets for metric in _DIRECTIONS if bare == f"{prefix}{data}_{metric}"]
+        found = [(data, metric) for data in sets for metric in directions() if bare == f"{prefix}{data}_{metric}"]
         if found:
             return found
     return []
@@ -44,7 +35,7 @@ def parse_metric(name: str, sets: Iterable[str]) -> list[tuple[str, str]]:
 
 def common_name(sets: Iterable[str]) -> str | None:
     """Return a name that metrics of two sets would share, as ``a_top5_accuracy`` of the sets "a" and "a_top5"."""
-    names = [f"{data}_{metric}" for data in sets for metric in _DIRECTIONS]
+    names = [f"{data}_{metric}" for data in sets for metric in directions()]
     return next((name for name in names if names.count(name) > 1), None)
 
 
@@ -65,11 +56,11 @@ def greater_is_better(name: str) -> bool:
         ValueError: If zero is best.
     """
     bare = name.removeprefix("eval_")
-    for metric in sorted(_DIRECTIONS, key=len, reverse=True):
+    for metric in sorted(directions(), key=len, reverse=True):
         if bare == metric or bare.endswith(f"_{metric}"):
-            if _DIRECTIONS[metric] == "signed":
+            if directions()[metric] == "signed":
                 _raise_signed(name)
-            return _DIRECTIONS[metric] == "higher"
+            return directions()[metric] == "higher"
     return bare.rpartition("_")[2] != "loss"  # as in transformers
 
 
@@ -94,12 +85,12 @@ def check_selection(
         of = {set_of(name, [*homes, *shifts])}
     if of & set(shifts):
         raise_selection_on_shift(name)
-    directions = {_DIRECTIONS[metric] for _, metric in found}
-    directions |= {_DIRECTIONS[bare] for bare in [name.removeprefix("eval_")] if bare in _DIRECTIONS}
-    if "signed" in directions:
+    known, bare = directions(), name.removeprefix("eval_")
+    ways = {known[metric] for _, metric in found} | ({known[bare]} if bare in known else set())
+    if "signed" in ways:
         _raise_signed(name)
     wrong = "lower" if greater else "higher"
-    if greater is not None and wrong in directions:
+    if greater is not None and wrong in ways:
         raise ValueError(
             f"Expected `greater_is_better` {not greater} for {name!r}, got {greater}: the {wrong} it is, the better. "
             "Leave it out; it follows from the metric."

@@ -112,6 +112,15 @@ def calibration_record(model: Any) -> dict[str, Any] | None:
     return dict(record)
 
 
+def inverse_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return temperature and bias that take those of a record out of logits again."""
+    temperature = float(record["temperature"])
+    inverse = {"temperature": 1.0 / temperature}
+    if "bias" in record:
+        inverse["bias"] = -float(record["bias"]) * temperature
+    return inverse
+
+
 def check_not_baked(model: nn.Module) -> None:
     """Raise a RuntimeError if a temperature is baked into the model: a second one would act on top of it."""
     record = calibration_record(model)

@@ -20,7 +20,6 @@ from torch import Tensor
 from ..ece.binning import checked_weights, rows_that_count
 from ..ece.inputs import AS_LOGITS, as_array, looks_like_probabilities, to_numpy, two_dimensional
 
-LINKS = ("softmax", "sigmoid")
 _CHUNK_VALUES = 1 << 17  # logits worked on at a time: small enough for the cache of one core
 LOWEST_EXPONENT = -80.0  # exp(-80) is 0 for every sum here and still a normal float32; denormals are slow
 
@@ -50,17 +49,33 @@ Logits = Tensor | NDArray[Any] | LogitRows
 
 
 def checked_rows(
-    logits: Logits, labels: Tensor | NDArray[Any], temperature: float = 1.0, *, warn: bool = False
+    logits: Logits, labels: Tensor | NDArray[Any], *, warn: bool = False
 ) -> tuple[Tensor | LogitRows, Tensor]:
-    """Return both as tensors on the device of the logits, shapes and values checked.
+    """Return both as tensors on the device of the logits, shapes and values checked; reads all logits.
 
     Args:
-        logits: See `calibration_metrics`.
+        logits: See :func:`~carot_hf.calibration_metrics`.
         labels: See there.
-        temperature: See there.
         warn: Warn if all rows look like probabilities.
     """
-    check_temperature(temperature)
+    logits, labels = checked_shapes(logits, labels)
+    probable = warn and len(logits) > 1
+    for start, rows, _ in row_chunks(logits, labels):
+        check_finite(rows, start)
+        probable = probable and looks_like_probabilities(rows)
+    if probable:
+        warn_of_probabilities(3)
+    return logits, labels
+
+
+def warn_of_probabilities(above: int) -> None:
+    """Warn that all rows look like probabilities, of so many calls above this function."""
+    cure = "Pass logits: `probabilities.log()` gives these probabilities back."
+    warnings.warn(AS_LOGITS + cure, stacklevel=above + 1)
+
+
+def checked_shapes(logits: Logits, labels: Tensor | NDArray[Any]) -> tuple[Tensor | LogitRows, Tensor]:
+    """Return both as tensors on the device of the logits, shapes and labels checked."""
     if not isinstance(logits, LogitRows):
         logits = _as_logits(logits)
     labels = _as_labels(labels)
@@ -84,19 +99,18 @@ def checked_rows(
             f"Expected `labels` in [0, {logits.shape[1]}), got {int(labels[row])} in row {row}. "
             "Leave out rows without a class, and map labels to the columns of `logits`."
         )
-    probable = warn and len(logits) > 1
-    for start, rows, _ in row_chunks(logits, labels):
-        probable = probable and looks_like_probabilities(rows)
-        if math.isfinite(rows.sum()):  # the sum shows a nan or inf at a fifth of the cost of `isfinite`
-            continue
-        for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
-            raise ValueError(
-                f"Expected finite `logits`, got {float(rows[row, column])} in row {start + row}, column {column}. "
-                "Find out where the model diverged; to leave a class out, drop its column."
-            )
-    if probable:
-        warnings.warn(AS_LOGITS + "Pass logits: `probabilities.log()` gives these probabilities back.", stacklevel=3)
     return logits, labels
+
+
+def check_finite(rows: Tensor, start: int) -> None:
+    """Raise a ValueError if there is a nan or inf among rows of logits, the first of which is row ``start``."""
+    if math.isfinite(rows.sum()):  # the sum shows a nan or inf at a fifth of the cost of `isfinite`
+        return
+    for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
+        raise ValueError(
+            f"Expected finite `logits`, got {float(rows[row, column])} in row {start + row}, column {column}. "
+            "Find out where the model diverged; to leave a class out, drop its column."
+        )
 
 
 def kept_rows(
@@ -127,29 +141,9 @@ def row_chunks(logits: Tensor | LogitRows, labels: Tensor) -> Iterator[tuple[int
         yield start, rows if rows.dtype == torch.float64 else rows.float(), labels[start : start + step]
 
 
-def shift_rows(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A new ``(n, K)`` tensor with row maximum 0, its values ``(n,)`` at the labels, and ``(n,)`` hits."""
-    maxima, predictions = rows.max(dim=1, keepdim=True)  # the first index among equals
-    shifted = rows - maxima
-    return shifted, shifted.gather(1, targets[:, None])[:, 0], predictions[:, 0] == targets
-
-
 def empty_like_rows(logits: Tensor | LogitRows) -> NDArray[Any]:
     """Return room for a number a row, as precise as the logits are worked on."""
     return np.empty(len(logits), dtype=np.float64 if logits.dtype == torch.float64 else np.float32)
-
-
-def check_link(link: str, bias: float) -> None:
-    """Raise a ValueError if there is no such link, or the bias is none that it sees."""
-    if link not in LINKS:
-        raise ValueError(
-            f"Expected `link` to be one of {LINKS}, got {link!r}. CLIP's is 'softmax', SigLIP's 'sigmoid'."
-        )
-    if not math.isfinite(bias) or (bias and link == "softmax"):
-        raise ValueError(
-            f"Expected a finite `bias`, and 0 with the softmax, which does not see it; got {bias} with {link!r}. "
-            "Leave it out."
-        )
 
 
 def check_temperature(temperature: float) -> None:

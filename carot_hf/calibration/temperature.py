@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..basics.escape import guarded
 from ..ece.binning import calibration_bins
+from .links import check_link
 from .metrics import top_label
-from .rows import LOWEST_EXPONENT, LogitRows, Logits, check_link, checked_rows, empty_like_rows, row_chunks, shift_rows
+from .rows import LOWEST_EXPONENT, LogitRows, Logits, checked_rows, empty_like_rows, row_chunks
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -228,8 +229,8 @@ def _ece_at(
     errors = []
     for group in np.array_split(temperatures, -(-len(temperatures) // 16)):  # bounds the memory to 16 floats a row
         confidences = np.empty((len(group), len(logits)), dtype=empty_like_rows(logits).dtype)
-        for start, rows, targets in row_chunks(logits, labels):
-            shifted = shift_rows(rows, targets)[0]
+        for start, rows, _ in row_chunks(logits, labels):
+            shifted = rows - rows.amax(dim=1, keepdim=True)
             totals = [shifted.div(t).clamp_(min=LOWEST_EXPONENT).exp_().sum(dim=1) for t in group.tolist()]
             confidences[:, start : start + len(rows)] = torch.stack(totals).reciprocal_().cpu().numpy()
         errors += [calibration_bins(row, correct, _ECE_BINS).ece for row in confidences]

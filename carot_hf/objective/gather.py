@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_KEPT: list[Any] = []
-_LAST_MOMENT = 0.5  # seconds
+from ..basics.processes import padded_rows, several, stacked_rows
 
 
 def gather_rows(local: Tensor, *, with_grad: bool, counts: Sequence[int] | None = None) -> Tensor:
@@ -26,86 +23,20 @@ def gather_rows(local: Tensor, *, with_grad: bool, counts: Sequence[int] | None 
     Returns:
         ``(sum of all b, ...)``.
     """
-    if not _several():
+    if not several():
         return local
     counts = [len(local)] * dist.get_world_size() if counts is None else counts
     if with_grad:
         gathered: Tensor = _GatherRows.apply(local, counts)  # type: ignore[no-untyped-call]
         return gathered
-    return _stacked(local, counts)
-
-
-def keep_group() -> None:
-    """Hold on to the default process group until the interpreter ends.
-
-    When the last reference to a gloo group goes with DDP's reducer, torch 2.13 holds the interpreter's lock while it
-    waits for the group's threads, and one of these may be waiting for that lock to let go of its last tensors: the
-    process hangs after all is done. With this reference the group goes later, when its threads have nothing left. One
-    that still asks for the lock while the interpreter ends aborts the process: so it is left to them for a moment.
-    """
-    if _several() and not any(group is dist.group.WORLD for group in _KEPT):
-        if not _KEPT:
-            atexit.register(time.sleep, _LAST_MOMENT)
-        _KEPT.append(dist.group.WORLD)
-
-
-def said_by_first(value: Any) -> Any:
-    """Return what the first process says to all of them."""
-    if not _several():
-        return value
-    said = [value]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
-
-
-def row_counts(rows: int, device: torch.device) -> list[int]:
-    """Tell how many rows each process has, by rank."""
-    if not _several():
-        return [rows]
-    ones = [1] * dist.get_world_size()
-    return list(map(int, _stacked(torch.tensor([rows], device=device), ones).tolist()))
-
-
-def gather_uneven(local: Tensor) -> Tensor:
-    """Stack the rows of all processes in the order of their ranks, however many each one has; without gradient.
-
-    Args:
-        local: ``(b, ...)``; ``b`` may differ between processes and be 0, the rest may not.
-    """
-    return gather_rows(local, with_grad=False, counts=row_counts(len(local), local.device))
+    return stacked_rows(local, counts)
 
 
 def local_columns(rows: int, device: torch.device, counts: Sequence[int] | None = None) -> Tensor:
     """Return the columns, among all gathered ones, of this process's own ``rows`` samples: ``(rows,)`` int64."""
-    rank = dist.get_rank() if _several() else 0
+    rank = dist.get_rank() if several() else 0
     before = rank * rows if counts is None else sum(counts[:rank])
     return torch.arange(rows, device=device) + before
-
-
-def lost_process(error: RuntimeError) -> str | None:
-    """Say in a sentence or two which process an error tells the loss of, ``None`` if it is about something else.
-
-    Knows what torch says of a data loader's worker, and gloo and NCCL of another rank, in torch 2.13.
-    """
-    text = str(error)
-    if "DataLoader worker" in text:
-        return (
-            "Expected the workers of the data loader to live, but one ended, most often killed for want of memory. "
-            "Lower `dataloader_num_workers`, then resume."
-        )
-    lost = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Timed out waiting",
-        "remote process",
-    )
-    if isinstance(error, dist.DistError) or ("gloo" in text and any(part in text for part in lost)):
-        return (
-            "Expected all processes to answer, but one was lost or is late by more than `ddp_timeout` seconds. "
-            "Look at the first error of the other processes, then resume."
-        )
-    return None
 
 
 class _GatherRows(torch.autograd.Function):
@@ -114,30 +45,12 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, counts: Sequence[int]) -> Tensor:
         ctx.counts = counts
-        return _stacked(local, counts)
+        return stacked_rows(local, counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, longest = ctx.counts[dist.get_rank()], max(ctx.counts)
-        parts = [_padded(part, longest) for part in grad.split(list(ctx.counts))]
+        parts = [padded_rows(part, longest) for part in grad.split(list(ctx.counts))]
         own = torch.empty_like(parts[0])
         dist.reduce_scatter(own, parts)
         return own[:rows], None
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _stacked(local: Tensor, counts: Sequence[int]) -> Tensor:
-    """Collectives take equal shapes: shorter parts travel with zeros below, which are cut off here."""
-    sent = _padded(local.detach(), max(counts))
-    parts = [torch.empty_like(sent) for _ in counts]
-    dist.all_gather(parts, sent)
-    return torch.cat([part[:rows] for part, rows in zip(parts, counts, strict=True)])
-
-
-def _padded(part: Tensor, rows: int) -> Tensor:
-    """The part, contiguous, with zeros below it up to a number of rows."""
-    missing = rows - len(part)
-    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part.contiguous()

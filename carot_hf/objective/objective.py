@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gather import gather_rows, local_columns, row_counts
+from ..basics.processes import row_counts
+from .gather import gather_rows, local_columns
 from .losses import same_class_targets, similarity_logits
 from .terms import CLASSES, PAIRS, TEACHER_LOGITS, TERMS, TEXT, VISUAL, Step, Term
 

@@ -1,0 +1,122 @@
+"""Links: from logits to probabilities, for one chunk of rows. What a softmax and SigLIP's sigmoid do differently."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rows import LOWEST_EXPONENT
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Rows of logits with what every link needs of them.
+
+    Attributes:
+        rows: ``(n, K)`` float32 or float64.
+        targets: ``(n,)`` int64.
+        shifted: ``rows`` less the maximum of each.
+        margins: ``(n,)``, ``shifted`` at the labels.
+        hits: ``(n,)`` bool, whether the argmax (the first among equals) is the label.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    shifted: Tensor
+    margins: Tensor
+    hits: Tensor
+
+
+def chunk_of(rows: Tensor, targets: Tensor) -> Chunk:
+    """Return rows with what every link needs of them."""
+    maxima, predictions = rows.max(dim=1, keepdim=True)  # the first index among equals
+    shifted = rows - maxima
+    return Chunk(rows, targets, shifted, shifted.gather(1, targets[:, None])[:, 0], predictions[:, 0] == targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A chunk at one temperature and bias.
+
+    Attributes:
+        confidences: ``(n,)``, the largest probability of each row.
+        nll: ``(n,)`` float64, the negative log-likelihood of each label; of a sigmoid summed over the classes.
+        probabilities: ``(n, K)``.
+    """
+
+    confidences: Tensor
+    nll: Tensor
+    probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class Link:
+    """One way from logits to probabilities.
+
+    Attributes:
+        name: "softmax" or "sigmoid".
+        scale: From a chunk, temperature and bias to all of `Scaled`.
+        confidence: To the confidences alone.
+        bounds: Between which a temperature is looked for, where nobody says.
+        sees_bias: Whether a bias that all classes share changes the probabilities.
+    """
+
+    name: str
+    scale: Callable[[Chunk, float, float], Scaled]
+    confidence: Callable[[Chunk, float, float], Tensor]
+    bounds: tuple[float, float]
+    sees_bias: bool
+
+
+def _softmax(chunk: Chunk, temperature: float, bias: float) -> Scaled:
+    exponentials = (chunk.shifted / temperature).clamp_(min=LOWEST_EXPONENT).exp_()
+    totals = exponentials.sum(dim=1)
+    nll = totals.double().log() - chunk.margins.double() / temperature
+    return Scaled(totals.reciprocal(), nll, exponentials.div_(totals[:, None]))
+
+
+def _softmax_confidence(chunk: Chunk, temperature: float, bias: float) -> Tensor:
+    return (chunk.shifted / temperature).clamp_(min=LOWEST_EXPONENT).exp_().sum(dim=1).reciprocal_()
+
+
+def _sigmoid(chunk: Chunk, temperature: float, bias: float) -> Scaled:
+    scaled = chunk.rows / temperature + bias
+    own = scaled.gather(1, chunk.targets[:, None])[:, 0]
+    nll = F.softplus(scaled).sum(dim=1, dtype=torch.float64) - own.double()
+    return Scaled(scaled.amax(dim=1).sigmoid(), nll, scaled.sigmoid_())
+
+
+def _sigmoid_confidence(chunk: Chunk, temperature: float, bias: float) -> Tensor:
+    return (chunk.rows.amax(dim=1) / temperature + bias).sigmoid()
+
+
+LINKS = {
+    link.name: link
+    for link in (
+        Link("softmax", _softmax, _softmax_confidence, (0.5, 10.0), sees_bias=False),
+        Link("sigmoid", _sigmoid, _sigmoid_confidence, (0.05, 20.0), sees_bias=True),
+    )
+}
+
+
+def check_link(link: str, bias: float = 0.0) -> Link:
+    """Return the link of a name.
+
+    Raises:
+        ValueError: If there is none, or the bias is none that it sees.
+    """
+    if link not in LINKS:
+        raise ValueError(
+            f"Expected `link` to be one of {tuple(LINKS)}, got {link!r}. CLIP's is 'softmax', SigLIP's 'sigmoid'."
+        )
+    if not math.isfinite(bias) or (bias and not LINKS[link].sees_bias):
+        raise ValueError(
+            f"Expected a finite `bias`, and 0 with the softmax, which does not see it; got {bias} with {link!r}. "
+            "Leave it out."
+        )
+    return LINKS[link]

@@ -1,0 +1,144 @@
+"""Evaluation: what one evaluation of a model on sets of a suite found. Numbers and tables; knows no model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..basics.escape import printable
+from ..data.suite import ShiftSuite
+from ..ece.binning import CalibrationBins
+
+Metrics = dict[str, float]
+COLUMNS = (("accuracy", "accuracy"), ("ECE", "ece"), ("ECE after T", "ece_ts"))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model on all sets of a suite, without and with a temperature: what a card reports.
+
+    Attributes:
+        model: That was measured; ``None``: none was yet.
+        metrics: ``<set>_<metric>`` without any temperature; ``<set>_ece_ts`` and ``<set>_nll_ts`` with it.
+        temperature: The one fitted by the evaluation, or the one that was in the weights already.
+        bins: Tables by set, without temperature.
+        bins_ts: Tables by set with it; the split it was fitted on has none.
+    """
+
+    model: Any = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    temperature: float | None = None
+    bins: Mapping[str, CalibrationBins] = field(default_factory=dict)
+    bins_ts: Mapping[str, CalibrationBins] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        metrics: By set the metrics of :data:`~carot_hf.calibration.metrics.METRICS`, with a temperature also
+            ``<metric>_ts``; ``id`` is the test set, ``ood`` the unweighted mean over the shifted sets.
+        bins: Bin tables by set.
+        bins_ts: Those with the temperature; the split that it was fitted on has none.
+        scaling: What was fitted on the validation split or given: "temperature" and, for SigLIP, "bias"; empty: none.
+        sizes: Rows by set.
+        comparison: The same without any temperature beside it with one, also where one is in the weights.
+        intervals: By set and metric ("accuracy", "ece") lowest and highest value of a 95 % interval, where asked for.
+    """
+
+    metrics: Mapping[str, Metrics]
+    bins: Mapping[str, CalibrationBins]
+    bins_ts: Mapping[str, CalibrationBins]
+    scaling: Mapping[str, float]
+    sizes: Mapping[str, int]
+    comparison: Comparison = field(default_factory=Comparison)
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+
+    def flat(self, prefix: str = "eval") -> dict[str, float]:
+        """Return one dict of ``<prefix>_<set>_<metric>``, with ``<prefix>_temperature``."""
+        return {
+            **flat_names(self.metrics, prefix),
+            **{f"{prefix}_{name}": value for name, value in self.scaling.items()},
+        }
+
+    def table(self, columns: Iterable[tuple[str, str]] = COLUMNS) -> str:
+        """Return a Markdown table with a row for each set.
+
+        Args:
+            columns: Pairs of title and metric.
+        """
+        return comparison_table(self.metrics, columns)
+
+    def to_json(self) -> str:
+        """Return all of it but the comparison as JSON; nan, e.g. an AUROC without errors, as null."""
+        content = {
+            "metrics": self.metrics,
+            "scaling": self.scaling,
+            "sizes": self.sizes,
+            "bins": {name: table.to_dict() for name, table in self.bins.items()},
+            "bins_ts": {name: table.to_dict() for name, table in self.bins_ts.items()},
+            "intervals": self.intervals,
+        }
+        return json.dumps(_without_nan(content), indent=2, allow_nan=False)
+
+
+def with_aggregates(metrics: Mapping[str, Metrics], suite: ShiftSuite) -> dict[str, Metrics]:
+    """Add ``id`` (the test set) and ``ood`` (unweighted mean over the shifted sets) to metrics by set.
+
+    ``ood`` needs every shifted set of the suite: a mean over some of them is no substitute.
+    """
+    result = dict(metrics)
+    if suite.test.name in metrics:
+        result["id"] = dict(metrics[suite.test.name])
+    if suite.shifts and all(name in metrics for name in suite.shifts):
+        shifted = [metrics[name] for name in suite.shifts]
+        common = [key for key in shifted[0] if all(_is_number(values.get(key)) for values in shifted)]
+        result["ood"] = {key: float(np.mean([values[key] for values in shifted])) for key in common}
+    return result
+
+
+def flat_names(metrics: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, Any]:
+    """Turn metrics by set into one dict of ``<prefix>_<set>_<metric>``."""
+    return {f"{prefix}_{name}_{key}": value for name, values in metrics.items() for key, value in values.items()}
+
+
+def comparison_table(rows: Mapping[str, Mapping[str, float]], columns: Iterable[tuple[str, str]]) -> str:
+    """Lay metrics out as a Markdown table.
+
+    Args:
+        rows: Metrics by name, by row title.
+        columns: Pairs of column title and metric name.
+    """
+    columns = list(columns)
+    cells = [["", *(title for title, _ in columns)]]
+    for title, values in rows.items():
+        cells.append(
+            [
+                printable(title).replace("|", "\\|"),
+                *(f"{values[key]:.3f}" if key in values else "" for _, key in columns),
+            ]
+        )
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,345 @@
+"""Evaluator: a model, a suite, and what is known of how well and how confidently the one does on the other.
+
+Needs no trainer. Under torch.distributed each image is embedded once over all processes and each set measured by one of
+them; all must call the same methods in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..basics.escape import guarded
+from ..basics.fingerprint import fingerprint
+from ..basics.precision import at_least_float32
+from ..basics.processes import place, said_by_first
+from ..calibration.fit import fit_scaling, scaling_bounds
+from ..calibration.metrics import read_set, scaled_metrics
+from ..calibration.record import bake_temperature, calibration_record, check_not_baked, inverse_of
+from ..calibration.rows import LogitRows
+from ..calibration.temperature import temperature_interval
+from ..data.batches import CaRotCollator
+from ..data.captions import CaptionTable, class_embeddings
+from ..data.suite import ShiftSet, ShiftSuite
+from ..data.transforms import image_transform
+from ..models.backbones import backbone_of, logit_head
+from ..models.classifier import CLIPClassifier
+from ..models.lora import base_model
+from ..models.prepare import captions_of
+from .embed import Embedded, Embedder
+from .evaluation import Comparison, Evaluation, flat_names, with_aggregates
+from .logits import Head, SetLogits
+from .measure import measure_all
+
+logger = guarded(logging.getLogger(__name__))
+
+FEW_ROWS = 50  # with fewer `calibrate` warns
+_WHOLE = 1 << 24  # logits of the validation set that are kept while its temperature is fitted
+_HEAD = ("logit_scale", "logit_bias", "head.weight", "head.bias")  # what no embedding depends on
+OwnMetrics = Callable[[Tensor, Tensor], Mapping[str, float]]
+
+
+@dataclass
+class Memory:
+    """What an evaluator keeps between calls; several of one model may share it.
+
+    Attributes:
+        weights: The fingerprint of the weights that `known` was computed from.
+        known: Embeddings of the validation set and of the classes.
+        warned_of_bound: A temperature at a bound has been warned of.
+    """
+
+    weights: str = ""
+    known: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    warned_of_bound: bool = False
+
+
+class Evaluator:
+    """Measure a model on the sets of a suite, fit what calibrates it, and put that into its weights.
+
+    Args:
+        model: A ``CLIPModel``, one of its relatives (:data:`~carot_hf.models.backbones.BACKBONES`) or a
+            :class:`~carot_hf.CLIPClassifier` of the suite's classes; unwrapped.
+        processor: The model's.
+        suite: Sets, class names and templates.
+        batch_size: Images at a time in one process.
+        n_bins: Confidence bins.
+        device: Where the model is put; ``None``: where it is.
+        criterion: What a temperature minimises: "nll" or, with a softmax, "ece".
+        bounds: Lowest and highest temperature; ``None``: those that are usual for the link.
+        captions: The suite's captions in the model's tokens; ``None``: made when they are needed.
+        embedder: Embeds images; ``None``: made of the rest.
+        memory: What is kept between calls; ``None``: a new one.
+    Attributes:
+        link: From logits to probabilities: "softmax" or "sigmoid".
+    Raises:
+        TypeError: If the model is of no family that is known.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        suite: ShiftSuite,
+        *,
+        batch_size: int = 256,
+        n_bins: int = 10,
+        device: str | torch.device | None = None,
+        criterion: str = "nll",
+        bounds: Sequence[float] | None = None,
+        captions: CaptionTable | None = None,
+        embedder: Embedder | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self.model, self.processor, self.suite, self.n_bins = model, processor, suite, n_bins
+        self.criterion, self.bounds = criterion, bounds
+        network = base_model(model)
+        self.link = "softmax" if isinstance(network, CLIPClassifier) else backbone_of(network).link
+        if device is not None:
+            model.to(device)
+        self._captions = captions
+        if embedder is None:
+            transform = image_transform(processor)
+            collator = CaRotCollator(transform, captions, 0)  # type: ignore[arg-type]  # of training samples alone
+            embedder = Embedder(transform, collator, batch_size, next(model.parameters()).device, progress=True)
+        self.embedder = embedder
+        self._memory = Memory() if memory is None else memory
+
+    @property
+    def captions(self) -> CaptionTable:
+        """The suite's captions in the model's tokens."""
+        if self._captions is None:
+            self._captions = captions_of(base_model(self.model), self.suite, self.processor)
+        return self._captions
+
+    def evaluate(
+        self,
+        sets: Mapping[str, ShiftSet] | Sequence[str] | None = None,
+        *,
+        calibrator: float | Mapping[str, float] | None = None,
+        n_bootstrap: int = 0,
+        own_metrics: OwnMetrics | None = None,
+        remember: bool = True,
+        title: str = "Evaluation",
+    ) -> Evaluation:
+        """Measure accuracy and calibration of sets, each image embedded once, each set's logits read once.
+
+        Args:
+            sets: By name, or names of the suite's; ``None``: all of the suite.
+            calibrator: A temperature, or "temperature" and "bias", at which sets are measured, too; ``None``: what is
+                fitted on the validation set, if that is among them.
+            n_bootstrap: Resamples of the 95 % intervals of accuracy and ECE; 0: none.
+            own_metrics: Called with logits ``(n, labels)`` and labels of each set; what it returns joins the metrics.
+            remember: Use again what was computed of the same weights, and compare with the model without the
+                temperature that is in its weights. ``False`` in a training.
+            title: Of the bar.
+        Raises:
+            ValueError: If there is no such set, or one without labels.
+        """
+        chosen = self._chosen(sets)
+        missing = [data.name for data in chosen.values() if data.label_column is None]
+        if missing:
+            raise ValueError(f"Expected labels in every set, got none in {missing}. Use `predict` for those.")
+        parts = self.embed(chosen, title)
+        known = self._known_of_weights() if remember else {}
+        if chosen.get("validation") is self.suite.validation:
+            known["validation"] = (self.suite.validation, self.embedder.collator, *parts["validation"])
+        logits, labels = self._logits(chosen, parts, self.head(known))
+        scaling: dict[str, float] | None = None
+        if calibrator is not None:
+            scaling = dict(calibrator) if isinstance(calibrator, Mapping) else {"temperature": float(calibrator)}
+        elif "validation" in chosen:
+            scaling = self.fit(logits["validation"], labels["validation"], warn=remember)
+        record = calibration_record(base_model(self.model)) if remember else None
+        common: dict[str, Any] = {"n_bins": self.n_bins, "link": self.link, "n_bootstrap": n_bootstrap}
+        common["inverse"] = None if record is None else inverse_of(record)
+        options = {name: {**common, "scaling": None if name == "validation" else scaling} for name in chosen}
+        found = measure_all({name: (logits[name], labels[name]) for name in chosen}, options)
+        if own_metrics is not None:
+            for name, part in found.items():
+                part.metrics.update(own_metrics(logits[name].whole(), labels[name]))
+        return Evaluation(
+            metrics=with_aggregates({name: part.metrics for name, part in found.items()}, self.suite),
+            bins={name: part.bins for name, part in found.items()},
+            bins_ts={name: part.bins_ts for name, part in found.items() if part.bins_ts is not None},
+            scaling=scaling or {},
+            sizes={name: len(part) for name, part in labels.items()},
+            comparison=self._compared(found, record, scaling) if remember else Comparison(),
+            intervals={name: part.intervals for name, part in found.items() if part.intervals},
+        )
+
+    def predict(
+        self, data: ShiftSet, *, remember: bool = True, title: str = "Prediction"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of a set ``(n, labels)`` and its labels ``(n,)``, where it has any; on the CPU.
+
+        Args:
+            data: With or without labels.
+            remember: Use again what was computed of the same weights.
+            title: Of the bar.
+        """
+        embeds, labels = self.embed({"": data}, title)[""]
+        head = self.head(self._known_of_weights() if remember else None)
+        return SetLogits(embeds, head, data).whole().cpu(), labels
+
+    def calibrate(self) -> dict[str, Any]:
+        """Fit the temperature on the validation set and put it into the model's weights; accuracy stays.
+
+        After an :meth:`evaluate` of the same weights no image and no caption is embedded again.
+
+        Returns:
+            The record that is kept in ``config.calibration``: temperature, bias (SigLIP), split, size, criterion,
+            bounds and whether the temperature is at one, templates, and ``nll`` and ``ece`` of the split before and
+            after.
+        Raises:
+            RuntimeError: If the model is calibrated already.
+        """
+        network, data = base_model(self.model), self.suite.validation
+        check_not_baked(network)
+        known = self._known_of_weights()
+        if known.get("validation", ())[:2] != (data, self.embedder.collator):
+            known["validation"] = (data, self.embedder.collator, *self.embed({"": data}, "Calibration")[""])
+        embeds, labels = known["validation"][2:]
+        logits = SetLogits(embeds, self.head(known), data)
+        scaling = self.fit(logits, labels)
+        bounds = scaling_bounds(self.bounds, self.link)
+        if len(labels) < FEW_ROWS:
+            self._warn_of_few(logits, labels, scaling["temperature"])
+        wanted = {"before": ({}, scaled_metrics()), "after": (scaling, scaled_metrics())}
+        seen, _ = read_set(logits, labels, wanted, n_bins=self.n_bins, link=self.link)
+        record: dict[str, Any] = {
+            "split": data.name,
+            "n": len(labels),
+            "criterion": self.criterion,
+            "bounds": list(bounds),
+            "at_bound": scaling["temperature"] in bounds,
+            "templates": list(self.suite.templates),
+        }
+        for when, part in seen.items():
+            measured = part.metrics(["nll", "ece"])
+            record |= {f"{name}_{when}": value for name, value in measured.items()}
+        bake_temperature(network, scaling["temperature"], bias=scaling.get("bias", 0.0), record=record)
+        return dict(network.config.calibration)
+
+    def fit(self, logits: LogitRows, labels: Tensor, *, warn: bool = True) -> dict[str, float]:
+        """Fit what calibrates logits: "temperature" and, for SigLIP, "bias". One process does it for all.
+
+        Args:
+            logits: Of held-out rows.
+            labels: ``(n,)`` int64.
+            warn: Log a warning, the first time, if the temperature is at a bound.
+        """
+        scaling: dict[str, float] | None = None
+        if place()[0] == 0:
+            rows = logits[:] if len(logits) * logits.shape[1] <= _WHOLE else logits
+            scaling = fit_scaling(
+                rows, labels, link=self.link, criterion=self.criterion, bounds=self.bounds, warn=False
+            )
+        fitted: dict[str, float] = said_by_first(scaling)
+        low, high = scaling_bounds(self.bounds, self.link)
+        if fitted["temperature"] in (low, high) and warn and not self._memory.warned_of_bound:
+            self._memory.warned_of_bound = True
+            logger.warning(
+                "The best temperature is at the bound %g of [%g, %g]: the optimum may lie outside, and what is "
+                "baked in is not it. Look at the validation set, or set `calibration_bounds` wider.",
+                fitted["temperature"],
+                low,
+                high,
+            )
+        return fitted
+
+    def embed(self, sets: Mapping[str, ShiftSet], title: str = "Evaluation") -> dict[str, Embedded]:
+        """Embed the images of sets: ``(n, D)`` of length 1, at least float32, and labels ``(n,)``, on the CPU."""
+        found = self.embedder.embed(self.model, sets, title)
+        self.embedder.bad_images.report(first=place()[0] == 0)
+        return found
+
+    @torch.no_grad()
+    def head(self, known: dict[str, tuple[Any, ...]] | None = None) -> Head:
+        """Weight ``(K, D)`` and bias ``(K,)`` that turn embeddings into logits, in at least float32.
+
+        Args:
+            known: Of the same weights; class embeddings are taken from it, or go into it.
+        """
+        known = {} if known is None else known
+        if isinstance(self.model, CLIPClassifier):
+            head = self.model.head
+            return at_least_float32(head.weight.detach()), at_least_float32(head.bias.detach())
+        if known.get("classes", (None,))[0] is not self.captions:
+            with self.embedder.autocast():
+                known["classes"] = (self.captions, class_embeddings(self.model, self.captions))
+        classes = known["classes"][1]
+        scale, *shift = (at_least_float32(parameter.detach()) for parameter in logit_head(self.model))
+        bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes)).to(classes)
+        return scale.exp() * classes, bias
+
+    def _known_of_weights(self) -> dict[str, tuple[Any, ...]]:
+        """What has been computed from the weights as they are now: empty after any change of them.
+
+        Embeddings of the validation set and of the classes, neither of which depends on ``logit_scale``, a bias or the
+        linear head.
+        """
+        weights = fingerprint(base_model(self.model), leave_out=_HEAD)
+        if weights != self._memory.weights:
+            self._memory.weights, self._memory.known = weights, {}
+        return self._memory.known
+
+    def _chosen(self, sets: Mapping[str, ShiftSet] | Sequence[str] | None) -> dict[str, ShiftSet]:
+        own = self.suite.evaluation_sets
+        if sets is None:
+            return dict(own)
+        if isinstance(sets, Mapping):
+            return dict(sets)
+        for name in [sets] if isinstance(sets, str) else sets:
+            if name not in own:
+                raise ValueError(f"Expected the name of a set of {sorted(own)}, got {name!r}. Correct the name.")
+        return {name: own[name] for name in ([sets] if isinstance(sets, str) else sets)}
+
+    def _logits(
+        self, sets: Mapping[str, ShiftSet], parts: Mapping[str, Embedded], head: Head
+    ) -> tuple[dict[str, SetLogits], dict[str, Tensor]]:
+        labels: dict[str, Any] = {name: part[1] for name, part in parts.items()}
+        if any(part is None for part in labels.values()):
+            raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
+        return {name: SetLogits(parts[name][0], head, data) for name, data in sets.items()}, labels
+
+    def _compared(
+        self, found: Mapping[str, Any], record: Mapping[str, Any] | None, scaling: Mapping[str, float] | None
+    ) -> Comparison:
+        """The metrics without a temperature beside those with it, also where it is in the weights already."""
+        metrics = {name: part.metrics for name, part in found.items()}
+        bins = {name: part.bins for name, part in found.items()}
+        bins_ts = {name: part.bins_ts for name, part in found.items() if part.bins_ts is not None}
+        temperature = (scaling or {}).get("temperature")
+        if record is not None:
+            temperature = float(record["temperature"])
+            bins_ts = {name: table for name, table in bins.items() if name != "validation"}
+            bins = {name: part.plain_bins for name, part in found.items()}
+            metrics = {
+                name: {
+                    **part.plain,
+                    **{f"{key}_ts": metrics[name][key] for key in scaled_metrics() if name in bins_ts},
+                }
+                for name, part in found.items()
+            }
+        named = with_aggregates(metrics, self.suite)
+        flat = {name.removeprefix("_"): value for name, value in flat_names(named, "").items()}
+        return Comparison(self.model, flat, temperature, bins, bins_ts)
+
+    def _warn_of_few(self, logits: SetLogits, labels: Tensor, temperature: float) -> None:
+        """Say how little is known of a temperature that was fitted on few rows."""
+        low, high = temperature_interval(logits, labels, link=self.link)
+        logger.warning(
+            "The temperature %.3g is fitted on %d rows only: its 95 %% interval is %.3g to %.3g. Hold out %d rows or "
+            "more, or do not rely on it.",
+            temperature,
+            len(labels),
+            low,
+            high,
+            FEW_ROWS,
+        )

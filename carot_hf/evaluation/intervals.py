@@ -1,0 +1,41 @@
+"""How sure one can be of accuracy and ECE of a set: 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+
+from ..calibration.metrics import Seen
+from ..ece.uncertainty import ece_interval
+
+_Z = 1.959963984540054  # 97.5 % point of the normal distribution
+
+
+def intervals_of(seen: Seen, n_bootstrap: int) -> dict[str, tuple[float, float]]:
+    """Return the intervals of "accuracy" and "ece".
+
+    Args:
+        seen: Of one set.
+        n_bootstrap: Resamples of the ECE's; see :func:`~carot_hf.ece.uncertainty.ece_interval`.
+    """
+    found = ece_interval(seen.confidences, seen.correct, seen.bins, n_bootstrap=n_bootstrap)
+    return {
+        "accuracy": accuracy_interval(int(seen.correct.sum()), len(seen.correct)),
+        "ece": (found["ece_low"], found["ece_high"]),
+    }
+
+
+def accuracy_interval(hits: int, rows: int) -> tuple[float, float]:
+    r"""The 95 % interval of a share of hits.
+
+    .. math:: \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p) / n + z^2 / 4 n^2}}{1 + z^2 / n}
+
+    Args:
+        hits: Of the rows.
+        rows: 1 or more.
+    Source:
+        Wilson 1927; Brown, Cai and DasGupta 2001.
+    """
+    share, square = hits / rows, _Z**2 / rows
+    middle = (share + square / 2) / (1 + square)
+    half = _Z * math.sqrt(share * (1 - share) / rows + square / (4 * rows)) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
