@@ -11,6 +11,8 @@ _HOMES = {
     "CLIPClassifier": "models.classifier",
     "CaRotTrainer": "trainer",
     "CaRotTrainingArguments": "training_args",
+    "Evaluation": "evaluation.evaluation",
+    "Evaluator": "evaluation.evaluator",
     "ShiftSet": "data.suite",
     "ShiftSuite": "data.suite",
     "Teacher": "teacher.average",
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from .calibration.record import bake_temperature, unbake_temperature
     from .calibration.temperature import fit_temperature
     from .data.suite import ShiftSet, ShiftSuite
+    from .evaluation.evaluation import Evaluation
+    from .evaluation.evaluator import Evaluator
     from .evaluation.plots import confidence_histogram, reliability_diagram
     from .metric import load_ece
     from .models.classifier import CLIPClassifier, export_classifier
@@ -54,6 +58,8 @@ __all__ = [
     "CLIPClassifier",
     "CaRotTrainer",
     "CaRotTrainingArguments",
+    "Evaluation",
+    "Evaluator",
     "ShiftSet",
     "ShiftSuite",
     "Teacher",

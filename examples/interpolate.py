@@ -26,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from demo import COLUMNS
 from finetune_imagenet import LOCAL_NAME, OF_THE_SUITE, run, start_model_of, suite_options
 from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.trainer_callback import PrinterCallback
 
-from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suite, unbake_temperature
+from carot_hf import Evaluator, ShiftSuite, load_suite, unbake_temperature
 from carot_hf.basics.redaction import HIDDEN, public_words
-from carot_hf.basics.whole_file import whole_file, write_whole
+from carot_hf.basics.whole_file import whole_file, whole_files, write_whole
 from carot_hf.evaluation.evaluation import comparison_table
 from carot_hf.models.backbones import BACKBONES
 from carot_hf.models.classifier import CLIPClassifier
 from carot_hf.models.merging import SWEEP, alpha_sweep, interpolate
+from carot_hf.models.prepare import captions_of, zero_shot_classifier
 from carot_hf.run.header import refuse_finished
 from carot_hf.run.lock import locked
 
@@ -59,12 +60,11 @@ def sweep(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, fl
     suite = load_suite(options.suite, **suite_options(options))
     zero_shot, fine_tuned = (load_end(end) for end in (options.zero_shot, options.fine_tuned))
     processor = AutoProcessor.from_pretrained(options.fine_tuned)  # nosec B615  # the user's own model
-    objective = "cross_entropy" if isinstance(fine_tuned, CLIPClassifier) else "contrastive"
-    if objective == "cross_entropy":  # the trainer turns a CLIPModel into a classifier of the suite
-        zero_shot = make_trainer(zero_shot, suite, processor, options, objective).model
+    if isinstance(fine_tuned, CLIPClassifier) and not isinstance(zero_shot, CLIPClassifier):
+        zero_shot = zero_shot_classifier(zero_shot, suite, captions_of(zero_shot, suite, processor))
     rows: list[dict[str, float]] = []
     for alpha, model in alpha_sweep(zero_shot, fine_tuned, options.alphas):
-        metrics = make_trainer(model, suite, processor, options, objective).evaluate()
+        metrics = evaluator_of(model, suite, processor, options).evaluate().flat()
         rows.append({"alpha": alpha, **metrics})
         print(f"alpha {alpha:g}: T {metrics['eval_temperature']:.3f}", flush=True)
     write(rows, list(argv), options.output_dir)
@@ -72,9 +72,10 @@ def sweep(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, fl
     print(f"\nSaved to {options.output_dir}")
     if options.save:
         merged = interpolate(zero_shot, fine_tuned, options.alpha)
-        trainer = make_trainer(merged, suite, processor, options, objective)
-        record = trainer.calibrate()
-        trainer.save_model(str(options.output_dir / "model"))
+        record = evaluator_of(merged, suite, processor, options).calibrate()
+        with whole_files(options.output_dir / "model") as beside:
+            merged.save_pretrained(beside)
+            processor.save_pretrained(beside)
         print(f"The model of alpha {options.alpha:g}, temperature {record['temperature']:.3f}, is in model/")
     return rows
 
@@ -146,24 +147,10 @@ def load_end(name: str) -> Any:
     return model
 
 
-def make_trainer(
-    model: Any, suite: ShiftSuite, processor: Any, options: argparse.Namespace, objective: str
-) -> CaRotTrainer:
-    """Make a trainer that only evaluates: no teacher, no bars, no lines and pictures of its own."""
-    arguments = CaRotTrainingArguments(
-        output_dir=str(options.output_dir),
-        objective=objective,
-        distillation_weight=0.0,
-        reliability_diagrams=False,
-        calibration_criterion=options.criterion,
-        per_device_eval_batch_size=options.batch_size,
-        use_cpu=options.use_cpu,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    trainer = CaRotTrainer(model=model, args=arguments, suite=suite, processing_class=processor)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def evaluator_of(model: Any, suite: ShiftSuite, processor: Any, options: argparse.Namespace) -> Evaluator:
+    """Make an evaluator of a mixture, on the accelerator that there is."""
+    device = PartialState(cpu=options.use_cpu).device
+    return Evaluator(model, processor, suite, batch_size=options.batch_size, device=device, criterion=options.criterion)
 
 
 def write(rows: Sequence[dict[str, float]], argv: Sequence[str], folder: Path) -> None:

@@ -42,7 +42,7 @@ from carot_hf.basics.escape import code, markdown, printable
 from carot_hf.basics.redaction import public, public_words
 from carot_hf.calibration.record import calibration_record
 from carot_hf.data.images import FORMATS, MAX_BYTES, MAX_PIXELS, BadImageError, read_image
-from carot_hf.evaluation.sets import comparison_table
+from carot_hf.evaluation.evaluation import comparison_table
 from carot_hf.hub.card import ZERO_SHOT, CardFacts, model_card
 from carot_hf.run import lock as run_lock
 from carot_hf.run.checkpoint import checkpoint_folders, damage_of, newest_complete_checkpoint, write_manifest

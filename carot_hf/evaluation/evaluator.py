@@ -26,11 +26,11 @@ from ..calibration.temperature import temperature_interval
 from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.suite import ShiftSet, ShiftSuite
-from ..data.transforms import image_transform
-from ..models.backbones import backbone_of, logit_head
+from ..data.transforms import check_image_size, image_transform
+from ..models.backbones import backbone_of, is_backbone, logit_head
 from ..models.classifier import CLIPClassifier
 from ..models.lora import base_model
-from ..models.prepare import captions_of
+from ..models.prepare import align_markers, captions_of
 from .embed import Embedded, Embedder
 from .evaluation import Comparison, Evaluation, flat_names, with_aggregates
 from .logits import Head, SetLogits
@@ -99,12 +99,15 @@ class Evaluator:
         self.model, self.processor, self.suite, self.n_bins = model, processor, suite, n_bins
         self.criterion, self.bounds = criterion, bounds
         network = base_model(model)
+        if is_backbone(network):
+            align_markers(network, processor)
         self.link = "softmax" if isinstance(network, CLIPClassifier) else backbone_of(network).link
         if device is not None:
             model.to(device)
         self._captions = captions
         if embedder is None:
             transform = image_transform(processor)
+            check_image_size(model, transform)
             collator = CaRotCollator(transform, captions, 0)  # type: ignore[arg-type]  # of training samples alone
             embedder = Embedder(transform, collator, batch_size, next(model.parameters()).device, progress=True)
         self.embedder = embedder

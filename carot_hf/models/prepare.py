@@ -73,7 +73,7 @@ def prepare_model(model: Any, args: Any, suite: ShiftSuite, processor: Any) -> P
         model.to(_training_dtype(model, args))
     network = base_model(model)
     if is_backbone(network):
-        _align_markers(network, processor)
+        align_markers(network, processor)
     elif model.head.out_features != len(suite.class_names):
         raise ValueError(
             f"Expected a classifier of the {len(suite.class_names)} classes of suite '{suite.name}', got one of "
@@ -89,12 +89,18 @@ def prepare_model(model: Any, args: Any, suite: ShiftSuite, processor: Any) -> P
     if model is network and args.lora_rank:
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
     elif is_backbone(network) and args.objective == "cross_entropy":
-        classes = class_embeddings(model, captions)
-        model = CLIPClassifier.from_clip(model, classes, suite.class_names).to(model.dtype)
+        model = zero_shot_classifier(model, suite, captions)
     _freeze(model, args.freeze)
     if suite.sources:  # saved with the model
         model.config.prompt_sources = dict(suite.sources)
     return Prepared(model, link, captions, {name: getattr(args, name) for name in ARGUMENTS})
+
+
+def zero_shot_classifier(model: Any, suite: ShiftSuite, captions: CaptionTable) -> CLIPClassifier:
+    """Return the image tower of a ``CLIPModel`` with the suite's zero-shot head."""
+    classes = class_embeddings(model, captions)
+    classifier: CLIPClassifier = CLIPClassifier.from_clip(model, classes, suite.class_names).to(model.dtype)
+    return classifier
 
 
 def captions_of(model: Any, suite: ShiftSuite, processor: Any) -> CaptionTable:
@@ -141,7 +147,7 @@ def _training_dtype(model: nn.Module, args: Any) -> torch.dtype:
     return torch.bfloat16
 
 
-def _align_markers(model: Any, processor: Any) -> None:
+def align_markers(model: Any, processor: Any) -> None:
     """Give the text tower the tokenizer's end marker, in the live model and in its config alike.
 
     OpenAI's checkpoints carry the legacy ``eos_token_id`` 2, under which the tower pools at the largest token id.
