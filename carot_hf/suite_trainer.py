@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import prepare_data_loader
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import CLIPModel, EarlyStoppingCallback, EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
@@ -51,14 +49,9 @@ from .calibration.record import calibration_record, check_not_baked
 from .data.bad_images import BadImages
 from .data.batches import (
     CaRotCollator,
-    DrawnSet,
-    DrawSampler,
-    ReadSet,
-    ReplacedCollator,
-    ShareSampler,
 )
 from .data.captions import CaptionTable, class_embeddings
-from .data.stream import StreamedDraws, StreamedSet
+from .data.loaders import evaluation_loader, loader_options, training_loader
 from .data.suite import ShiftSet, ShiftSuite
 from .data.transforms import check_image_size, check_processor, image_transform, normalize_pixels
 from .ece.binning import CalibrationBins
@@ -173,91 +166,25 @@ class SuiteTrainer(Trainer):
         return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def get_train_dataloader(self) -> Any:
-        """Return the training loader; its samples carry the number of their draw (see :mod:`carot_hf.data.batches`)."""
+        """Return the training loader; see :func:`~carot_hf.data.loaders.training_loader`."""
         data = self._training_set(self.train_dataset)
         if data is None:
             raise ValueError("Expected a training set, got None. Pass a suite with `train` or a `train_dataset`.")
-        if isinstance(data, StreamedSet):
-            return self._stream_loader(data)
-        whole_batch = self.args.contrastive_batch_size or self._train_batch_size * self.args.world_size
-        if self.args.dataloader_drop_last and len(data) < whole_batch:
-            raise ValueError(
-                f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. "
-                "Lower `per_device_train_batch_size`, or set `dataloader_drop_last` False."
-            )
-        plain = self._objective == "contrastive" and not self.args.contrastive_batch_size  # the cache leaves a rest out
-        if plain and not self.args.dataloader_drop_last and len(data) % whole_batch == 1:
-            raise ValueError(
-                f"Expected two pairs or more in every batch, got a last one of 1 from the {len(data)} samples of set "
-                f"'{data.name}' in batches of {whole_batch}. Choose another batch size, or set `dataloader_drop_last`."
-            )
-        drawn = DrawnSet(ReadSet(data, skip=self._skips, min_size=self._transform.train_size))
-        if self.args.world_size > 1 and not self.args.dataloader_drop_last:
-            return self._share_loader(drawn)
-        return self._get_dataloader(
-            dataset=drawn,
-            description="Training",
-            batch_size=self._train_batch_size,
-            sampler_fn=self._draw_sampler,
-            is_training=True,
-        )
-
-    def _stream_loader(self, data: StreamedSet) -> Any:
-        """Each process reads its own files, whole batches, as many as the others; accelerate only moves them."""
-        args = self.args
-        at_once = self._train_batch_size * args.world_size
-        whole_batch = args.contrastive_batch_size or at_once
-        batches = len(data) // whole_batch * (whole_batch // at_once)
-        if batches == 0:
-            raise ValueError(
-                f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. "
-                "Lower the batch size."
-            )
-        draws = StreamedDraws(
+        return training_loader(
             data,
+            self.args,
             batch_size=self._train_batch_size,
-            batches=batches,
-            rank=args.process_index,
-            world=args.world_size,
+            collator=self.data_collator,
+            epoch=lambda: int(self.state.epoch or 0),
             seed=self._data_seed,
             min_size=self._transform.train_size,
-            skip=self._skips,
-        )
-        return self._own_share(
-            self._plain_loader(draws, ReplacedCollator(self.data_collator), batch_size=self._train_batch_size)
-        )
-
-    def _share_loader(self, data: DrawnSet) -> Any:
-        """Uneven last batches: accelerate would fill them up with samples from the start of the epoch."""
-        args = self.args
-        shares = ShareSampler(self._draw_sampler(data), self._train_batch_size, args.process_index, args.world_size)
-        return self._own_share(self._plain_loader(data, ReplacedCollator(self.data_collator), batch_sampler=shares))
-
-    def _own_share(self, loader: DataLoader[Any]) -> Any:
-        """Let accelerate move the batches of a loader that yields this process's own, and nothing else."""
-        return prepare_data_loader(
-            loader,
             device=self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            dispatch_batches=False,
         )
 
-    def _plain_loader(self, data: Any, collator: Any, **batches: Any) -> DataLoader[Any]:
-        """A loader as `Trainer` makes them."""
-        persistent = self.args.dataloader_num_workers > 0 and self.args.dataloader_persistent_workers
-        return DataLoader(data, **batches, collate_fn=collator, persistent_workers=persistent, **self._loader_options())
-
-    def _loader_options(self) -> dict[str, Any]:
-        """Options of a ``DataLoader`` as `Trainer` sets them."""
-        args, workers = self.args, self.args.dataloader_num_workers
-        return {
-            "num_workers": workers,
-            "pin_memory": args.dataloader_pin_memory and self.accelerator.device.type == "cuda",
-            "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
-            "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None) if workers else None,
-        }
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return a loader of a set in its order; evaluations have their own."""
+        data = next(iter(self._sets(eval_dataset)[1].values()))
+        return evaluation_loader(data, self.args, collator=self.data_collator, device=self.accelerator.device)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Make a model with ``model_init`` and prepare it as one that is passed in, with the arguments of the trial."""
@@ -317,28 +244,8 @@ class SuiteTrainer(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Return the loader of a set to predict; its items may come without labels."""
-        return super().get_test_dataloader(ReadSet(self._as_set("prediction", test_dataset), skip=self._skips))
-
-    def _draw_sampler(self, dataset: DrawnSet) -> DrawSampler:
-        shuffle = self.args.train_sampling_strategy != "sequential"
-        whole = self.args.contrastive_batch_size or 1
-        return DrawSampler(
-            len(dataset), self._data_seed, lambda: int(self.state.epoch or 0), shuffle=shuffle, whole=whole
-        )
-
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        # Trainer drops the last batch of evaluations too, and hands a cached loader to other sets.
-        kwargs["dataloader_key"] = None
-        drop_last, persistent = self.args.dataloader_drop_last, self.args.dataloader_persistent_workers
-        collator = self.data_collator
-        self.data_collator = ReplacedCollator(collator)
-        self.args.dataloader_drop_last = drop_last and is_training
-        self.args.dataloader_persistent_workers = persistent and is_training
-        try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last, self.args.dataloader_persistent_workers = drop_last, persistent
-            self.data_collator = collator
+        data = self._as_set("prediction", test_dataset)
+        return evaluation_loader(data, self.args, collator=self.data_collator, device=self.accelerator.device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(self._bad_images.note(inputs))
@@ -348,10 +255,6 @@ class SuiteTrainer(Trainer):
             pixels = normalize_pixels(pixels, self._transform.mean, self._transform.std, dtype)
             inputs = {**inputs, "pixel_values": pixels}
         return inputs
-
-    @property
-    def _skips(self) -> bool:
-        return str(self.args.on_bad_image) == "skip"
 
     def report_bad_images(self, *, gather: bool = True) -> dict[str, list[int]]:
         """Log by set which images were replaced since the last report; training, evaluation, prediction end with it.
@@ -425,8 +328,8 @@ class SuiteTrainer(Trainer):
             self.data_collator,
             args.eval_batch_size,
             args.device,
-            skip=self._skips,
-            loader=self._loader_options(),
+            skip=str(args.on_bad_image) == "skip",
+            loader=loader_options(args, self.accelerator.device),
             autocast=self.accelerator.autocast,
             progress=not args.disable_tqdm and self.is_world_process_zero(),
             after_batch=self._after_batch,

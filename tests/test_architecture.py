@@ -42,7 +42,7 @@ THIRD_PARTY = {
     "metric": {"evaluate"},
     "basics": {"numpy", "safetensors", "torch", "yaml"},
     "calibration": {"numpy", "torch"},
-    "data": {"datasets", "numpy", "PIL", "pyarrow", "torch"},
+    "data": {"accelerate", "datasets", "numpy", "PIL", "pyarrow", "torch"},
     "objective": {"torch"},
     "teacher": {"safetensors", "torch", "transformers"},
     "models": {

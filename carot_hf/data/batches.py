@@ -104,20 +104,24 @@ class ShareSampler(Sampler[list[int]]):
         batch_size: Samples of a process in a whole batch.
         rank: Number of the process.
         world: Number of processes.
+        drop_last: Leave out what remains.
     """
 
-    def __init__(self, sampler: DrawSampler, batch_size: int, rank: int, world: int) -> None:
+    def __init__(
+        self, sampler: DrawSampler, batch_size: int, rank: int, world: int, *, drop_last: bool = False
+    ) -> None:
         self.sampler, self.batch_size, self.rank, self.world = sampler, batch_size, rank, world
+        self.drop_last = drop_last
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.sampler), self.batch_size * self.world)
-        return whole + (rest >= self.world)
+        return whole + (rest >= self.world and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.sampler)
-        for start in range(0, len(order), self.batch_size * self.world):
-            batch = order[start : start + self.batch_size * self.world]
-            if len(batch) >= self.world:
+        order, whole = list(self.sampler), self.batch_size * self.world
+        for start in range(0, len(order), whole):
+            batch = order[start : start + whole]
+            if len(batch) >= (whole if self.drop_last else self.world):
                 size, larger = divmod(len(batch), self.world)  # the first processes take one more
                 begin = self.rank * size + min(self.rank, larger)
                 yield batch[begin : begin + size + (self.rank < larger)]

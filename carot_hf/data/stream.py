@@ -224,7 +224,8 @@ class RowCollator:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return ``(b,)`` int64 and the batch."""
-        return torch.tensor([sample["row"] for sample in samples]), self._collator(samples)
+        rest = [{key: value for key, value in sample.items() if key != "row"} for sample in samples]
+        return torch.tensor([sample["row"] for sample in samples]), self._collator(rest)
 
 
 class _Passing:

@@ -1,0 +1,119 @@
+"""Loaders of a training: each process reads its own share of every batch, and no sample fills a batch up.
+
+accelerate only moves the batches. It would fill uneven last batches up with samples from the start of the epoch, which
+are false negatives of themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+
+from .batches import DrawnSet, DrawSampler, ReadSet, ReplacedCollator, ShareSampler
+from .stream import StreamedDraws, StreamedSet
+from .suite import ShiftSet
+
+
+def loader_options(args: Any, device: torch.device) -> dict[str, Any]:
+    """Return the options of a ``DataLoader`` that ``TrainingArguments`` set."""
+    workers = args.dataloader_num_workers
+    return {
+        "num_workers": workers,
+        "pin_memory": args.dataloader_pin_memory and device.type == "cuda",
+        "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+        "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None) if workers else None,
+    }
+
+
+def training_loader(
+    data: ShiftSet,
+    args: Any,
+    *,
+    batch_size: int,
+    collator: Any,
+    epoch: Callable[[], int],
+    seed: int,
+    min_size: tuple[int, int] | None,
+    device: torch.device,
+) -> Any:
+    """Return the loader of a training set; its samples carry the number of their draw (:mod:`carot_hf.data.batches`).
+
+    Args:
+        data: With random access, or a stream.
+        args: :class:`~carot_hf.CaRotTrainingArguments`.
+        batch_size: Of one process.
+        collator: Makes a batch of samples.
+        epoch: Called when an epoch starts; returns its number.
+        seed: Of the order.
+        min_size: Width and height that are enough for a training image.
+        device: Where the batches go.
+    Raises:
+        ValueError: If there is no whole batch, or the last one would be a single pair.
+    """
+    skip = str(args.on_bad_image) == "skip"
+    whole_batch = args.contrastive_batch_size or batch_size * args.world_size
+    if isinstance(data, StreamedSet):
+        batches = len(data) // whole_batch * (whole_batch // (batch_size * args.world_size))
+        _check_whole(batches > 0, data, whole_batch, "Lower the batch size.")
+        source: Any = StreamedDraws(
+            data,
+            batch_size=batch_size,
+            batches=batches,
+            rank=args.process_index,
+            world=args.world_size,
+            seed=seed,
+            min_size=min_size,
+            skip=skip,
+        )
+        return _moved(source, args, collator, device, batch_size=batch_size)
+    cure = "Lower `per_device_train_batch_size`, or set `dataloader_drop_last` False."
+    _check_whole(not args.dataloader_drop_last or len(data) >= whole_batch, data, whole_batch, cure)
+    plain = args.objective == "contrastive" and not args.contrastive_batch_size  # the cache leaves a rest out
+    if plain and not args.dataloader_drop_last and len(data) % whole_batch == 1:
+        raise ValueError(
+            f"Expected two pairs or more in every batch, got a last one of 1 from the {len(data)} samples of set "
+            f"'{data.name}' in batches of {whole_batch}. Choose another batch size, or set `dataloader_drop_last`."
+        )
+    drawn = DrawnSet(ReadSet(data, skip=skip, min_size=min_size))
+    order = DrawSampler(
+        len(drawn),
+        seed,
+        epoch,
+        shuffle=args.train_sampling_strategy != "sequential",
+        whole=args.contrastive_batch_size or 1,
+    )
+    shares = ShareSampler(order, batch_size, args.process_index, args.world_size, drop_last=args.dataloader_drop_last)
+    return _moved(drawn, args, collator, device, batch_sampler=shares)
+
+
+def evaluation_loader(data: Any, args: Any, *, collator: Any, device: torch.device) -> Any:
+    """Return the loader of a set to evaluate or predict, in its order, all of it in each process."""
+    readable = ReadSet(data, skip=str(args.on_bad_image) == "skip")
+    return DataLoader(
+        readable, batch_size=args.eval_batch_size, collate_fn=ReplacedCollator(collator), **loader_options(args, device)
+    )
+
+
+def _moved(data: Any, args: Any, collator: Any, device: torch.device, **batches: Any) -> Any:
+    """A loader as ``Trainer`` makes them, of this process's own share, whose batches accelerate moves."""
+    loader = DataLoader(
+        data,
+        **batches,
+        collate_fn=ReplacedCollator(collator),
+        persistent_workers=args.dataloader_num_workers > 0 and args.dataloader_persistent_workers,
+        **loader_options(args, device),
+    )
+    return prepare_data_loader(
+        loader, device=device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+    )
+
+
+def _check_whole(there: bool, data: ShiftSet, whole_batch: int, cure: str) -> None:
+    if not there:
+        raise ValueError(
+            f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. {cure}"
+        )
