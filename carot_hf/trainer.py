@@ -1,11 +1,14 @@
-"""CaRotTrainer: a ``transformers.Trainer`` that fine-tunes CLIP so that it stays robust and calibrated."""
+"""CaRotTrainer: a ``transformers.Trainer`` that fine-tunes CLIP so that it stays robust and calibrated.
+
+It wires the collaborators to Trainer's hooks and decides nothing itself: each method says when, the objects it calls
+say what.
+"""
 
 from __future__ import annotations
 
 import signal
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,76 +16,62 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import CLIPModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers import CLIPModel, EarlyStoppingCallback, EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, denumpify_detensorize, speed_metrics
+from transformers.utils import logging
 
-from .basics.content_hash import sha256_of_facts
-from .basics.escape import guarded, printable
+from .basics.escape import guarded
 from .basics.precision import at_least_float32, not_finite, wide_dtype
-from .basics.processes import lost_process, said_by_first
-from .basics.tensor_files import tensors_flaw
-from .basics.whole_file import failed_to_write, files_below, whole_files
-from .data.suite import ShiftSuite
-from .data.survey import say_warnings, survey
+from .basics.processes import keep_group, lost_process
+from .basics.whole_file import failed_to_write, files_below, whole_file, whole_files
+from .calibration.metrics import read_set
+from .calibration.names import chosen_by
+from .calibration.record import calibration_record, check_not_baked
+from .data.bad_images import BadImages
+from .data.batches import collator_of
+from .data.captions import CaptionTable
+from .data.loaders import evaluation_loader, let_workers_go, loader_options, training_loader
+from .data.suite import ShiftSet, ShiftSuite
+from .data.survey import say_positions, survey
+from .data.transforms import check_image_size, image_transform, normalize_pixels
+from .ece.binning import CalibrationBins
+from .evaluation.diagrams import can_draw, diagram_tables, diagrams_path, keep_diagrams, send_diagrams
+from .evaluation.embed import Embedder
 from .evaluation.evaluation import Comparison
-from .evaluation.evaluator import Memory
-from .hub.card import TEACHER_FOLDER, versions
-from .models.backbones import load_renamed, logit_head, pair_inputs, weights_flaw
-from .models.classifier import linear_probe
-from .models.lora import (
-    ADAPTERS_NAME,
-    BESIDE_NAME,
-    adapter_facts,
-    adapter_tensors,
-    base_model,
-    beside_tensors,
-    is_adapted,
-    load_beside,
-    merged,
-)
-from .models.prepare import check_unchanged
-from .objective.gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
+from .evaluation.evaluator import Evaluator, Memory
+from .hub.card import TEACHER_FOLDER, model_card
+from .hub.facts import as_list, run_facts_for_card
+from .hub.publish import CARD_NAME, asked_files
+from .hub.publisher import Publisher
+from .models.backbones import logit_head
+from .models.classifier import CLIPClassifier
+from .models.linear_probe import LinearProbeCallback
+from .models.lora import base_model, check_folder, is_adapted, merged, save_beside
+from .models.prepare import Prepared, check_unchanged, classifier_of, prepare_model
 from .objective.objective import Objective
+from .run.announce import announce, announce_end, last_kept
 from .run.callbacks import LogitScaleCallback, TerminationCallback
-from .run.checkpoint import (
-    check_checkpoint,
-    checkpoint_folders,
-    is_complete,
-    newest_complete_checkpoint,
-    rotate_checkpoints,
-    write_manifest,
-)
-from .run.checkpoint_files import optimizer_flaw, run_flaw, state_flaw
-from .run.header import Plan, every, header, model_line, plan_warnings, refuse_finished, shared_class_share
+from .run.checkpoint import listed_files, rotate_checkpoints, write_manifest
+from .run.checks import check_launch, check_optimizer, check_options, check_training_set
+from .run.header import refuse_finished
 from .run.input_wait import InputWait
-from .run.lock import locked
-from .run.resume import (
-    RUN_NAME,
-    Change,
-    Epochs,
-    SavedRun,
-    apply_hyperparameters,
-    check_resumed,
-    continued,
-    differences,
-    hyperparameters,
-    read_run,
-    run_facts,
-    write_run,
-)
-from .suite_trainer import SuiteTrainer
-from .teacher.average import Teacher, beta_momentum, ema_momentum, half_life
-from .teacher.callback import Schedule, TeacherCallback
-from .teacher.file import TEACHER_NAME, load_teacher_file, save_teacher_file, teacher_flaw
-from .training_args import PUBLISHED_STEPS, CaRotTrainingArguments
+from .run.lock import alone, refuse_file
+from .run.method import TeacherMaker, teacher_callback
+from .run.parts import CheckpointParts
+from .run.resume import differences, hyperparameters, read_run, used_arguments, write_run
+from .run.resumption import Resumption, facts_of_run
+from .run.saving import drop_pickle, write_model
+from .run.search import search_goal
+from .run.step import LossStep
+from .teacher.average import Teacher, half_life
+from .teacher.callback import TeacherCallback
+from .training_args import CaRotTrainingArguments
 
 logger = guarded(logging.get_logger(__name__))
 
 
-class CaRotTrainer(SuiteTrainer):
+class CaRotTrainer(Trainer):
     """Fine-tune CLIP with contrastive loss, smoothing, distillation and penalties; judge it under shift.
 
     SigLIP and SigLIP 2 are fine-tuned with the sigmoid loss that they were pre-trained with, and its distillation.
@@ -93,13 +82,18 @@ class CaRotTrainer(SuiteTrainer):
 
     Args:
         model: A ``CLIPModel``, to which ``args.lora_rank`` may add LoRA, a ``peft.PeftModel`` of one, or a model of
-            another family of :data:`~carot_hf.models.backbones.BACKBONES`.
+            another family of :data:`~carot_hf.models.backbones.BACKBONES`. With the objective "cross_entropy" a
+            ``CLIPModel`` is turned into a :class:`~carot_hf.CLIPClassifier` with the suite's zero-shot head.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
         suite: Training, validation, test and shifted sets, class names and templates.
         processing_class: The model's processor, e.g. a ``CLIPProcessor``.
-        **kwargs: ``data_collator``, ``compute_metrics`` as for :class:`SuiteTrainer`; the rest as for ``Trainer``.
+        data_collator: Replaces :class:`~carot_hf.data.batches.CaRotCollator`. Training samples carry ``draw``, a number
+            that is unique to the sample and the epoch; seed whatever is random with it.
+        compute_metrics: Called for each set with its logits ``(n, labels)`` and labels; its metrics join ours.
+        **kwargs: As for ``Trainer``.
     Attributes:
         teacher: The :class:`~carot_hf.Teacher`, ``None`` when no term of the loss needs one.
+        method: The :class:`~carot_hf.objective.objective.Objective`: the terms of the loss that are on.
         bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature.
     Raises:
         TypeError: If the model is of no family that is known, or has adapters other than LoRA.
@@ -109,6 +103,12 @@ class CaRotTrainer(SuiteTrainer):
     # Our loss is a mean over the micro-batch: Trainer must divide it by the accumulation steps, labels or not.
     # transformers 5.17 does not know this attribute yet; there `model_accepts_loss_kwargs` below says the same.
     loss_is_scaled_for_ga = False
+    args: Any
+    model: Any
+    control: Any
+    push_in_progress: Any
+    compute_metrics: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -117,81 +117,194 @@ class CaRotTrainer(SuiteTrainer):
         *,
         suite: ShiftSuite,
         processing_class: Any,
+        data_collator: Any = None,
+        compute_metrics: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, args, suite=suite, processing_class=processing_class, **kwargs)
+        args = CaRotTrainingArguments() if args is None else args
+        check_options(args, suite, processing_class, compute_metrics, kwargs)
+        refuse_file(args.output_dir)
+        self.args = args  # the parent sets it later
+        self.suite, self._processor = suite, processing_class
+        self._transform: Any = image_transform(processing_class)
+        self.captions: CaptionTable
+        self._prepared: Prepared
+        self._publisher = Publisher(args)
+        self._said_positions: set[tuple[Any, ...]] = set()
+        self._suite_of: tuple[Any, ShiftSuite] | None = None  # the suite with a training set that was passed
+        super().__init__(
+            model=None if model is None else self._prepare(model),
+            args=args,
+            data_collator=data_collator,
+            train_dataset=self._training_set(kwargs.pop("train_dataset", suite.train)),
+            eval_dataset=kwargs.pop("eval_dataset", suite.evaluation_sets),
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            **kwargs,
+        )
+        check_launch(args)
+        keep_group()
+        self.label_names, self.can_return_loss = ["labels"], True
         self.model_accepts_loss_kwargs = False
         self.label_smoother = None  # label_smoothing_factor acts in our own loss
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_steps = 0.0
-        self._micro_batches: list[Any] = []  # of one step with the gradient cache
-        self._micro_index = 0
-        self._cached: CachedGradients | None = None
-        self._cached_terms: dict[str, Tensor] = {}
-        self._random_states: list[RandomState] = []
-        self._teacher_of: tuple[Any, frozenset[str]] = (None, frozenset())  # a student, and what is its own alone
-        self._resumes = False
+        self.bins: dict[str, CalibrationBins] = {}
+        self.bins_ts: dict[str, CalibrationBins] = {}
+        self.teacher: Teacher | None = None
+        self._collates = data_collator is None
+        self._bad_images, self._input_wait, self._resumption = BadImages(), InputWait(), Resumption()
+        self._owns_output = False  # what is in `output_dir` is of this trainer
+        self._in_checkpoint = False  # what is saved goes into a checkpoint
+        self._evaluated: nn.Module | None = None  # another model than the student, for a while
+        self._latest = Comparison()  # by the latest evaluation of the whole suite
+        self._memory = Memory()  # of the student's evaluations
         self._written_teacher: list[str] = []  # files of the latest `save_teacher`
-        self._suite_of: tuple[Any, ShiftSuite] | None = None  # the suite with a training set that was passed
-        self._saved_run: SavedRun | None = None  # that this one goes on from
-        self._epochs: Epochs | None = None
+        self._teachers, self._made_callbacks = TeacherMaker(), list[Any]()
+        self._teacher_callback: TeacherCallback | None = None
         self._termination = TerminationCallback()
         self.add_callback(self._termination)
-        self.method: Objective
-        self.teacher: Teacher | None = None
-        self._teacher_callback: TeacherCallback | None = None
-        self._clamp: LogitScaleCallback | None = None
-        self._set_up_method()
+        self._set_up()
 
-    def _set_up_method(self) -> None:
-        """Make teacher and callbacks, from the arguments of this moment and for the model of this moment."""
-        options: CaRotTrainingArguments = self.args
-        before = (self._clamp, self._teacher_callback)
-        self.method = Objective(options, self._link)
-        self._clamp = LogitScaleCallback(options.max_logit_multiplier) if self.method.clamps_scale else None
-        self._teacher_callback = None
-        self.teacher = self._made_teacher() if options.needs_teacher else None
-        if self.teacher is not None:
-            update_every = 0 if options.teacher == "frozen" else options.teacher_update_every
-            self._teacher_callback = TeacherCallback(self.teacher, _schedule(options), update_every, save_as=None)
+    # ---- what is trained, by the model and the arguments of this moment ----
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Make a model with ``model_init`` and prepare it as one that is passed in, with the arguments of the trial."""
+        if trial is not None:
+            super()._hp_search_setup(trial)  # Trainer sets them after the model is made; twice is the same
+            self.args.recheck()
+        return self._prepare(super().call_model_init(trial))
+
+    def _prepare(self, model: Any) -> Any:
+        """Make a model ready; from here on it is the one that is trained and evaluated."""
+        check_image_size(model, self._transform)
+        self._prepared = prepare_model(model, self.args, self.suite, self._processor)
+        self._link, self.captions = self._prepared.link, self._prepared.captions
+        return self._prepared.model
+
+    def _set_up(self) -> None:
+        """Make collator, objective, teacher and callbacks."""
+        args: CaRotTrainingArguments = self.args
+        check_optimizer(self.optimizer, self.model)
+        if self._collates:
+            self.data_collator = collator_of(self._transform, self.captions, self._data_seed, self.train_dataset)
+        self._set_up_method(args)
+
+    def _set_up_method(self, args: CaRotTrainingArguments) -> None:
+        self.method = Objective(args, self._link)
+        self.teacher, self._teacher_callback = None, None
+        made: list[Any] = []
+        if args.linear_probe:
+            made.append(LinearProbeCallback(self._features, args.label_smoothing_factor))
+        if self.method.clamps_scale:
+            made.append(LogitScaleCallback(args.max_logit_multiplier))
+        if args.needs_teacher:
+            options = self.accelerator.state.dynamo_plugin.to_kwargs() if args.torch_compile else None
+            self.teacher = self._teachers.make(self.model, self._student, options)
+            self._teacher_callback = teacher_callback(self.teacher, args)
+            made.append(self._teacher_callback)
+        else:
+            self._teachers = TeacherMaker()
         # where the former ones were: the user's own callbacks see the teacher after its update as they did before
-        others = [callback for callback in self.callback_handler.callbacks if callback not in before]
+        others = [callback for callback in self.callback_handler.callbacks if callback not in self._made_callbacks]
         at = others.index(self._termination) + 1 if self._termination in others else len(others)
-        made = [callback for callback in (self._clamp, self._teacher_callback) if callback is not None]
-        self.callback_handler.callbacks = [*others[:at], *made, *others[at:]]
-
-    def _made_teacher(self) -> Teacher:
-        """A teacher of the model; the one that there is if it was made of the same parameters, some of them frozen."""
-        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
-        # a tower in half precision is copied: it does not fit into the teacher's forward pass, which is float32
-        share = is_adapted(student) or all(wide_dtype(value.dtype) == value.dtype for value in frozen)
-        names = frozenset(
-            name
-            for name, value in student.named_parameters(remove_duplicate=False)
-            if share and not value.requires_grad and value.dim() > 0
+        self.callback_handler.callbacks, self._made_callbacks = [*others[:at], *made, *others[at:]], made
+        self._step = LossStep(
+            self.method,
+            None if self.teacher is None else self.teacher.model,
+            unwrap=self.accelerator.unwrap_model,
+            autocast=self.accelerator.autocast,
+            prepare=self._prepare_inputs,
+            device=args.device,
         )
-        if self.teacher is not None and self._teacher_of[0] is student and self._teacher_of[1] == names:
-            return self.teacher
-        self._teacher_of = (student, names)
-        teacher = Teacher(self.model, share_frozen=share)
-        if self.args.torch_compile:  # the student is compiled by accelerate, in the same way
-            teacher.model.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
-        return teacher
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Begin, at the one moment of ``Trainer.train`` when the model and the arguments of this training are known."""
         super()._hp_search_setup(trial)
         self.args.recheck()
         check_unchanged(self._prepared, self.model, self.args)
-        self._check_optimizer()
-        self._make_collator()
         if getattr(self.model.config, "calibration", None) is not None:
             logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
             del self.model.config.calibration
-        if self.args.linear_probe and not self._resumes:
-            self._fit_head()
-        self._set_up_method()
+        self._set_up()
+
+    def _features(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What a linear probe is fitted on, and where it starts."""
+        evaluator = self.evaluator
+        return (*evaluator.embed({"train": self.train_dataset}, "Linear probe")["train"], *evaluator.head())
+
+    @property
+    def _student(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    # ---- data ----
+
+    @property
+    def _data_seed(self) -> int:
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def get_train_dataloader(self) -> Any:
+        """Return the training loader; see :func:`~carot_hf.data.loaders.training_loader`."""
+        data = self._training_set(self.train_dataset)
+        if data is None:
+            raise ValueError("Expected a training set, got None. Pass a suite with `train` or a `train_dataset`.")
+        return training_loader(
+            data,
+            self.args,
+            batch_size=self._train_batch_size,
+            collator=self.data_collator,
+            epoch=lambda: int(self.state.epoch or 0),
+            seed=self._data_seed,
+            min_size=self._transform.train_size,
+            device=self.accelerator.device,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return a loader of a set in its order; evaluations have their own."""
+        return self.get_test_dataloader(next(iter(self._sets(eval_dataset)[1].values())))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the loader of a set to predict; its items may come without labels."""
+        data = self._as_set("prediction", test_dataset)
+        return evaluation_loader(data, self.args, collator=self.data_collator, device=self.accelerator.device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(self._bad_images.note(inputs))
+        if inputs["pixel_values"].dtype != torch.uint8:
+            return inputs
+        dtype = wide_dtype(base_model(self._student).dtype)
+        pixels = normalize_pixels(inputs["pixel_values"], self._transform.mean, self._transform.std, dtype)
+        return {**inputs, "pixel_values": pixels}
+
+    def report_bad_images(self, *, gather: bool = True) -> dict[str, list[int]]:
+        """Log by set which images were replaced since the last report; training, evaluation, prediction end with it.
+
+        Args:
+            gather: Join those of all processes, which must all call this; ``False``: each process logs its own.
+        Returns:
+            Indices by set (of a stream the numbers of its rows).
+        """
+        return self._bad_images.report(gather=gather, first=self.is_world_process_zero())
+
+    def _as_set(self, name: str, data: Any) -> ShiftSet:
+        """A set of what somebody passed, its labels matched with the suite's classes."""
+        made = ShiftSet.of(data, name=name, classes=self.suite.classes)
+        if made is not data:
+            say_positions(made, self.suite.class_names, self._said_positions)
+        return made
+
+    def _training_set(self, data: Any) -> ShiftSet | None:
+        return None if data is None else check_training_set(self._as_set("train", data), self.args.objective)
+
+    @property
+    def _run_suite(self) -> ShiftSuite:
+        """The suite with the set that is trained on: another one may have been passed."""
+        train = self._training_set(self.train_dataset)
+        if train is None or train is self.suite.train:
+            return self.suite
+        if self._suite_of is None or self._suite_of[0] is not self.train_dataset:  # what is found out of it is kept
+            self._suite_of = (self.train_dataset, replace(self.suite, train=train))
+        return self._suite_of[1]
+
+    # ---- training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as ``Trainer.train`` does.
@@ -202,269 +315,106 @@ class CaRotTrainer(SuiteTrainer):
             **kwargs: As for ``Trainer.train``.
         Raises:
             ValueError: If another run holds ``output_dir``, or it cannot be written to; if there is no complete
-                checkpoint to resume from, or only one of another run; if ``output_dir``
-                holds a finished model (see ``overwrite_output_dir``); if the test set is trained on.
+                checkpoint to resume from, or only one of another run; if ``output_dir`` holds a finished model (see
+                ``overwrite_output_dir``); if the test set is trained on.
             RuntimeError: If the loss or a weight is not finite; the last checkpoint is intact.
             SystemExit: With status 143, after SIGTERM: the step is finished and saved.
         """
-        with self._alone():
-            return self._train(resume_from_checkpoint, **kwargs)
-
-    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> Any:
-        survey(self._run_suite)  # a test set that is trained on is refused
-        resume_from_checkpoint = self._sound_checkpoint(resume_from_checkpoint)
-        if not resume_from_checkpoint and not self._owns_output and not self.args.overwrite_output_dir:
-            refuse_finished(self.args.output_dir)
-        self._owns_output = True
-        self._memory = Memory()
-        self._latest = Comparison()  # what was measured is of other weights from here on
-        self._term_sums, self._term_steps = {}, 0.0
-        self._resumes = bool(resume_from_checkpoint)
-        self._input_wait = InputWait()
-        try:
-            with self._termination.listening():
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except BaseException as error:
-            self.report_bad_images(gather=False)  # the other processes may be anywhere: to wait for them would hang
-            if isinstance(error, RuntimeError) and (cause := lost_process(error)) is not None:
-                raise RuntimeError(f"{cause} {self._kept()}") from error
-            raise
-        finally:
-            self._let_workers_go()
-        self.report_bad_images()
-        self._check_weights()
-        self._written()
+        with alone(self.args.output_dir):
+            survey(self._run_suite)  # a test set that is trained on is refused
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            if not checkpoint and not self._owns_output and not self.args.overwrite_output_dir:
+                refuse_finished(self.args.output_dir)
+            self._owns_output, self._latest, self._memory = True, Comparison(), Memory()
+            self._input_wait = InputWait()
+            output = self._train(checkpoint, **kwargs)
         if self._termination.stopped:
             logger.warning("Stopped by SIGTERM after step %d, which is saved.", self.state.global_step)
             raise SystemExit(128 + signal.SIGTERM)
         return output
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold ``output_dir``; all processes end if the first one cannot have it."""
-        refused: str | None = None
-        with ExitStack() as held:
-            if self.is_world_process_zero():
-                try:
-                    held.enter_context(locked(self.args.output_dir))
-                except ValueError as error:
-                    refused = str(error)
-            refused = said_by_first(refused)
-            if refused is not None:
-                raise ValueError(refused)
-            yield
+    def _train(self, checkpoint: str | None, **kwargs: Any) -> Any:
+        try:
+            with self._termination.listening():
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except BaseException as error:
+            self.report_bad_images(gather=False)  # the other processes may be anywhere: to wait for them would hang
+            if isinstance(error, RuntimeError) and (cause := lost_process(error)) is not None:
+                raise RuntimeError(f"{cause} {last_kept(self.args.output_dir)}") from error
+            raise
+        finally:
+            let_workers_go(self.callback_handler.train_dataloader)
+        self.report_bad_images()
+        self._check_weights()
+        if self.is_world_process_zero():
+            announce_end(self.args.output_dir, self.state.global_step)
+        return output
 
-    def _let_workers_go(self) -> None:
-        """End the workers of the training loader, which would stay as long as the trainer.
-
-        When the garbage collector finds a trainer with its loader, it closes the queues first: torch then waits 5
-        seconds for each worker, which is never told to end.
-        """
-        loader = self.callback_handler.train_dataloader
-        for part in (loader, getattr(loader, "base_dataloader", None)):
-            if part is not None and getattr(part, "_iterator", None) is not None:
-                part._iterator = None
-
-    def _run_facts(self) -> dict[str, Any]:
-        """What this run is, by the arguments and the model of this moment."""
-        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        parameters = list(student.parameters())
-        train = self._training_set(self.train_dataset)
-        known = versions()
-        return run_facts(
-            self.args,
-            suite={
-                "name": self.suite.name,
-                "class_names": self.suite.class_names,
-                "templates": self.suite.templates,
-                "content_hash": self.suite.content_hash,
-                "training_set": None if train is None else sha256_of_facts(train.facts),
-            },
-            model={
-                "class": type(base_model(student)).__name__,
-                "link": self._link,
-                **adapter_facts(student),
-                "parameters": sum(value.numel() for value in parameters),
-                "trained parameters": sum(value.numel() for value in parameters if value.requires_grad),
-            },
-            versions={name: known[name] for name in ("carot_hf", "torch", "transformers", "accelerate")},
-        )
-
-    def _sound_checkpoint(self, asked: str | bool | None) -> str | None:
-        """Find the checkpoint to go on from, and look through it before anything of it is loaded."""
-        self._saved_run, self._changes = None, []
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        """Find the checkpoint to go on from, looked through before anything of it is loaded."""
+        self._resumption = Resumption()
         if not asked:
             return None
-        if asked is True or asked == "latest":
-            checkpoint = newest_complete_checkpoint(self.args.output_dir, self._flaw)
-        else:
-            checkpoint = str(asked)
-            check_checkpoint(checkpoint, self._flaw)
-        self._compare_runs(checkpoint)
-        return checkpoint
+        found = self._resumption.find(asked, self.args.output_dir, self._flaw)
+        options = {"deepspeed": self.is_deepspeed_enabled, "first": self.is_world_process_zero()}
+        if self._resumption.compare(found, self.args, self._facts, **options):
+            self._set_up_method(self.args)
+        return found
 
     def _flaw(self, checkpoint: Path) -> str | None:
-        """Say what is wrong with a complete checkpoint, ``None`` if nothing is; of another run only what can be told.
-
-        A checkpoint of another run is refused by `_compare_runs`, with what is another, not passed over.
-        """
-        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        trained = sum(value.requires_grad for value in student.parameters())
-        if (flaw := state_flaw(checkpoint) or run_flaw(checkpoint / RUN_NAME)) is not None:
-            return flaw
-        if differences(read_run(checkpoint), self._run_facts(), self.args.unnamed()):
-            return None
-        if is_adapted(student):
-            parts = {ADAPTERS_NAME: adapter_tensors(student), BESIDE_NAME: beside_tensors(student)}
-            flaws = [tensors_flaw(checkpoint / name, own) for name, own in parts.items()]
-        else:
-            sharded = self.is_deepspeed_enabled or (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file()
-            flaws = [None if sharded else weights_flaw(student, checkpoint)]
-        flaw = next((found for found in flaws if found is not None), None)
-        if flaw is None and self.teacher is not None:
-            flaw = teacher_flaw(self.teacher, checkpoint / TEACHER_NAME)
-        return flaw or optimizer_flaw(checkpoint, trained)
-
-    def _compare_runs(self, checkpoint: str) -> None:
-        """Refuse a checkpoint of another run before anything is read; say what else has changed."""
-        saved = read_run(checkpoint)
-        if saved.facts is not None and self.args.take_constants({**saved.facts["options"], **saved.facts["method"]}):
-            self._set_up_method()
-        changes = check_resumed(
-            saved,
-            self._run_facts(),
-            ignore_data_skip=self.args.ignore_data_skip,
-            deepspeed=self.is_deepspeed_enabled,
+        """Say what is wrong with a complete checkpoint, ``None`` if nothing is."""
+        return self._parts.flaw(
+            checkpoint, lambda: bool(differences(read_run(checkpoint), self._facts(), self.args.unnamed()))
         )
-        self._saved_run, self._changes = saved, saved.changes
-        if saved.facts is None and self.is_world_process_zero():
-            logger.warning(
-                "%s is of version 0.1 and does not say what its run was: suite, method, batch and order are not "
-                "compared. Only with those of the first call does the run end where it would have ended.",
-                saved.folder,
-            )
-        self._say_changes(changes)
 
-    def _say_changes(self, changes: Sequence[Change]) -> None:
-        """Warn of each, and keep it for the checkpoints and the card."""
-        self._changes += changes
-        if self.is_world_process_zero():
-            for change in changes:
-                logger.warning("Resumed after step %d with %s", change.step, change)
-
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """Lay epochs and steps as ``Trainer`` does, of a resumed run from where its checkpoint lies."""
-        values = super().set_initial_training_values(args, dataloader)
-        num_epochs, steps, *counts, max_steps = values
-        self._epochs = None
-        if num_epochs == sys.maxsize:  # of a loader without a length
-            self._begin(max_steps, 0.0)
-            return values
-        saved = self._saved_run
-        epochs = self._epochs = Epochs(steps) if saved is None else continued(saved, steps)
-        if epochs.first_step:
-            if args.max_steps > 0:
-                num_epochs = epochs.last_epoch(max_steps)
-            else:
-                max_steps = epochs.last_step(args.num_train_epochs)
-        if saved is not None and saved.step >= max_steps:
-            logger.warning("Nothing is left to train: %s is at step %d of %d.", saved.folder, saved.step, max_steps)
-            num_epochs = 0  # Trainer would take one more step
-        self._begin(max_steps, max_steps / steps)
-        return num_epochs, steps, *counts, max_steps
-
-    def _begin(self, steps: int, epochs: float) -> None:
-        """Bring numbers of steps that nobody named to the length of the run, and say what it will do."""
-        options: CaRotTrainingArguments = self.args
-        if not self._resumes and options.scale_constants(steps):
-            self._set_up_method()
-        if not self.is_world_process_zero():
-            return
-        found = survey(self._run_suite)
-        counts = found.counts["train"]
-        contrastive = options.objective == "contrastive"
-        pairs = self.args.contrastive_batch_size or options.per_device_train_batch_size * options.world_size
-        hidden = contrastive and options.same_class == "negative" and counts is not None and counts.sum() > 0
-        unnamed = {name: int(getattr(options, name)) for name in options.unnamed()}
-        plan = Plan(
-            model=model_line(self.accelerator.unwrap_model(self.model)),
-            method=self.method.describe(),
-            table=found.table(),
-            steps=steps,
-            epochs=epochs,
-            first_step=0 if self._saved_run is None else self._saved_run.step,
-            warmup=int(options.get_warmup_steps(steps)),
-            teacher=options.teacher if self.teacher is not None else None,
-            update_every=0 if self._teacher_callback is None else self._teacher_callback.update_every,
-            processes=options.world_size,
-            batch=options.per_device_train_batch_size,
-            accumulation=options.gradient_accumulation_steps,
-            pairs=pairs if contrastive else None,
-            shared=shared_class_share(counts, pairs) if hidden and counts is not None else None,
-            device=str(options.device),
-            scaled={name: steps for name, steps in unnamed.items() if steps != PUBLISHED_STEPS},
-            writes=self._will_write(),
-        )
-        tqdm.write(f"{header(plan)}\n")
-        if plan.first_step == 0:  # a run that goes on has said it
-            for sentence in plan_warnings(plan):
-                logger.warning("%s", sentence)
-            say_warnings(self._run_suite)
+    def _facts(self) -> dict[str, Any]:
+        """What this run is."""
+        train = self._training_set(self.train_dataset)
+        return facts_of_run(self.args, self.suite, train, self._student, self._link)
 
     @property
-    def _run_suite(self) -> ShiftSuite:
-        """The suite with the set that is trained on: another one may have been passed."""
-        train = self._training_set(self.train_dataset)
-        if train is None or train is self.suite.train:
-            return self.suite
-        if self._suite_of is None or self._suite_of[0] is not self.train_dataset:
-            self._suite_of = (self.train_dataset, replace(self.suite, train=train))
-        return self._suite_of[1]
+    def _parts(self) -> CheckpointParts:
+        return CheckpointParts(self._student, self.teacher, sharded=self.is_deepspeed_enabled)
 
-    def _will_write(self) -> list[str]:
-        """What the run writes, and where."""
-        options: CaRotTrainingArguments = self.args
-        strategy = getattr(options.save_strategy, "value", options.save_strategy)
-        when = {
-            "no": "no checkpoints",
-            "steps": f"checkpoint-<step> {every(options.save_steps)}",
-            "epoch": "checkpoint-<step> after each epoch",
-            "best": "checkpoint-<step> when it is the best",
-        }
-        kept = f", the last {options.save_total_limit} are kept" if options.save_total_limit else ""
-        reporters = options.report_to if isinstance(options.report_to, list) else [options.report_to]
-        logs = ", ".join(name for name in reporters if name and name != "none")
-        lines = f"a line of the log {every(options.logging_steps)}" + (f", also to {logs}" if logs else "")
-        return [f"{options.output_dir}: {when[str(strategy)]}{kept if strategy != 'no' else ''}", lines]
-
-    def _written(self) -> None:
-        """Say which checkpoints there are at the end."""
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Lay epochs and steps as ``Trainer`` does, of a resumed run from where its checkpoint lies; say the plan."""
+        values, steps, epochs = self._resumption.lay(super().set_initial_training_values(args, dataloader), self.args)
+        saved = self._resumption.saved
+        if saved is None and self.args.scale_constants(steps):
+            self._set_up_method(self.args)
+        self._step.forget()
         if self.is_world_process_zero():
-            kept = [folder.name for folder in checkpoint_folders(self.args.output_dir) if is_complete(folder)]
-            where = f"{', '.join(kept)} in {self.args.output_dir}" if kept else "no checkpoint; `save_model` saves it"
-            tqdm.write(f"{'finished':<11}{self.state.global_step:,} steps; {printable(where)}\n")
+            announce(
+                self.args,
+                self._run_suite,
+                self._student,
+                method=self.method.describe(),
+                steps=steps,
+                epochs=epochs,
+                first_step=0 if saved is None else saved.step,
+                update_every=None if self._teacher_callback is None else self._teacher_callback.update_every,
+            )
+        return values
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(*args, **kwargs)
-        if self._saved_run is not None and self._epochs is not None and self._epochs.first_step:
-            epochs, steps = self._epochs.position(self.state.global_step)
-            batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
-        return epochs, batches
+        values = super()._init_training_state(*args, **kwargs)
+        return self._resumption.position(self.state.global_step, self.args) or values
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        wanted = hyperparameters(self.optimizer)
+        wanted, first = hyperparameters(self.optimizer), self.is_world_process_zero()
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._saved_run is None:
-            return
-        # the state that was loaded holds those of its own time, too
-        self.state.compute_steps(self.args, self.state.max_steps)
-        if not self.is_deepspeed_enabled:
-            step = self._saved_run.step
-            self._say_changes(apply_hyperparameters(self.optimizer, self.lr_scheduler, wanted, step))
+        if checkpoint is not None and self._resumption.saved is not None:
+            # the state that was loaded holds those of its own time, too
+            self.state.compute_steps(self.args, self.state.max_steps)
+            if not self.is_deepspeed_enabled:
+                self._resumption.keep_hyperparameters(self.optimizer, self.lr_scheduler, wanted, first=first)
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._finish_current_push()  # Trainer may delete a checkpoint now
-        return super()._finalize_training(*args, **kwargs)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the batches of a step from the loader, and note how long it took."""
+        with self._input_wait.waiting():
+            batches, items = super().get_batch_samples(*args, **kwargs)
+        self._step.begin(batches if self.args.contrastive_batch_size else [])
+        return batches, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch; stop before the optimizer step if its loss is not finite."""
@@ -472,28 +422,6 @@ class CaRotTrainer(SuiteTrainer):
         if not torch.isfinite(loss):
             self._stop(f"Expected a finite loss at step {self.state.global_step + 1}, got {loss.item()}.")
         return loss
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the batches of a step from the loader, and note how long it took."""
-        with self._input_wait.waiting():
-            batches, items = super().get_batch_samples(*args, **kwargs)
-        self._micro_batches = list(batches) if self.args.contrastive_batch_size and len(batches) > 1 else []
-        self._micro_index, self._cached = 0, None
-        return batches, items
-
-    def _check_weights(self) -> None:
-        """Stop before weights that are not finite reach a checkpoint or a user."""
-        if (name := not_finite(self.model)) is not None:
-            self._stop(f"Expected finite weights after step {self.state.global_step}, got nan or inf in `{name}`.")
-
-    def _stop(self, reason: str) -> NoReturn:
-        raise RuntimeError(
-            f"{reason} {self._kept()} Lower `learning_rate` or look at the data of this step, then resume."
-        )
-
-    def _kept(self) -> str:
-        kept = [folder for folder in checkpoint_folders(self.args.output_dir) if is_complete(folder)]
-        return f"The last checkpoint is {kept[-1]}." if kept else "No checkpoint was kept yet."
 
     def compute_loss(
         self,
@@ -510,111 +438,19 @@ class CaRotTrainer(SuiteTrainer):
             return_outputs: Return the model's output as well.
             num_items_in_batch: Not used: every term is a mean over the micro-batch.
         """
-        if self._micro_batches and model.training:
-            loss, outputs = self._cached_loss(model, inputs)
-            return (loss, outputs) if return_outputs else loss
-        terms, outputs = self.loss_terms(model, inputs)
-        if model.training:
-            self._remember(terms)
-        loss = self.method.weighted(terms)
+        share = 1.0 / getattr(self, "current_gradient_accumulation_steps", 1)
+        if self._step.caches and model.training:
+            loss, outputs = self._step.cached_loss(model, inputs, share)
+        else:
+            terms, outputs = self.loss_terms(model, inputs)
+            if model.training:
+                self._step.remember(terms, share)
+            loss = self.method.weighted(terms)
         return (loss, outputs) if return_outputs else loss
 
     def loss_terms(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Compute the loss terms by name, unweighted, and the model's output."""
-        if self.args.objective == "cross_entropy":
-            outputs = model(pixel_values=inputs["pixel_values"])
-            return self.method.class_terms(outputs.logits, inputs["labels"]), outputs
-        student = self.accelerator.unwrap_model(model)
-        pairs = pair_inputs(inputs)
-        outputs = model(**pairs)
-        labels = inputs.get("labels")
-        terms = self._pair_terms(_unit_embeds(outputs), logit_head(student), labels, self._taught(pairs))
-        return {**terms, **self._weight_terms(student)}, outputs
-
-    def _pair_terms(
-        self,
-        embeds: tuple[Tensor, Tensor],
-        head: Sequence[Tensor],
-        labels: Tensor | None,
-        taught: tuple[Tensor, Tensor] | None,
-    ) -> dict[str, Tensor]:
-        """The terms that are functions of the embeddings of this device's rows, the teacher's, and the labels."""
-        teacher_head = () if self.teacher is None else logit_head(self.teacher.model)
-        return self.method.pair_terms(embeds, head, labels, taught, teacher_head)
-
-    def _taught(self, pairs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The teacher's embeddings."""
-        if self.teacher is None:
-            return None
-        network: Any = self.teacher.model
-        with torch.no_grad(), self.accelerator.autocast():
-            return _unit_embeds(network(**pairs))
-
-    def _weight_terms(self, student: Any) -> dict[str, Tensor]:
-        """The terms that are functions of weights alone."""
-        return self.method.weight_terms({name: getattr(student, name).weight for name in self.method.modules})
-
-    def _cached_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """A micro-batch's part of the loss of the whole contrastive batch: :mod:`carot_hf.objective.gradient_cache`.
-
-        Its value is that of the whole batch, in each micro-batch: Trainer takes the mean over them.
-        """
-        student = self.accelerator.unwrap_model(model)
-        count = len(self._micro_batches)
-        if self._cached is None:
-            self._cached, self._cached_terms = self._embed_micro_batches(model, logit_head(student))
-        index = self._micro_index
-        self._micro_index += 1
-        self._random_states[index].restore()
-        outputs = model(**pair_inputs(inputs))
-        terms = {**self._cached_terms, **self._weight_terms(student)}
-        self._remember(terms)
-        part = surrogate(self._cached, index, *_unit_embeds(outputs), logit_head(student))
-        penalties = {name: terms[name] for name in terms.keys() - self._cached_terms.keys()}
-        if penalties:
-            part = part + self.method.weighted(penalties) / count
-        value = self.method.weighted({name: term.detach() for name, term in terms.items()})
-        return value + count * (part - part.detach()), outputs
-
-    def _embed_micro_batches(
-        self, model: nn.Module, head: Sequence[Tensor]
-    ) -> tuple[CachedGradients, dict[str, Tensor]]:
-        """The first pass over all micro-batches of a step: gradients of their embeddings, and the terms."""
-        embeds, taught, labels = [], [], []
-        self._random_states = []
-        for batch in self._micro_batches:
-            inputs = self._prepare_inputs(batch)
-            self._random_states.append(RandomState(self.args.device))
-            with torch.no_grad(), self.accelerator.autocast():
-                embeds.append(_unit_embeds(model(**pair_inputs(inputs))))
-            taught.append(self._taught(pair_inputs(inputs)))
-            labels += [inputs["labels"]] if "labels" in inputs else []
-        whole = torch.cat(labels) if labels else None
-        teacher = [pair for pair in taught if pair is not None]
-        joined = (
-            (torch.cat([pair[0] for pair in teacher]), torch.cat([pair[1] for pair in teacher])) if teacher else None
-        )
-        terms: dict[str, Tensor] = {}
-
-        def loss_of(images: Tensor, texts: Tensor, *head: Tensor) -> Tensor:
-            terms.update(self._pair_terms((images, texts), head, whole, joined))
-            return self.method.weighted(terms)
-
-        cached = cache_gradients(embeds, head, loss_of)
-        return cached, {name: term.detach() for name, term in terms.items()}
-
-    def _fit_head(self) -> None:
-        """Fit the linear head on the frozen features of the training images, as evaluation sees them."""
-        logger.info("Linear probe: fitting the head on frozen features before the first step.")
-        embeds, labels = self.evaluator.embed({"train": self.train_dataset}, "Linear probe")["train"]
-        if labels is None:
-            raise ValueError("Expected labels in the training set, got none. A linear probe needs them.")
-        network = self.accelerator.unwrap_model(self.model)
-        head = [part.cpu() for part in self.evaluator.head()]
-        fitted = linear_probe(embeds, labels, *head, label_smoothing=self.args.label_smoothing_factor)
-        with torch.no_grad():
-            network.head.weight.copy_(fitted[0])
-            network.head.bias.copy_(fitted[1])
+        return self._step.terms(model, inputs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of matrices and higher tensors; with ``parity`` of all parameters, as published."""
@@ -624,91 +460,251 @@ class CaRotTrainer(SuiteTrainer):
         """Return 0: the parent multiplies token counts, which means nothing for images."""
         return 0
 
-    def _remember(self, terms: Mapping[str, Tensor]) -> None:
-        share = 1.0 / getattr(self, "current_gradient_accumulation_steps", 1)
-        for name, term in terms.items():
-            self._term_sums[name] = share * term.detach() + self._term_sums.get(name, 0.0)
-        self._term_steps += share
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss terms, the teacher's momentum and exp(logit_scale) to the logs of the training loss."""
-        if "loss" in logs and self._term_steps:
-            for name, total in self._term_sums.items():
-                logs[name] = self.accelerator.reduce(total / self._term_steps, reduction="mean").item()
-            self._term_sums, self._term_steps = {}, 0.0
-            if self._teacher_callback is not None and self._teacher_callback.momentum is not None:
-                momentum = self._teacher_callback.momentum
-                logs["teacher_momentum"] = momentum
-                if momentum < 1:
-                    logs["teacher_half_life"] = half_life(momentum, self._teacher_callback.update_every)
+        reduce = partial(self.accelerator.reduce, reduction="mean")
+        means = self._step.means(reduce) if "loss" in logs else {}
+        if means:
+            logs.update(means)
+            callback = self._teacher_callback
+            if callback is not None and callback.momentum is not None:
+                logs["teacher_momentum"] = callback.momentum
+                if callback.momentum < 1:
+                    logs["teacher_half_life"] = half_life(callback.momentum, callback.update_every)
             logs["input_wait"] = round(self._input_wait.read(), 4)
             if self.args.objective == "contrastive":
                 scale, *bias = (at_least_float32(parameter.detach()) for parameter in logit_head(self.model))
-                logs["logit_multiplier"] = scale.exp().item()
-                if bias:
-                    logs["logit_bias"] = bias[0].item()
+                logs |= {"logit_multiplier": scale.exp().item()} | ({"logit_bias": bias[0].item()} if bias else {})
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._check_weights()
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        try:
-            self._write_checkpoint(folder, model, trial)
-        except Exception as error:
-            if not failed_to_write(error):
-                raise
-            reason = f"Expected to save {folder}, got {type(error).__name__}: {' '.join(str(error).split())}."
-            raise OSError(f"{reason} {self._kept()} Make room, then resume.") from error
+    def _check_weights(self) -> None:
+        """Stop before weights that are not finite reach a checkpoint or a user."""
+        if (name := not_finite(self.model)) is not None:
+            self._stop(f"Expected finite weights after step {self.state.global_step}, got nan or inf in `{name}`.")
 
-    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
-        if self.teacher is not None and self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_teacher_file(self.teacher, folder / TEACHER_NAME)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self._in_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-            self._in_checkpoint = False
-        if self.args.world_size > 1:
-            dist.barrier()  # each process saves the state of its own generators
-        if self.args.should_save:
-            write_run(folder, self._run_facts(), self._epochs, self._changes)
-            write_manifest(folder)
-            if limit is not None:
-                self._finish_current_push()  # of a checkpoint that may go now
-            # only now an older checkpoint may go: until here the new one did not count
-            rotate_checkpoints(folder.parent, limit, written=folder, best=self.state.best_model_checkpoint)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
+    def _stop(self, reason: str) -> NoReturn:
+        raise RuntimeError(
+            f"{reason} {last_kept(self.args.output_dir)} Lower `learning_rate` or look at the data of this step, then "
+            "resume."
+        )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_own(resume_from_checkpoint)
-        if not load_renamed(self.accelerator.unwrap_model(self.model), resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def hyperparameter_search(
+        self,
+        hp_space: Any = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Search as ``Trainer.hyperparameter_search`` does, for the best `metric_for_best_model`.
 
-    def _load_best_model(self) -> None:
-        if not load_renamed(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint):
-            super()._load_best_model()
-        self._load_own(self.state.best_model_checkpoint)
+        Args:
+            hp_space: As there.
+            compute_objective: Default: `metric_for_best_model`, or ``eval_validation_nll``. One of your own is called
+                without the metrics of shifted sets: chosen by them, a model would spoil them as tests.
+            n_trials: As there.
+            direction: Default: that of the metric; "minimize" for an objective of your own.
+            **kwargs: As there.
+        Raises:
+            ValueError: If the direction is not the metric's.
+        """
+        goal, direction = search_goal(self.args, self.suite, compute_objective, direction)
+        return super().hyperparameter_search(hp_space, goal, n_trials, direction, **kwargs)
 
-    def _load_own(self, checkpoint: str) -> None:
-        """Restore what is ours in a checkpoint: the teacher, and what is trained beside adapters."""
-        if is_adapted(self.model):
-            load_beside(self.model, checkpoint)
-        self._load_teacher(checkpoint)
+    # ---- evaluation ----
 
-    def _load_teacher(self, checkpoint: str) -> None:
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        *,
+        teacher: bool = False,
+    ) -> dict[str, float]:
+        """Measure accuracy and calibration of every set in one pass over the images.
+
+        Outside of training the reliability diagrams are written to ``<output_dir>/<prefix>_reliability.png`` and sent
+        to TensorBoard, W&B or trackio if among ``report_to`` (needs matplotlib; ``args.reliability_diagrams`` False:
+        neither).
+
+        Args:
+            eval_dataset: ``None``: all sets of the suite. A name of one of them, or a dict of sets: metrics are called
+                ``eval_<set>_<metric>``. One set: ``eval_<metric>``.
+            ignore_keys: Not used; only embeddings are computed.
+            metric_key_prefix: First part of the metrics' names.
+            teacher: Evaluate the teacher instead of the student; metrics are called ``eval_teacher_...``.
+        Returns:
+            Metrics by name: those of :func:`~carot_hf.calibration_metrics` for each set, ``eval_id_*`` (the test
+            set) and ``eval_ood_*`` (unweighted mean over the shifted sets). When the validation set is among them
+            also ``eval_temperature``, fitted on it, and ``*_ece_ts`` and ``*_nll_ts`` of the other sets with that
+            temperature. (For SigLIP also ``eval_bias``; ``*_ts`` are with both.) Accuracies and errors are
+            fractions, ``nll`` is in nats.
+        Raises:
+            ValueError: If there is no such set, or it has no labels; if there is no teacher.
+        """
+        if not teacher:
+            return self._evaluate(eval_dataset, metric_key_prefix)
         if self.teacher is None:
+            raise ValueError("Expected a teacher to evaluate, got none. Train with `distillation_weight` > 0.")
+        self._evaluated = self.teacher.model
+        try:
+            return self._evaluate(eval_dataset, f"{metric_key_prefix}_teacher")
+        finally:
+            self._evaluated = None
+
+    def _evaluate(self, eval_dataset: Any, prefix: str) -> dict[str, float]:
+        named, sets = self._sets(eval_dataset)
+        self._memory_tracker.start()
+        start = time.time()
+        evaluator, final = self.evaluator, not self.is_in_train
+        found = evaluator.evaluate(sets, own_metrics=self._own_metrics, remember=final)
+        self.bins, self.bins_ts = dict(found.bins), dict(found.bins_ts)
+        one = {f"{prefix}_{name}": value for name, value in found.metrics.get("set", {}).items()}
+        flat = found.flat(prefix) if named else one
+        compared = found.comparison
+        if final and eval_dataset is None and self._evaluated is None:
+            self._latest = replace(compared, model=self.model)
+        samples = sum(found.sizes.values())
+        flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=evaluator.embedder.steps(samples)))
+        self.log(flat)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
+        self._memory_tracker.stop_and_update_metrics(flat)
+        if final and self._draws():
+            tables = diagram_tables(compared.bins, compared.bins_ts, compared.temperature)
+            keep_diagrams(diagrams_path(self.args.output_dir, prefix), tables)
+            send_diagrams(self.callback_handler.callbacks, tables, prefix=prefix, step=self.state.global_step)
+        return flat
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """The :class:`~carot_hf.Evaluator` of the student, for a while of the teacher."""
+        args = self.args
+        embedder = Embedder(
+            self._transform,
+            self.data_collator,
+            args.eval_batch_size,
+            args.device,
+            skip=str(args.on_bad_image) == "skip",
+            loader=loader_options(args, self.accelerator.device),
+            autocast=self.accelerator.autocast,
+            progress=not args.disable_tqdm and self.is_world_process_zero(),
+            after_batch=self._after_batch,
+            bad_images=self._bad_images,
+        )
+        return Evaluator(
+            self.accelerator.unwrap_model(self.model if self._evaluated is None else self._evaluated),
+            self._processor,
+            self.suite,
+            n_bins=args.n_bins,
+            criterion=args.calibration_criterion,
+            bounds=args.calibration_bounds,
+            captions=self.captions,
+            embedder=embedder,
+            memory=self._memory if self._evaluated is None else None,
+        )
+
+    def _after_batch(self, loader: Any) -> None:
+        """Let callbacks see that a batch was evaluated: one of them shows a bar."""
+        self.callback_handler.eval_dataloader = loader
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    @property
+    def _own_metrics(self) -> Callable[[Tensor, Tensor], dict[str, float]] | None:
+        """``compute_metrics``, of logits and labels."""
+        if self.compute_metrics is None:
+            return None
+        return lambda logits, labels: denumpify_detensorize(
+            self.compute_metrics(EvalPrediction(predictions=logits.cpu().numpy(), label_ids=labels.numpy()))
+        )
+
+    def _sets(self, eval_dataset: Any) -> tuple[bool, dict[str, ShiftSet]]:
+        """Return whether the metrics carry the names of the sets, and the sets."""
+        known = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            if not isinstance(known, dict) or eval_dataset not in known:
+                names = sorted(known) if isinstance(known, dict) else []
+                raise ValueError(f"Expected the name of a set of {names}, got {eval_dataset!r}. Correct the name.")
+            eval_dataset = {eval_dataset: known[eval_dataset]}
+        data = known if eval_dataset is None else eval_dataset
+        if data is None:
+            raise ValueError("Expected a data set to evaluate, got None. Pass one, or a suite.")
+        if isinstance(data, dict):
+            return True, {name: self._as_set(name, value) for name, value in data.items()}
+        return False, {"set": self._as_set("evaluation", data)}
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the logits ``(n, labels)`` of one set and its metrics; ``predict`` is built on it."""
+        data = self._as_set("prediction", getattr(dataloader.dataset, "data", dataloader.dataset))
+        logits, labels = self.evaluator.predict(data, remember=not self.is_in_train, title=description)
+        metrics: dict[str, float] = {}
+        if labels is not None:
+            seen, _ = read_set(logits, labels, {"": ({}, None)}, n_bins=self.args.n_bins, link=self._link)
+            own = self._own_metrics
+            metrics = {**seen[""].metrics(), **({} if own is None else own(logits, labels))}
+        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        ids = None if labels is None else labels.numpy()
+        return EvalLoopOutput(predictions=logits.numpy(), label_ids=ids, metrics=named, num_samples=len(logits))
+
+    def calibrate(self) -> dict[str, Any]:
+        """Fit the temperature on the validation set and bake it into the student's ``logit_scale``.
+
+        For SigLIP a bias is fitted with it and goes into ``logit_bias``. Accuracy does not change; the saved model
+        gives calibrated probabilities in the stock pipelines. After an :meth:`evaluate` of the same weights no image
+        and no caption is embedded again.
+
+        Returns:
+            The record that is kept in ``config.calibration``; see :meth:`carot_hf.Evaluator.calibrate`.
+        Raises:
+            RuntimeError: If the model is calibrated already.
+        """
+        check_not_baked(self.model)
+        if self.model.dtype == torch.bfloat16:
+            logger.info("The model is brought to float32: a temperature baked into bfloat16 may be off by 1.6 %%.")
+            self.model.float()
+        return self.evaluator.calibrate()
+
+    def export_classifier(self) -> CLIPClassifier:
+        """Return the model as a classifier of the suite's classes, with its head and its temperature.
+
+        It gives the probabilities that :meth:`predict` gives, needs no text tower, and works in the stock pipeline
+        "image-classification".
+        """
+        return classifier_of(self.accelerator.unwrap_model(self.model), self.suite, self.captions)
+
+    def _draws(self) -> bool:
+        """Whether this process draws reliability diagrams."""
+        return self.args.reliability_diagrams and self.is_world_process_zero() and can_draw()
+
+    # ---- what is saved ----
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        own = folder == Path(self.args.output_dir)
+        self._owns_output |= own
+        adapted = is_adapted(self.model) and self.args.should_save
+        if self._in_checkpoint or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            if adapted:
+                save_beside(self.model, folder)
+            drop_pickle(folder)
             return
-        path = Path(checkpoint) / TEACHER_NAME
-        if not path.is_file():
-            raise ValueError(
-                f"Expected the teacher's weights in {path}, got no such file. Resume from a checkpoint of a run with a "
-                "teacher."
-            )
-        load_teacher_file(self.teacher, path)
+        if adapted:
+            check_folder(folder)
+        student, self.model = self.model, merged(self.model) if adapted else self.model
+        try:
+            save = super()._save
+            written = write_model(folder, lambda beside: save(str(beside), None if adapted else state_dict))
+        finally:
+            self.model = student
+        if own:
+            self._publisher.saved = written
 
     def save_teacher(self, output_dir: str | Path) -> None:
         """Save the teacher as a model of its own, with the processor; load it with ``CLIPModel.from_pretrained``.
@@ -722,66 +718,207 @@ class CaRotTrainer(SuiteTrainer):
             network: Any = merged(self.teacher.model)
             with whole_files(output_dir) as beside:
                 network.save_pretrained(beside)
-                self.processing_class.save_pretrained(beside)
+                self._processor.save_pretrained(beside)
                 self._written_teacher = files_below(beside)
 
-    def push_to_hub(self, *args: Any, teacher: bool = False, **kwargs: Any) -> Any:
-        """Publish the calibrated student; see :meth:`SuiteTrainer.push_to_hub`.
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(folder, model, trial)
+        except Exception as error:
+            if not failed_to_write(error):
+                raise
+            reason = f"Expected to save {folder}, got {type(error).__name__}: {' '.join(str(error).split())}."
+            raise OSError(f"{reason} {last_kept(self.args.output_dir)} Make room, then resume.") from error
+
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            self._parts.save(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._in_checkpoint = limit, False
+        if self.args.world_size > 1:
+            dist.barrier()  # each process saves the state of its own generators
+        if self.args.should_save:
+            write_run(folder, self._facts(), self._resumption.epochs, self._resumption.changes)
+            write_manifest(folder)
+            if limit is not None:
+                self._finish_current_push()  # of a checkpoint that may go now
+            # only now an older checkpoint may go: until here the new one did not count
+            rotate_checkpoints(folder.parent, limit, written=folder, best=self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._parts.load(resume_from_checkpoint)
+        if not self._parts.load_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._parts.load_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+        self._parts.load(self.state.best_model_checkpoint)
+
+    # ---- what is published ----
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository on the Hub, before anything is trained; arguments as for ``Trainer.init_hf_repo``.
+
+        Raises:
+            ValueError: If the Hub refuses, or cannot be reached.
+        """
+        with self._publisher.opening(self.args.hub_model_id):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        also: Sequence[str] = (),
+        teacher: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Publish weights (safetensors), config, processor, card with its picture and metrics.json, and nothing else.
+
+        Call it after :meth:`evaluate` and :meth:`calibrate`, in any order: the card holds the results of the latest
+        evaluation of the whole suite since the last training, and the weights hold the temperature. What is missing
+        the card says, and a warning. What else lies in ``output_dir`` (logs, checkpoints, files of yours, links) stays.
 
         Args:
-            *args: See there.
+            commit_message: Of the commit.
+            blocking: Return when all is there; ``False``: return a future, which holds a failure.
+            token: In place of ``hub_token``.
+            revision: Branch; default: ``hub_revision``.
+            private: Whether a repository that is made now is private; default: ``hub_private_repo``.
+            also: Further files or folders of ``output_dir`` to publish, relative to it, e.g. ``"runs"``, the event
+                files of TensorBoard.
             teacher: Publish the teacher's weights too, in the folder ``teacher`` of the repository: uncalibrated, for
                 going on with the training or for analysis. They stay in ``output_dir``.
-            **kwargs: See there.
+            **kwargs: ``model_name``, ``language``, ``license``, ``tags``, ``finetuned_from`` and ``dataset`` go to
+                :meth:`create_model_card`.
+        Returns:
+            What ``HfApi.upload_folder`` returns; ``None`` on other processes than the first.
         Raises:
-            RuntimeError: If there is no teacher, or the upload fails.
-            ValueError: If the Hub refuses the token or the name.
+            ValueError: If the Hub refuses the token or the name, or there is no such file.
+            RuntimeError: If there is no teacher, or the upload fails, after huggingface_hub's own attempts; all of it
+                is in ``output_dir``.
         """
+        first, folder = self.is_world_process_zero(), self.args.output_dir
         if teacher:
-            self.save_teacher(Path(self.args.output_dir) / TEACHER_FOLDER)
-            self._teacher_files = [f"{TEACHER_FOLDER}/{name}" for name in self._written_teacher]
-        return super().push_to_hub(*args, **kwargs)
+            self.save_teacher(Path(folder) / TEACHER_FOLDER)
+            self._publisher.teacher = [f"{TEACHER_FOLDER}/{name}" for name in self._written_teacher]
+        if calibration_record(base_model(self.model)) is None:
+            logger.warning("An uncalibrated model is pushed, and its card says so. Call `calibrate` before.")
+        further = asked_files(folder, also) if first else []
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            visible = {} if private is None else {"private": private}
+            self.init_hf_repo(token=self.args.hub_token if token is None else token, **visible)
+        self._finish_current_push()  # it reads the files that this one writes anew
+        self.save_model(_internal_call=True)
+        if not first:
+            return None
+        tags = [*as_list(kwargs.pop("tags", None)), *(getattr(self.model, "model_tags", None) or [])]
+        name = kwargs.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
+        self.create_model_card(model_name=name, tags=list(dict.fromkeys(tags)), **kwargs)
+        options: dict[str, Any] = {"blocking": blocking, "token": token, "revision": revision}
+        return self._publisher.push(self.hub_model_id, further, message=commit_message, **options)
 
-    def evaluate(
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._in_checkpoint or not self.is_world_process_zero() or self.args.hub_strategy == "end":
+            return  # Trainer asks before the checkpoint is complete; whoever completes it asks again
+        if self.args.hub_always_push:
+            self._finish_current_push()  # it reads the files that this one writes anew
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self._publisher.report(self.hub_model_id, self.push_in_progress)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # weights that nobody has calibrated: the card must not be an older one's
+        self.create_model_card(model_name=str(self.hub_model_id).split("/")[-1])
+        folder = Path(checkpoint_folder)
+        self._publisher.copy_checkpoint(folder, self._processor)
+        epoch = f"epoch {int(self.state.epoch or 0)}"
+        at = f"step {self.state.global_step}" if self.args.save_strategy == SaveStrategy.STEPS else epoch
+        self.push_in_progress = self._publisher.push_checkpoint(
+            self.hub_model_id, self.push_in_progress, folder, listed_files(folder), at
+        )
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._publisher.report(self.hub_model_id, getattr(self, "push_in_progress", None))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_current_push()  # Trainer may delete a checkpoint now
+        return super()._finalize_training(*args, **kwargs)
+
+    def create_model_card(
         self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        *,
-        teacher: bool = False,
-    ) -> dict[str, float]:
-        """Measure accuracy and calibration of every set; see :meth:`SuiteTrainer.evaluate`.
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write ``README.md`` into ``output_dir``: the card, from the latest :meth:`evaluate` of the whole suite.
+
+        `push_to_hub` calls it. Not used, since they follow from the suite: ``tasks``, ``dataset_tags``,
+        ``dataset_args``.
 
         Args:
-            eval_dataset: ``None``: all sets of the suite. A name of one of them, a dict of sets, or one set.
-            ignore_keys: Not used.
-            metric_key_prefix: First part of the metrics' names.
-            teacher: Evaluate the teacher instead of the student; metrics are called ``eval_teacher_...``.
-        Raises:
-            ValueError: If there is no such set, or no teacher.
+            language: Of the captions, as the Hub abbreviates it.
+            license: Of the weights.
+            tags: Beside those of carot_hf.
+            model_name: Default: the name of ``output_dir``.
+            finetuned_from: Id of the base model; default: where the model was loaded from, unless it is a folder.
+            dataset: Ids of data sets on the Hub; default: those of the suite.
         """
-        if not teacher:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.teacher is None:
-            raise ValueError("Expected a teacher to evaluate, got none. Train with `distillation_weight` > 0.")
-        with self._evaluating(self.teacher.model):
-            return super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_teacher")
-
-
-def _unit_embeds(outputs: Any) -> tuple[Tensor, Tensor]:
-    """Image and text embeddings of length 1, ``(b, D)`` in at least float32 each."""
-    with torch.autocast(outputs.image_embeds.device.type, enabled=False):
-        image, text = at_least_float32(outputs.image_embeds), at_least_float32(outputs.text_embeds)
-        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-
-
-def _schedule(options: CaRotTrainingArguments) -> Schedule:
-    """Momentum of the teacher as a function of the step and the number of steps."""
-    if options.teacher == "beta":
-        return partial(beta_momentum, update_every=options.teacher_update_every, beta=options.teacher_beta)
-    return partial(
-        ema_momentum,
-        start=options.teacher_momentum_start,
-        end=options.teacher_momentum_end,
-        ramp=options.teacher_momentum_ramp,
-    )
+        self._owns_output = True
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        latest = self._latest if self._latest.model is self.model else Comparison()
+        diagram = diagrams_path(str(folder), "eval") if latest.bins and self._draws() else None
+        if diagram is not None:  # anew: the file of that name may be of some other evaluation
+            keep_diagrams(diagram, diagram_tables(latest.bins, latest.bins_ts, latest.temperature))
+        self._publisher.picture = None if diagram is None else diagram.name
+        stops = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
+        metric, test = self.args.metric_for_best_model, self.suite.test.name
+        chose = self.state.global_step > 0 and (self.args.load_best_model_at_end or stops) and chosen_by(metric, test)
+        changes = self._resumption.changes
+        facts = run_facts_for_card(
+            self.args,
+            self.suite,
+            given={
+                "language": language,
+                "license": license,
+                "tags": tags,
+                "model_name": model_name,
+                "finetuned_from": finetuned_from,
+                "dataset": dataset,
+            },
+            repo=self.hub_model_id,
+            start=getattr(self.model.config, "_name_or_path", ""),
+            calibration=calibration_record(base_model(self.model)),
+            measured=latest,
+            steps=self.state.global_step,
+            arguments=used_arguments(self.args.changed(), changes),
+            changes=changes,
+            diagram=self._publisher.picture,
+            teacher=bool(self._publisher.teacher),
+            chosen_by=metric if chose else None,
+        )
+        with whole_file(folder / CARD_NAME) as beside:
+            model_card(facts).save(beside)

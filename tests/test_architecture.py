@@ -27,13 +27,10 @@ ALLOWED = {
     "training_args": {"basics", "calibration", "models", "objective", "teacher"},
     "suites": {"basics", "data", "training_args"},
     "evaluation": {"basics", "calibration", "data", "ece", "models"},
-    "run": {"basics", "training_args"},
+    "run": {"basics", "calibration", "data", "models", "objective", "teacher", "training_args"},
     "hub": {"basics"},
-    "suite_trainer": {
-        "basics", "calibration", "data", "ece", "evaluation", "hub", "models", "run", "training_args",
-    },
     "trainer": {
-        "basics", "data", "evaluation", "hub", "models", "objective", "run", "suite_trainer", "teacher",
+        "basics", "calibration", "data", "ece", "evaluation", "hub", "models", "objective", "run", "teacher",
         "training_args",
     },
 }  # fmt: skip
@@ -65,8 +62,8 @@ THIRD_PARTY = {
         "yaml",
     },
     "evaluation": {"matplotlib", "numpy", "torch", "tqdm"},
-    "run": {"numpy", "safetensors", "torch", "transformers"},
-    "hub": {"huggingface_hub"},
+    "run": {"numpy", "torch", "tqdm", "transformers"},
+    "hub": {"huggingface_hub", "transformers"},
 }
 
 

@@ -642,7 +642,7 @@ def test_a_checkpoint_that_agrees_with_its_manifest_and_is_none(run, name, caplo
     assert trainer.state.global_step == 0
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
-    assert trainer._saved_run.folder.name == "checkpoint-2"
+    assert trainer._resumption.saved.folder.name == "checkpoint-2"
     assert f"Passing over {newest}: " in caplog.text
     assert not (tmp_path / "ran").exists()
 
@@ -996,7 +996,7 @@ def test_names_of_strangers_are_no_orders_in_the_terminal(tmp_path, capfd, caplo
     made.train()
     made.evaluate()
     logging.getLogger("carot_hf.data.suite").warning("A set called %s of %d, in %s.", evil, 3, tmp_path / "a\x1bb")
-    logging.getLogger("carot_hf.suite_trainer").warning("A set called %s.", evil)
+    logging.getLogger("carot_hf.trainer").warning("A set called %s.", evil)
     said = capfd.readouterr()
     everything = said.out + said.err + caplog.text
     assert r"zero\x1b[2J\u202ered\n" in everything

@@ -35,8 +35,8 @@ from carot_hf.models.classifier import (
     CLIPClassifierConfig,
     export_classifier,
     label_names,
-    linear_probe,
 )
+from carot_hf.models.linear_probe import linear_probe
 
 NAMES = ["cat", "dog", "missile", "tree", "missile"]
 
@@ -641,7 +641,7 @@ def test_the_optimum_does_not_depend_on_start_or_chunks_and_nothing_is_random(mo
     elsewhere = linear_probe(features, labels, -head.flip(0), torch.zeros(4, dtype=torch.float64), l2=0.5)
     largest, log_softmax = [], F.log_softmax
     monkeypatch.setattr(F, "log_softmax", lambda rows, dim: (largest.append(len(rows)), log_softmax(rows, dim))[1])
-    monkeypatch.setattr(classifier, "_CHUNK_VALUES", 7 * 4 + 1)
+    monkeypatch.setattr("carot_hf.models.linear_probe._CHUNK_VALUES", 7 * 4 + 1)
     chunked = linear_probe(features, labels, *start, l2=0.5)
     assert max(largest) == 7  # 240 rows leave a chunk of 2
     assert min(largest) == 2
@@ -666,7 +666,7 @@ def test_the_head_comes_back_as_it_was_given():
 def test_too_few_steps_are_logged(caplog):
     features, labels, head = sample()
     bias = torch.zeros(4, dtype=torch.float64)
-    with caplog.at_level(logging.WARNING, logger="carot_hf.models.classifier"):
+    with caplog.at_level(logging.WARNING, logger="carot_hf.models.linear_probe"):
         short = linear_probe(features, labels, head, bias, max_iter=3)
         assert "not at its optimum after 3 steps" in caplog.text
         caplog.clear()

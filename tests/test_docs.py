@@ -154,4 +154,4 @@ def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
     assert 'id="carot_hf.objective.losses.contrastive_loss"' in reference["losses"]
     assert reference["losses"].count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 5
     assert 'href="models.html#carot_hf.CLIPClassifier"' in reference["trainer"]
-    assert 'href="#carot_hf.suite_trainer.SuiteTrainer.evaluate"><code>SuiteTrainer.evaluate' in reference["trainer"]
+    assert 'href="#carot_hf.CaRotTrainer.evaluate"><code>evaluate' in reference["trainer"]

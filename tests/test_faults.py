@@ -262,11 +262,11 @@ def end_with_full_disk(out, moment):
     """The whole script on a disk that is full from a moment on: weights are saved once, the rest comes after it."""
     import finetune_imagenet
 
-    from carot_hf.suite_trainer import SuiteTrainer
+    import carot_hf.evaluation.diagrams
 
     places = {
-        "picture": (carot_hf.suite_trainer, "write_diagrams"),
-        "second save": (SuiteTrainer, "calibrate"),
+        "picture": (carot_hf.evaluation.diagrams, "write_diagrams"),
+        "second save": (carot_hf.CaRotTrainer, "calibrate"),
         "metrics": (finetune_imagenet, "write_whole"),
     }
     owner, name = places[moment]

@@ -51,9 +51,9 @@ def test_the_loss_has_local_rows_times_columns(make_trainer, monkeypatch, same_c
     monkeypatch.setattr(dist, "all_gather", lambda parts, sent: [part.copy_(sent) for part in parts])
     embeds = [F.normalize(torch.randn(ROWS, WIDTH), dim=-1).requires_grad_() for _ in range(2)]
     taught = [part.detach() for part in embeds]
-    inputs = {"labels": torch.arange(ROWS) % 4}
+    labels, head = torch.arange(ROWS) % 4, [trainer.model.logit_scale]
     with many_processes(), Largest() as largest:
-        terms = trainer._pair_terms(tuple(embeds), [trainer.model.logit_scale], tuple(taught), inputs)
+        terms = trainer.method.pair_terms(tuple(embeds), head, labels, tuple(taught), head)
         sum(terms.values()).backward()
     assert set(terms) == {"contrastive", "distillation", "feature_distillation"}
     assert largest.elements == ROWS * ROWS * WORLD

@@ -201,7 +201,7 @@ def test_a_lost_connection_is_said_with_the_cure(make_trainer, monkeypatch, name
     def fail(*args, **kwargs):
         raise HTTPError("Connection refused")
 
-    places = {"push_to_hub": "carot_hf.suite_trainer.upload", "init_hf_repo": "transformers.Trainer.init_hf_repo"}
+    places = {"push_to_hub": "carot_hf.hub.publisher.upload", "init_hf_repo": "transformers.Trainer.init_hf_repo"}
     monkeypatch.setattr(places[name], fail)
     kinds = {"push_to_hub": (RuntimeError, "call `push_to_hub` again"), "init_hf_repo": (ValueError, "HF_ENDPOINT")}
     kind, cure = kinds[name]

@@ -14,7 +14,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from carot_hf import bake_temperature, calibration_metrics, interpolate, suite_trainer, unbake_temperature
+from carot_hf import bake_temperature, calibration_metrics, interpolate, unbake_temperature
 from carot_hf.hub.card import command_line
 
 
@@ -44,7 +44,7 @@ def drawn(monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text(repr(tables))
 
-    monkeypatch.setattr(suite_trainer, "write_diagrams", write)
+    monkeypatch.setattr("carot_hf.evaluation.diagrams.write_diagrams", write)
 
 
 def published(trainer, data):
@@ -234,7 +234,7 @@ def test_pickles_of_the_arguments_hold_no_token(make_trainer):
 def test_an_uncalibrated_push_is_said(make_trainer, monkeypatch, caplog):
     trainer = make_trainer()
     trainer.hub_model_id, trainer.push_in_progress = "tester/tiny", None
-    monkeypatch.setattr("carot_hf.suite_trainer.upload", lambda *a, **kw: "pushed")
+    monkeypatch.setattr("carot_hf.hub.publisher.upload", lambda *a, **kw: "pushed")
     for name in ("transformers", "carot_hf"):
         logging.getLogger(name).propagate = True
     with caplog.at_level(logging.WARNING):

@@ -13,6 +13,7 @@ from tolerances import EXACT, LOGGED
 from torch._dynamo.utils import counters
 
 from carot_hf.models.backbones import pair_inputs
+from carot_hf.run.step import LossStep
 
 CACHE = {"contrastive_batch_size": 12}
 
@@ -62,24 +63,24 @@ def test_the_teacher_is_compiled_as_well(make_trainer):
     compiled = make_trainer(torch_compile=True, torch_compile_backend="eager")
     torch._dynamo.reset()
     counters.clear()
-    compiled._taught(first_batch(compiled))
+    compiled._step.taught(pair_inputs(compiled._prepare_inputs(first_batch(compiled))))
     assert counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.slow
-def test_the_first_pass_of_the_cache_is_compiled(make_trainer):
+def test_the_first_pass_of_the_cache_is_compiled(make_trainer, monkeypatch):
     """Without a teacher, every graph that the pass makes is the student's."""
     trainer = make_trainer(preset="flyp", torch_compile=True, torch_compile_backend="eager", max_steps=1, **CACHE)
-    embed, graphs = trainer._embed_micro_batches, []
+    embed, graphs = LossStep._embed_batches, []
 
-    def counted(*args):
+    def counted(step, *args):
         torch._dynamo.reset()
         counters.clear()
-        result = embed(*args)
+        result = embed(step, *args)
         graphs.append(counters["stats"]["unique_graphs"])
         return result
 
-    trainer._embed_micro_batches = counted
+    monkeypatch.setattr(LossStep, "_embed_batches", counted)
     trainer.train()
     assert len(graphs) == 1
     assert graphs[0] > 0

@@ -256,11 +256,10 @@ def test_training_and_other_sets_are_seen_by_a_calibration(make_trainer, suite, 
 
 def test_every_picture_is_drawn_from_one_table(make_trainer, model, monkeypatch):
     """Calibrated or not: the file and the reporters show the same, under the same titles."""
-    from carot_hf import suite_trainer
 
     written, sent = [], []
-    monkeypatch.setattr(suite_trainer, "write_diagrams", lambda path, tables: written.append(tables))
-    monkeypatch.setattr(suite_trainer, "send_diagrams", lambda callbacks, tables, **_: sent.append(tables))
+    monkeypatch.setattr("carot_hf.evaluation.diagrams.write_diagrams", lambda path, tables: written.append(tables))
+    monkeypatch.setattr("carot_hf.trainer.send_diagrams", lambda callbacks, tables, **_: sent.append(tables))
     trainer = make_trainer(model.double(), reliability_diagrams=True)
     before = trainer.evaluate()
     temperature = trainer.calibrate()["temperature"]

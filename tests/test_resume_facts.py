@@ -542,7 +542,7 @@ def test_a_push_that_fails_in_the_background_is_said(make_trainer, monkeypatch):
 
     uploads.upload_folder = fail
     lines = []
-    logger = carot_hf.suite_trainer.logger
+    logger = carot_hf.hub.publisher.logger
     monkeypatch.setattr(logger, "warning", lambda text, *values: lines.append(text % values))
     make_trainer(**{**SAVE, "max_steps": 2}, push_to_hub=True, hub_strategy="checkpoint").train()
     assert len(uploads.taken) == 4

@@ -15,7 +15,7 @@ from transformers import CLIPModel, TrainerCallback, TrainingArguments
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 from carot_hf.objective.losses import contrastive_loss, cross_norm_penalty, distillation_loss, orthogonality_penalty
-from carot_hf.suite_trainer import _check_launch
+from carot_hf.run.checks import check_launch
 from carot_hf.teacher.average import ema_momentum
 
 
@@ -340,11 +340,11 @@ def test_a_training_set_of_ones_own_is_checked_like_the_suites(make_trainer):
 def test_processes_that_do_not_know_of_each_other_are_refused(make_trainer, monkeypatch):
     """torchrun on a machine without accelerators and without --use_cpu: two ranks, each of which is its own world."""
     args = make_trainer().args
-    _check_launch(args)
+    check_launch(args)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"Expected 2 processes that train together, got 1 .* add `--use_cpu`"):
-        _check_launch(args)
+        check_launch(args)
 
 
 def test_model_init_makes_a_prepared_model_for_each_run(suite, processor, make_trainer):

@@ -43,7 +43,7 @@ def test_a_picture_that_cannot_be_written_loses_nothing(make_trainer, tmp_path, 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("carot_hf.suite_trainer.write_diagrams", full)
+    monkeypatch.setattr("carot_hf.evaluation.diagrams.write_diagrams", full)
     import logging
 
     logging.getLogger("transformers").propagate = True

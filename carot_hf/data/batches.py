@@ -7,6 +7,7 @@ where a run was interrupted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..basics.escape import guarded
 from .captions import CaptionTable
 from .images import BadImageError
 from .transforms import ImageTransform, PatchTransform, image_batch
+
+logger = guarded(logging.getLogger(__name__))
 
 _CAPTION = 1  # beside seed and number of the draw: crops and templates stay those of samples with one caption
 
@@ -191,3 +195,19 @@ class CaRotCollator:
             labels = torch.tensor([sample["label"] for sample in samples])
             tokens = self.captions.lookup(labels, torch.tensor(templates))
         return {**image_batch(pixels), **tokens}
+
+
+def collator_of(transform: Any, captions: CaptionTable, seed: int, data: Any) -> CaRotCollator:
+    """Make the collator of a training; the tokens of captions that a set brings are computed at once.
+
+    Args:
+        transform: The image transform.
+        captions: Tokens by class and template.
+        seed: Seed of crops and templates.
+        data: What is trained on.
+    """
+    own = getattr(data, "captions", None) or []
+    texts = [text for given in own for text in ([given] if isinstance(given, str) else given)]
+    if texts and (cut := captions.remember(texts)):
+        logger.warning("%d of %d captions are longer than the model's context, and are cut.", cut, len(texts))
+    return CaRotCollator(transform, captions, seed)

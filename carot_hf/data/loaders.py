@@ -117,3 +117,14 @@ def _check_whole(there: bool, data: ShiftSet, whole_batch: int, cure: str) -> No
         raise ValueError(
             f"Expected at least one whole batch of {whole_batch} samples in set '{data.name}', got {len(data)}. {cure}"
         )
+
+
+def let_workers_go(loader: Any) -> None:
+    """End the workers of a training loader, which would stay as long as the trainer.
+
+    When the garbage collector finds a trainer with its loader, it closes the queues first: torch then waits 5 seconds
+    for each worker, which is never told to end (torch 2.13).
+    """
+    for part in (loader, getattr(loader, "base_dataloader", None)):
+        if part is not None and getattr(part, "_iterator", None) is not None:
+            part._iterator = None

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ..basics.escape import guarded, printable
 from .suite import ShiftSet, ShiftSuite
 
 logger = guarded(logging.getLogger(__name__))
+
+_NAMED = 20  # classes that a warning names
 
 MOST_IMAGES = 200_000  # in all sets of a suite: more are not compared
 _CLASSES_SHOWN = 40
@@ -227,6 +229,29 @@ def _size_of(path: str) -> int:
     except (OSError, ValueError):  # the second of a path with a zero byte
         return -1
     return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+def say_positions(data: ShiftSet, class_names: Sequence[str], said: set[tuple[Any, ...]]) -> None:
+    """Say once how many rows each class is taken to have, where labels are numbers without names.
+
+    Args:
+        data: The set.
+        class_names: Of the suite.
+        said: What has been said; grows.
+    """
+    if data.labels is None or data.has_names or data.columns is not None:
+        return
+    counts = np.bincount(data.labels, minlength=data.num_classes).tolist()
+    if (data.name, *counts) in said:
+        return
+    said.add((data.name, *counts))
+    named = [f"{count:,} {label!r}" for label, count in zip(class_names, counts, strict=True)]
+    logger.warning(
+        "Labels of set '%s' are numbers without names, taken for the classes in order: %s%s.",
+        data.name,
+        ", ".join(named[:_NAMED]),
+        ", ..." if len(named) > _NAMED else "",
+    )
 
 
 def _same_rows(first: ShiftSet, second: ShiftSet) -> int:

@@ -61,6 +61,14 @@ def write_diagrams(path: Path, tables: Tables) -> None:
         reliability_grid(tables).savefig(beside, dpi=100)
 
 
+def keep_diagrams(path: Path, tables: Tables) -> None:
+    """Write the picture; one that cannot be written is no reason to lose what was computed."""
+    try:
+        write_diagrams(path, tables)
+    except OSError as error:
+        logger.warning("The reliability diagrams could not be written to %s: %s.", path, " ".join(str(error).split()))
+
+
 def send_diagrams(callbacks: Iterable[Any], tables: Tables, *, prefix: str, step: int) -> None:
     """Give each table's diagram to the reporters that are on.
 

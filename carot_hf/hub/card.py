@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -122,17 +120,6 @@ def model_card(facts: CardFacts) -> ModelCard:
 
 def _shown(text: str | None) -> str | None:
     return None if text is None else printable(text)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that matter, and of Python."""
-    found = {}
-    for name in ("carot_hf", "torch", "transformers", "datasets", "accelerate", "evaluate"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {**found, "Python": platform.python_version()}
 
 
 def command_line(argv: Sequence[str]) -> str | None:

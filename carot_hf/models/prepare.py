@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from ..basics.precision import not_finite
 from ..calibration.record import calibration_record
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.suite import ShiftSuite
-from .backbones import backbone_of, caption_options, check_method, is_backbone
-from .classifier import CLIPClassifier
-from .lora import add_lora, base_model, cast_frozen, check_adapters, is_adapted, refuse_own_adapters
+from .backbones import TABLE, backbone_of, caption_options, check_method, is_backbone
+from .classifier import CLIPClassifier, export_classifier
+from .lora import add_lora, base_model, cast_frozen, check_adapters, is_adapted, merged, refuse_own_adapters
 
 logger = guarded(logging.get_logger(__name__))
 
@@ -101,6 +102,26 @@ def zero_shot_classifier(model: Any, suite: ShiftSuite, captions: CaptionTable) 
     classes = class_embeddings(model, captions)
     classifier: CLIPClassifier = CLIPClassifier.from_clip(model, classes, suite.class_names).to(model.dtype)
     return classifier
+
+
+def classifier_of(model: Any, suite: ShiftSuite, captions: CaptionTable) -> CLIPClassifier:
+    """Return a trained model as a classifier of the suite's classes, with its head and its temperature.
+
+    Raises:
+        TypeError: If it is no ``CLIPModel``.
+    """
+    network = merged(model)
+    if isinstance(network, CLIPClassifier):
+        twin: CLIPClassifier = copy.deepcopy(network).eval()
+        return twin
+    if not backbone_of(network).classifier:
+        raise TypeError(
+            f"Expected a CLIPModel to export as a classifier, got {type(network).__name__}. Use the model itself; "
+            f"see {TABLE}."
+        )
+    with torch.no_grad():
+        classes = class_embeddings(network, captions)
+    return export_classifier(network, classes, suite.class_names)
 
 
 def captions_of(model: Any, suite: ShiftSuite, processor: Any) -> CaptionTable:

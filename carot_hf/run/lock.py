@@ -8,12 +8,13 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ..basics.escape import guarded
+from ..basics.processes import place, said_by_first
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -62,6 +63,22 @@ def locked(output_dir: str | Path) -> Iterator[None]:
         for folder in made:  # nothing was written there
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def alone(output_dir: str | Path) -> Iterator[None]:
+    """Hold a run's folder for all processes, which all end if the first one cannot have it; see `locked`."""
+    refused: str | None = None
+    with ExitStack() as held:
+        if place()[0] == 0:
+            try:
+                held.enter_context(locked(output_dir))
+            except ValueError as error:
+                refused = str(error)
+        refused = said_by_first(refused)
+        if refused is not None:
+            raise ValueError(refused)
+        yield
 
 
 def make_folder(output_dir: str | Path) -> list[Path]:

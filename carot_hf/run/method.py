@@ -1,0 +1,61 @@
+"""The teacher of a training, and when it moves."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ..basics.precision import wide_dtype
+from ..models.lora import is_adapted
+from ..teacher.average import Teacher, beta_momentum, ema_momentum
+from ..teacher.callback import Schedule, TeacherCallback
+from ..training_args import CaRotTrainingArguments
+
+
+class TeacherMaker:
+    """Makes the teacher of a student; the one that there is, if it was made of the same parameters."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Any, frozenset[str], Teacher] | None = None  # of a student, and what is its own alone
+
+    def make(self, model: Any, student: Any, compile_options: dict[str, Any] | None) -> Teacher:
+        """Return a teacher.
+
+        Args:
+            model: The student as Trainer has it.
+            student: Unwrapped.
+            compile_options: Of ``nn.Module.compile``; ``None``: it is not compiled.
+        """
+        frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
+        # a tower in half precision is copied: it does not fit into the teacher's forward pass, which is float32
+        share = is_adapted(student) or all(wide_dtype(value.dtype) == value.dtype for value in frozen)
+        names = frozenset(
+            name
+            for name, value in student.named_parameters(remove_duplicate=False)
+            if share and not value.requires_grad and value.dim() > 0
+        )
+        if self._made is not None and self._made[0] is student and self._made[1] == names:
+            return self._made[2]
+        teacher = Teacher(model, share_frozen=share)
+        if compile_options is not None:  # the student is compiled by accelerate, in the same way
+            teacher.model.compile(**compile_options)
+        self._made = student, names, teacher
+        return teacher
+
+
+def teacher_callback(teacher: Teacher, args: CaRotTrainingArguments) -> TeacherCallback:
+    """Return what moves a teacher as the arguments say; it neither saves nor loads."""
+    update_every = 0 if args.teacher == "frozen" else args.teacher_update_every
+    return TeacherCallback(teacher, schedule(args), update_every, save_as=None)
+
+
+def schedule(options: CaRotTrainingArguments) -> Schedule:
+    """Momentum of the teacher as a function of the step and the number of steps."""
+    if options.teacher == "beta":
+        return partial(beta_momentum, update_every=options.teacher_update_every, beta=options.teacher_beta)
+    return partial(
+        ema_momentum,
+        start=options.teacher_momentum_start,
+        end=options.teacher_momentum_end,
+        ramp=options.teacher_momentum_ramp,
+    )

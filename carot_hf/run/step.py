@@ -1,0 +1,158 @@
+"""The loss of one step: student and teacher on pairs, the terms, and what the log says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..basics.precision import at_least_float32
+from ..models.backbones import logit_head, pair_inputs
+from ..objective.gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
+from ..objective.objective import Objective
+
+Embeds = tuple[Tensor, Tensor]
+
+
+class LossStep:
+    """Computes the terms of the loss, of one batch or of all micro-batches of a contrastive batch.
+
+    Args:
+        objective: The terms that are on.
+        teacher: Its network; ``None``: no term needs one.
+        unwrap: From the model that Trainer passes to the student.
+        autocast: Makes the context in which networks run without gradient.
+        prepare: Moves a batch to the device.
+        device: Of the student.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        teacher: Any,
+        *,
+        unwrap: Callable[[Any], Any],
+        autocast: Callable[[], AbstractContextManager[Any]],
+        prepare: Callable[[Any], Mapping[str, Any]],
+        device: torch.device,
+    ) -> None:
+        self.objective, self.teacher = objective, teacher
+        self._unwrap, self._autocast, self._prepare, self._device = unwrap, autocast, prepare, device
+        self._batches: list[Any] = []  # of one step with the gradient cache
+        self._index = 0
+        self._cached: CachedGradients | None = None
+        self._cached_terms: dict[str, Tensor] = {}
+        self._random_states: list[RandomState] = []
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0.0
+
+    def begin(self, batches: Sequence[Any]) -> None:
+        """Begin a step with its micro-batches, whose loss is that of all of them; fewer than two: no cache."""
+        self._batches = list(batches) if len(batches) > 1 else []
+        self._index, self._cached = 0, None
+
+    @property
+    def caches(self) -> bool:
+        """Whether the loss of this step is one of several micro-batches."""
+        return bool(self._batches)
+
+    def terms(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+        """Compute the terms of one batch by name, unweighted, and the model's output."""
+        if self.objective.args.objective == "cross_entropy":
+            outputs = model(pixel_values=inputs["pixel_values"])
+            return self.objective.class_terms(outputs.logits, inputs["labels"]), outputs
+        student = self._unwrap(model)
+        pairs = pair_inputs(inputs)
+        outputs = model(**pairs)
+        terms = self._pair_terms(_unit_embeds(outputs), logit_head(student), inputs.get("labels"), self.taught(pairs))
+        return {**terms, **self._weight_terms(student)}, outputs
+
+    def cached_loss(self, model: nn.Module, inputs: Mapping[str, Any], share: float) -> tuple[Tensor, Any]:
+        """A micro-batch's part of the loss of the whole contrastive batch: :mod:`carot_hf.objective.gradient_cache`.
+
+        Its value is that of the whole batch, in each micro-batch: Trainer takes the mean over them.
+        """
+        student, count = self._unwrap(model), len(self._batches)
+        if self._cached is None:
+            self._cached, self._cached_terms = self._embed_batches(model, logit_head(student))
+        index = self._index
+        self._index += 1
+        self._random_states[index].restore()
+        outputs = model(**pair_inputs(inputs))
+        terms = {**self._cached_terms, **self._weight_terms(student)}
+        self.remember(terms, share)
+        part = surrogate(self._cached, index, *_unit_embeds(outputs), logit_head(student))
+        penalties = {name: terms[name] for name in terms.keys() - self._cached_terms.keys()}
+        if penalties:
+            part = part + self.objective.weighted(penalties) / count
+        value = self.objective.weighted({name: term.detach() for name, term in terms.items()})
+        return value + count * (part - part.detach()), outputs
+
+    def taught(self, pairs: Mapping[str, Tensor]) -> Embeds | None:
+        """The teacher's embeddings."""
+        if self.teacher is None:
+            return None
+        with torch.no_grad(), self._autocast():
+            return _unit_embeds(self.teacher(**pairs))
+
+    def remember(self, terms: Mapping[str, Tensor], share: float) -> None:
+        """Add terms to the sums for the log, which weigh a micro-batch by its share of a step."""
+        for name, term in terms.items():
+            self._sums[name] = share * term.detach() + self._sums.get(name, 0.0)
+        self._steps += share
+
+    def forget(self) -> None:
+        """Begin the sums anew."""
+        self._sums, self._steps = {}, 0.0
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the mean of each term since the last call, over steps and processes; empty: there was no step.
+
+        Args:
+            reduce: Takes the mean over the processes.
+        """
+        found = {name: reduce(total / self._steps).item() for name, total in self._sums.items()} if self._steps else {}
+        self.forget()
+        return found
+
+    def _pair_terms(self, embeds: Embeds, head: Sequence[Tensor], labels: Any, taught: Any) -> dict[str, Tensor]:
+        """The terms that are functions of the embeddings of this device's rows, the teacher's, and the labels."""
+        teacher_head = () if self.teacher is None else logit_head(self.teacher)
+        return self.objective.pair_terms(embeds, head, labels, taught, teacher_head)
+
+    def _weight_terms(self, student: Any) -> dict[str, Tensor]:
+        """The terms that are functions of weights alone."""
+        return self.objective.weight_terms({name: getattr(student, name).weight for name in self.objective.modules})
+
+    def _embed_batches(self, model: nn.Module, head: Sequence[Tensor]) -> tuple[CachedGradients, dict[str, Tensor]]:
+        """The first pass over all micro-batches of a step: gradients of their embeddings, and the terms."""
+        embeds, taught, labels = [], [], []
+        self._random_states = []
+        for batch in self._batches:
+            inputs = self._prepare(batch)
+            self._random_states.append(RandomState(self._device))
+            with torch.no_grad(), self._autocast():
+                embeds.append(_unit_embeds(model(**pair_inputs(inputs))))
+            taught += [] if self.teacher is None else [self.taught(pair_inputs(inputs))]
+            labels += [inputs["labels"]] if "labels" in inputs else []
+        whole = torch.cat(labels) if labels else None
+        joined = tuple(torch.cat(part) for part in zip(*taught, strict=True)) or None  # type: ignore[arg-type]
+        terms: dict[str, Tensor] = {}
+
+        def loss_of(images: Tensor, texts: Tensor, *head: Tensor) -> Tensor:
+            terms.update(self._pair_terms((images, texts), head, whole, joined))
+            return self.objective.weighted(terms)
+
+        cached = cache_gradients(embeds, head, loss_of)
+        return cached, {name: term.detach() for name, term in terms.items()}
+
+
+def _unit_embeds(outputs: Any) -> Embeds:
+    """Image and text embeddings of length 1, ``(b, D)`` in at least float32 each."""
+    with torch.autocast(outputs.image_embeds.device.type, enabled=False):
+        image, text = at_least_float32(outputs.image_embeds), at_least_float32(outputs.text_embeds)
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
