@@ -30,7 +30,7 @@ ALLOWED = {
     "run": {"basics", "calibration", "data", "models", "objective", "teacher", "training_args"},
     "hub": {"basics"},
     "trainer": {
-        "basics", "calibration", "data", "ece", "evaluation", "hub", "models", "objective", "run", "teacher",
+        "basics", "calibration", "data", "evaluation", "hub", "models", "objective", "run", "teacher",
         "training_args",
     },
 }  # fmt: skip
@@ -61,7 +61,7 @@ THIRD_PARTY = {
         "transformers",
         "yaml",
     },
-    "evaluation": {"matplotlib", "numpy", "torch", "tqdm"},
+    "evaluation": {"matplotlib", "numpy", "torch", "tqdm", "transformers"},
     "run": {"numpy", "torch", "tqdm", "transformers"},
     "hub": {"huggingface_hub", "transformers"},
 }
@@ -223,3 +223,25 @@ def test_all_public_names_exist():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = carot_hf.nothing
     assert set(carot_hf.__all__) == {*carot_hf._HOMES, "__version__"}
+
+
+OVERRIDDEN = {
+    "_finalize_training", "_finish_current_push", "_hp_search_setup", "_init_training_state", "_load_best_model",
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_push_from_checkpoint", "_save",
+    "_save_checkpoint", "call_model_init", "compute_loss", "create_model_card", "evaluate", "evaluation_loop",
+    "floating_point_ops", "get_batch_samples", "get_decay_parameter_names", "get_eval_dataloader",
+    "get_test_dataloader", "get_train_dataloader", "hyperparameter_search", "init_hf_repo", "log", "push_to_hub",
+    "set_initial_training_values", "train", "training_step",
+}  # fmt: skip
+
+
+def test_no_method_of_the_trainer_is_overridden_by_accident():
+    """A helper called `_evaluate` once replaced one that Trainer calls."""
+    from transformers import Trainer
+
+    from carot_hf import CaRotTrainer
+
+    ours = [kind for kind in CaRotTrainer.__mro__ if kind.__module__.startswith("carot_hf.")]
+    assert [kind.__name__ for kind in ours] == ["CaRotTrainer", "RunTrainer", "EvaluatingTrainer", "PublishingTrainer"]
+    names = {name for kind in ours for name, value in vars(kind).items() if callable(value) and name[:2] != "__"}
+    assert {name for name in names if hasattr(Trainer, name)} == OVERRIDDEN

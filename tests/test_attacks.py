@@ -642,7 +642,7 @@ def test_a_checkpoint_that_agrees_with_its_manifest_and_is_none(run, name, caplo
     assert trainer.state.global_step == 0
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
-    assert trainer._resumption.saved.folder.name == "checkpoint-2"
+    assert trainer.resumption.saved.folder.name == "checkpoint-2"
     assert f"Passing over {newest}: " in caplog.text
     assert not (tmp_path / "ran").exists()
 

@@ -19,7 +19,8 @@ from tolerances import EXACT, float32_bound
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
-from carot_hf.models.classifier import CLIPClassifier, linear_probe
+from carot_hf.models.classifier import CLIPClassifier
+from carot_hf.models.linear_probe import linear_probe
 from carot_hf.objective.losses import (
     contrastive_loss,
     cross_entropy_loss,

@@ -173,7 +173,7 @@ def test_sets_that_the_temperature_makes_worse_are_named(make_trainer, suite):
     worse = [name for name in ("home", *suite.shifts) if metrics[f"eval_{name}_ece_ts"] > metrics[f"eval_{name}_ece"]]
     trainer.calibrate()
     card = card_of(trainer)
-    trainer._latest.metrics["far_ece_ts"] = trainer._latest.metrics["far_ece"] + 0.1  # and one that surely is
+    trainer.latest.metrics["far_ece_ts"] = trainer.latest.metrics["far_ece"] + 0.1  # and one that surely is
     assert ("larger than without" in card.text) is bool(worse)
     named = re.search(r"larger than without\*\* on: (.+)\.", card_of(trainer).text)[1]
     assert named.split(", ") == [name for name in ("home", *suite.shifts) if name in {*worse, "far"}]
@@ -212,7 +212,7 @@ def test_odd_names_break_neither_metadata_nor_text(make_trainer, suite):
 def test_values_that_are_no_numbers_are_left_out(make_trainer):
     trainer = make_trainer()
     trainer.evaluate()
-    trainer._latest.metrics["far_nll"] = math.nan
+    trainer.latest.metrics["far_nll"] = math.nan
     assert ("far", "nll") not in results_of(card_of(trainer))
 
 

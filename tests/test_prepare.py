@@ -259,7 +259,7 @@ def test_every_picture_is_drawn_from_one_table(make_trainer, model, monkeypatch)
 
     written, sent = [], []
     monkeypatch.setattr("carot_hf.evaluation.diagrams.write_diagrams", lambda path, tables: written.append(tables))
-    monkeypatch.setattr("carot_hf.trainer.send_diagrams", lambda callbacks, tables, **_: sent.append(tables))
+    monkeypatch.setattr("carot_hf.evaluation.trainer.send_diagrams", lambda callbacks, tables, **_: sent.append(tables))
     trainer = make_trainer(model.double(), reliability_diagrams=True)
     before = trainer.evaluate()
     temperature = trainer.calibrate()["temperature"]

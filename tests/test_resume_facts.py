@@ -16,7 +16,7 @@ from conftest import CLASSES, TEMPLATES, noise_set, tiny_clip
 from test_resume import Recorder
 from transformers import CLIPModel
 
-import carot_hf.trainer
+import carot_hf.run.resumption
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 from carot_hf.run.checkpoint import check_checkpoint, damage_of, write_manifest
 from carot_hf.run.resume import Epochs, SavedRun, apply_hyperparameters, continued, hyperparameters, read_run
@@ -62,7 +62,7 @@ def said(monkeypatch):
         if "share their class" not in text % values:
             lines.append(text % values)
 
-    monkeypatch.setattr(carot_hf.trainer.logger, "warning", warning)
+    monkeypatch.setattr(carot_hf.run.resumption.logger, "warning", warning)
     return lines
 
 
