@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import fields
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ _BLOCK_MATH = re.compile(r"^( *)\.\. math:: (.+(?:\n\1[ ]+\S.*)*)", re.MULTILINE
 _SECTION = re.compile(r"(?<=\S\n)(?=(?:Args|Attributes|Returns|Yields|Raises|Source):\n)")
 _SOURCE = re.compile(r"^Source:\n((?: +.*\n?)+)", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
+_ARGUMENTS = "<!-- the table of arguments -->"
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\.?/[^)#]+)(#[^)]*)?\)")
 
 
@@ -55,8 +58,21 @@ def markdown(text: str, obj: griffe.Object) -> str:
     return _ROLE.sub(link, text)
 
 
+def arguments_table() -> str:
+    """Our training arguments with defaults and help, which stand in the code alone."""
+    from carot_hf import CaRotTrainingArguments
+
+    own, rows = get_annotations(CaRotTrainingArguments), ["| argument | default | |", "|---|---|---|"]
+    for item in fields(CaRotTrainingArguments):
+        if item.name in own:
+            value: Any = item.default
+            default = int(value) if type(value).__name__ == "Published" else value
+            rows.append(f"| `{item.name}` | `{default!r}` | {item.metadata['help']} |")
+    return "\n".join(rows)
+
+
 def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
-    """Show links to files outside of ``docs/`` as their paths: the site has no copy of them.
+    """Show links to files outside of ``docs/`` as their paths, for the site has no copy of them; fill in the table.
 
     Raises:
         FileNotFoundError: If there is no such file in the repository.
@@ -74,7 +90,7 @@ def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
         path = target.relative_to(ROOT).as_posix()
         return f"`{path}`" if match[1].strip("`") in (path, target.name) else f"{match[1]} (`{path}`)"
 
-    return _LINK.sub(show, text)
+    return _LINK.sub(show, text.replace(_ARGUMENTS, arguments_table()) if _ARGUMENTS in text else text)
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -36,10 +36,10 @@ from carot_hf.basics.whole_file import write_whole
 from carot_hf.data.survey import say_warnings, survey
 from carot_hf.evaluation.evaluation import comparison_table
 from carot_hf.hub.card import command_line
+from carot_hf.presets import PRESETS, preset_arguments
 from carot_hf.run.checkpoint import checkpoint_folders, is_complete
 from carot_hf.run.header import FINISHED, refuse_finished
 from carot_hf.run.lock import locked
-from carot_hf.training_args import PRESETS, preset_arguments
 
 START_MODELS = {
     "imagenet": "openai/clip-vit-base-patch16",

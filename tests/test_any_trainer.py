@@ -325,7 +325,7 @@ def test_sharding_is_refused(tmp_path, monkeypatch, name):
     else:
         trainer.args.hf_deepspeed_config = type("Zero", (), {"is_zero3": lambda self: True})()
     callback = teacher_callback(trainer)
-    with pytest.raises(ValueError, match="got FSDP or ZeRO-3"):
+    with pytest.raises(ValueError, match=r"got (FSDP|DeepSpeed ZeRO-3), which splits it"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 

@@ -24,7 +24,9 @@ ALLOWED = {
     "objective": {"basics"},
     "teacher": {"basics"},
     "models": {"basics", "calibration", "data", "objective"},
-    "training_args": {"basics", "calibration", "models", "objective", "teacher"},
+    "presets": set(),
+    "argument_checks": {"objective", "teacher"},
+    "training_args": {"argument_checks", "basics", "calibration", "models", "objective", "presets"},
     "suites": {"basics", "data", "training_args"},
     "evaluation": {"basics", "calibration", "data", "ece", "models"},
     "run": {"basics", "calibration", "data", "models", "objective", "teacher", "training_args"},
@@ -49,6 +51,8 @@ THIRD_PARTY = {
         "torch",
         "transformers",
     },  # and those of the extra onnx, when it is asked for
+    "presets": set(),
+    "argument_checks": set(),
     "training_args": {"accelerate", "torch", "transformers"},
     "suites": {
         "datasets",

@@ -155,3 +155,11 @@ def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
     assert reference["losses"].count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 5
     assert 'href="models.html#carot_hf.CLIPClassifier"' in reference["trainer"]
     assert 'href="#carot_hf.CaRotTrainer.evaluate"><code>evaluate' in reference["trainer"]
+
+
+def test_the_site_shows_every_argument_of_ours(site):
+    from inspect import get_annotations
+
+    page = (site / "reference" / "trainer.html").read_text(encoding="utf-8")
+    missing = [name for name in get_annotations(carot_hf.CaRotTrainingArguments) if f"<code>{name}</code>" not in page]
+    assert missing == []

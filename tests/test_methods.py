@@ -30,8 +30,8 @@ from carot_hf.objective.losses import (
     orthogonality_penalty,
     same_class_targets,
 )
+from carot_hf.presets import PRESETS
 from carot_hf.teacher.average import Teacher, beta_momentum, half_life
-from carot_hf.training_args import PRESETS
 
 # ---- losses on fixed features: parity with the published arithmetic ----
 

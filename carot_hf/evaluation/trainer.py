@@ -86,11 +86,11 @@ class EvaluatingTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return a loader of a set in its order; evaluations have their own."""
-        return self.get_test_dataloader(next(iter(self._sets(eval_dataset)[1].values())))
+        return self.get_test_dataloader(next(iter(self.named_sets(eval_dataset)[1].values())))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Return the loader of a set to predict; its items may come without labels."""
-        data = self._as_set("prediction", test_dataset)
+        data = self.as_set("prediction", test_dataset)
         return evaluation_loader(data, self.args, collator=self.data_collator, device=self.accelerator.device)
 
     # ---- evaluation ----

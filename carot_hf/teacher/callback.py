@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..basics.escape import guarded
+from ..basics.sharding import sharding
 from .average import Teacher, ema_momentum
 from .file import TEACHER_NAME, load_teacher_file, save_teacher_file
 
@@ -67,7 +67,11 @@ class TeacherCallback(TrainerCallback):
     ) -> None:
         """Set the teacher to the student; if the run is resumed, to the average of its checkpoint."""
         model = kwargs["model"]
-        _refuse_sharding(args)
+        if (kind := sharding(args)) is not None:
+            raise ValueError(
+                f"Expected the whole model on every device for the teacher to follow by name, got {kind}, which splits "
+                "it. Use DDP, or ZeRO up to stage 2."
+            )
         if self.save_as is not None and state.is_hyper_param_search and args.save_strategy != SaveStrategy.NO:
             raise ValueError(
                 "Expected a hyperparameter search without checkpoints, got `save_strategy` "
@@ -125,13 +129,3 @@ class TeacherCallback(TrainerCallback):
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """Where Trainer writes the checkpoint of a step, outside a hyperparameter search."""
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _refuse_sharding(args: TrainingArguments) -> None:
-    zero = getattr(args, "hf_deepspeed_config", None)
-    fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
-    if fsdp or (zero is not None and zero.is_zero3()):
-        raise ValueError(
-            "Expected the whole model on every device for the teacher to follow by name, got FSDP or ZeRO-3, which "
-            "split it. Use DDP, or ZeRO up to stage 2."
-        )

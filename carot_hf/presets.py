@@ -1,0 +1,82 @@
+"""The methods of the papers, as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method of a paper: the arguments in which it differs from the defaults, and where they come from."""
+
+    arguments: Mapping[str, Any]
+    source: str
+
+
+PRESETS: dict[str, Preset] = {
+    "ft": Preset(
+        {"objective": "cross_entropy", "distillation_weight": 0.0, "learning_rate": 3e-5, "max_grad_norm": 1.0},
+        "Cross-entropy of a linear head that starts as the zero-shot classes; the text tower is left behind. CaRot "
+        "2023, A.1; WiSE-FT (arXiv 2109.01903).",
+    ),
+    "ft-ls": Preset(
+        {
+            "objective": "cross_entropy",
+            "distillation_weight": 0.0,
+            "learning_rate": 3e-5,
+            "max_grad_norm": 1.0,
+            "label_smoothing_factor": 0.1,
+        },
+        "ft with smoothed targets. CaRot 2023, Table 1; the paper picks epsilon from {0.01, 0.03, 0.05, 0.1, 0.2} on "
+        "the validation split.",
+    ),
+    "lp-ft": Preset(
+        {
+            "objective": "cross_entropy",
+            "linear_probe": True,
+            "distillation_weight": 0.0,
+            "learning_rate": 3e-5,
+            "max_grad_norm": 1.0,
+        },
+        "A linear probe on the frozen tower first, then ft from that head. Kumar et al. 2022 (arXiv 2202.10054).",
+    ),
+    "flyp": Preset(
+        {"distillation_weight": 0.0},
+        "Contrastive loss alone. FLYP (arXiv 2212.00638); the baseline of CaRot's Table 1.",
+    ),
+    "flyp-ls": Preset(
+        {"distillation_weight": 0.0, "label_smoothing_factor": 0.1},
+        "Contrastive loss with smoothed targets in both directions. CaRot 2023, section 2.3; the paper picks epsilon "
+        "from {0.01, 0.03, 0.05, 0.1, 0.2} on the validation split.",
+    ),
+    "carot": Preset(
+        {"distillation_weight": 0.75},
+        "Contrastive loss + 0.75 x distillation from an EMA teacher that moves every 500 steps. CaRot 2023, Eq. 1-2.",
+    ),
+    "carot-2024": Preset(
+        {"distillation_weight": 3.0, "orthogonality_weight": 0.2, "cross_norm_weight": 0.05},
+        "The NeurIPS 2024 version: with both projections held apart and the visual one near orthonormal. Its code "
+        "halves the contrastive term but sums the two directions of the distillation with weight 1.5: 3.0 here.",
+    ),
+    "tracer": Preset(
+        {
+            "distillation_weight": 1.8,
+            "feature_distillation_weight": 0.9,
+            "cross_norm_weight": 0.05,
+            "teacher": "beta",
+            "teacher_update_every": 1,
+        },
+        "Distillation of features and of contrastive relations from a beta-weighted mean of all snapshots. TRACER "
+        "(arXiv 2605.29380): its FD + CRD, 0.9 (L_fd + 2 L_kd), without ICL and CrossKD. The published code weighs "
+        "0.9 (3.906 L_fd + L_kd + ICL + CrossKD) and flips images.",
+    ),
+}
+
+
+def preset_arguments(preset: str) -> dict[str, Any]:
+    """Return the arguments of a preset, or raise a ValueError that lists the presets."""
+    if preset not in PRESETS:
+        raise ValueError(f"Expected a preset of {sorted(PRESETS)}, got {preset!r}. Correct the name.")
+    return dict(PRESETS[preset].arguments)
