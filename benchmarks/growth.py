@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from carot_hf.data.captions import CaptionTable, class_embeddings
-from carot_hf.data.suite import ShiftSet
+from carot_hf.data.shift_set import ShiftSet
 from carot_hf.evaluation.logits import SetLogits
 from carot_hf.evaluation.measure import measure
 from carot_hf.objective.losses import contrastive_loss, distillation_loss, similarity_logits

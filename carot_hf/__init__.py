@@ -13,7 +13,7 @@ _HOMES = {
     "CaRotTrainingArguments": "training_args",
     "Evaluation": "evaluation.evaluation",
     "Evaluator": "evaluation.evaluator",
-    "ShiftSet": "data.suite",
+    "ShiftSet": "data.shift_set",
     "ShiftSuite": "data.suite",
     "Teacher": "teacher.average",
     "TeacherCallback": "teacher.callback",
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from .calibration.metrics import calibration_metrics
     from .calibration.record import bake_temperature, unbake_temperature
     from .calibration.temperature import fit_temperature
-    from .data.suite import ShiftSet, ShiftSuite
+    from .data.shift_set import ShiftSet
+    from .data.suite import ShiftSuite
     from .evaluation.evaluation import Evaluation
     from .evaluation.evaluator import Evaluator
     from .evaluation.plots import confidence_histogram, reliability_diagram

@@ -25,7 +25,8 @@ from .calibration.record import calibration_record
 from .data.batches import collator_of
 from .data.captions import CaptionTable
 from .data.loaders import training_loader
-from .data.suite import ShiftSet, ShiftSuite
+from .data.shift_set import ShiftSet
+from .data.suite import ShiftSuite
 from .data.survey import survey
 from .data.transforms import check_image_size, image_transform, normalize_pixels
 from .evaluation.diagrams import diagram_tables, diagrams_path, keep_diagrams

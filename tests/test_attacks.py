@@ -995,7 +995,7 @@ def test_names_of_strangers_are_no_orders_in_the_terminal(tmp_path, capfd, caplo
     made = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor)
     made.train()
     made.evaluate()
-    logging.getLogger("carot_hf.data.suite").warning("A set called %s of %d, in %s.", evil, 3, tmp_path / "a\x1bb")
+    logging.getLogger("carot_hf.data.shift_set").warning("A set called %s of %d, in %s.", evil, 3, tmp_path / "a\x1bb")
     logging.getLogger("carot_hf.trainer").warning("A set called %s.", evil)
     said = capfd.readouterr()
     everything = said.out + said.err + caplog.text

@@ -20,7 +20,7 @@ from dataset_hub import DatasetHub
 from layouts import content, folders, parquet, picture, tars
 from transformers import CLIPModel
 
-import carot_hf.data.suite
+import carot_hf.data.shift_set
 import carot_hf.evaluation.evaluator
 from carot_hf import load_suite
 from carot_hf.suites.imagenet.sets import SETS, wnids
@@ -282,13 +282,13 @@ def test_corruptions_of_the_test_set(root, monkeypatch):
 def reads(monkeypatch):
     """How often an image was decoded, and the class head made."""
     count = Counter()
-    decode, embeddings = carot_hf.data.suite.ShiftSet.decode, carot_hf.evaluation.evaluator.class_embeddings
+    decode, embeddings = carot_hf.data.shift_set.ShiftSet.decode, carot_hf.evaluation.evaluator.class_embeddings
 
     def counted_decode(self, *args, **kwargs):
         count[self.name] += 1
         return decode(self, *args, **kwargs)
 
-    monkeypatch.setattr(carot_hf.data.suite.ShiftSet, "decode", counted_decode)
+    monkeypatch.setattr(carot_hf.data.shift_set.ShiftSet, "decode", counted_decode)
 
     def counted_head(*args, **kwargs):
         count["head"] += 1

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .columns import is_plain
+
 LabelNames = Sequence[str] | Mapping[str, str]
 _SHOWN = 12  # names of a list that an error shows
 
@@ -256,3 +258,58 @@ def _unique(pairs: Any) -> dict[str, int]:
     for name, index in pairs:
         found.setdefault(name, set()).add(index)
     return {name: next(iter(indices)) for name, indices in found.items() if len(indices) == 1}
+
+
+def label_in_range(label: Any, num_labels: int, name: str, where: str) -> int:
+    """Return a whole number in range as a class index.
+
+    Args:
+        label: A number.
+        num_labels: Labels of the set.
+        name: Of the set.
+        where: In it.
+    Raises:
+        ValueError: If it is none.
+    """
+    whole = isinstance(label, int | np.integer) or (isinstance(label, float | np.floating) and label == label // 1)
+    if isinstance(label, bool) or not whole or not 0 <= label < num_labels:
+        raise ValueError(
+            f"Expected labels in [0, {num_labels}) in set '{name}', got {label} at {where}. "
+            "Pass class indices in the order of the class names, or the set's own `columns`."
+        )
+    return int(label)
+
+
+def one_label_a_row(labels: Any, size: int, name: str) -> NDArray[Any]:
+    """Return all labels as they are; raise a ValueError if one is missing or is no single value."""
+    values = labels if isinstance(labels, np.ndarray) else np.asarray(labels) if is_plain(labels) else list(labels)
+    if isinstance(values, list):
+        for row, value in enumerate(values):
+            if (reason := not_a_label(value)) is not None:
+                raise ValueError(
+                    f"Expected one label a row in set '{name}', a class index or a name, got {reason}, in row {row}."
+                )
+        values = np.asarray(values)
+    if values.shape != (size,):
+        raise ValueError(
+            f"Expected `labels` of shape ({size},), one for each sample of set '{name}', got "
+            f"{values.shape}. Pass class indices in the order of the rows, or leave them out."
+        )
+    if values.dtype.kind == "f" and np.isnan(values).any():
+        row = int(np.argmax(np.isnan(values)))
+        raise ValueError(f"Expected a label in set '{name}', got {not_a_label(float('nan'))}, in row {row}.")
+    return values
+
+
+def class_indices(values: NDArray[Any], num_labels: int, name: str, limit: int) -> NDArray[Any] | None:
+    """Return labels as integers in range; ``None`` of text or truth, which names of a suite have to be matched with."""
+    if values.dtype.kind in "USOb":
+        return None
+    if values.dtype.kind not in "iu":
+        checked = [
+            label_in_range(label, num_labels, name, f"index {index}") for index, label in enumerate(values.tolist())
+        ]
+        return np.array(checked)
+    for index in np.flatnonzero((values < 0) | (values >= limit))[:1].tolist():
+        label_in_range(values[index], num_labels, name, f"index {index}")
+    return values

@@ -14,8 +14,8 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from .batches import DrawnSet, DrawSampler, ReadSet, ReplacedCollator, ShareSampler
+from .shift_set import ShiftSet
 from .stream import StreamedDraws, StreamedSet
-from .suite import ShiftSet
 
 
 def loader_options(args: Any, device: torch.device) -> dict[str, Any]:

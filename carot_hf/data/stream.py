@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..basics.escape import guarded
 from .images import BadImageError
-from .suite import ShiftSet
+from .shift_set import ShiftSet
 
 logger = guarded(logging.getLogger(__name__))
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Subset
 
 from ..basics.escape import guarded, printable
-from .suite import ShiftSet, ShiftSuite
+from .shift_set import ShiftSet
+from .suite import ShiftSuite
 
 logger = guarded(logging.getLogger(__name__))
 

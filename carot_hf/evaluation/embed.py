@@ -19,8 +19,8 @@ from ..basics.precision import at_least_float32, wide_dtype
 from ..basics.processes import gather_uneven, place
 from ..data.bad_images import BadImages
 from ..data.batches import ReadSet, ReplacedCollator
+from ..data.shift_set import ShiftSet
 from ..data.stream import RowCollator, StreamedRows, StreamedSet
-from ..data.suite import ShiftSet
 from ..data.transforms import normalize_pixels
 from ..models.backbones import embedding_size, image_inputs
 from ..models.lora import base_model

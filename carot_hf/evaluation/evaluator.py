@@ -25,7 +25,8 @@ from ..calibration.rows import LogitRows
 from ..calibration.temperature import temperature_interval
 from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
-from ..data.suite import ShiftSet, ShiftSuite
+from ..data.shift_set import ShiftSet
+from ..data.suite import ShiftSuite
 from ..data.transforms import check_image_size, image_transform
 from ..models.backbones import backbone_of, is_backbone, logit_head
 from ..models.classifier import CLIPClassifier

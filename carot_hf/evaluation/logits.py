@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calibration.rows import LogitRows
-from ..data.suite import ShiftSet
+from ..data.shift_set import ShiftSet
 
 Head = tuple[Tensor, Tensor]  # weight (K, D) and bias (K,) of the training classes
 

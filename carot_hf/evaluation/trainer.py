@@ -22,7 +22,8 @@ from ..calibration.record import check_not_baked
 from ..data.bad_images import BadImages
 from ..data.captions import CaptionTable
 from ..data.loaders import evaluation_loader, loader_options
-from ..data.suite import ShiftSet, ShiftSuite
+from ..data.shift_set import ShiftSet
+from ..data.suite import ShiftSuite
 from ..data.survey import say_positions
 from ..data.transforms import image_transform
 from ..ece.binning import CalibrationBins

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from ..basics.escape import guarded
 from ..calibration.metrics import METRICS, scaled_metrics
 from ..calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, chosen_by
-from ..data.suite import ShiftSet, ShiftSuite
+from ..data.shift_set import ShiftSet
+from ..data.suite import ShiftSuite
 from ..data.transforms import check_processor
 from ..training_args import CaRotTrainingArguments
 

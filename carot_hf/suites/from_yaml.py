@@ -18,7 +18,8 @@ from ..basics.yaml_text import as_number, load_yaml, short
 from ..data.captions import check_class_names, check_distinct
 from ..data.columns import found_label_column, image_column, is_text, label_column
 from ..data.labels import ClassNames, LabelNames, not_a_label
-from ..data.suite import ShiftSet, ShiftSuite
+from ..data.shift_set import ShiftSet
+from ..data.suite import ShiftSuite
 from ..data.survey import survey
 from .recommended import checked_arguments
 from .rows import LAYOUTS, Opened, open_source, refuse_local_look

@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from ..basics.content_hash import sha256_of_array
-from ..data.suite import RESERVED_NAMES, ShiftSet, ShiftSuite
+from ..data.shift_set import ShiftSet
+from ..data.suite import RESERVED_NAMES, ShiftSuite
 from . import digits
 
 __all__ = ["RESERVED_NAMES", "ShiftSet", "ShiftSuite", "load_suite"]

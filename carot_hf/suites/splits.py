@@ -16,8 +16,8 @@ from datasets.fingerprint import Hasher
 from ..basics.escape import guarded
 from ..data.columns import image_column, is_text, label_column
 from ..data.labels import ClassNames, LabelTable
+from ..data.shift_set import ShiftSet
 from ..data.stream import StreamedSet, count_rows, shard_rows
-from ..data.suite import ShiftSet
 from .rows import check_labels, hold_out
 
 logger = guarded(logging.getLogger(__name__))

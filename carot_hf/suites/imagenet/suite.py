@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...basics.content_hash import sha256_of_facts
+from ...data.shift_set import ShiftSet
 from ...data.stream import StreamedSet
-from ...data.suite import ShiftSet, ShiftSuite
+from ...data.suite import ShiftSuite
 from ..rows import Opened, newest_commit, open_source
 from ..splits import as_set, hold_out_of_stream, split_off
 from .corruptions import CorruptedSet, corruption_names, parse_name
