@@ -48,7 +48,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/bandit --quiet --recursive carot_hf examples --configfile pyproject.toml
+	$(BIN)/bandit --quiet --recursive carot_hf examples space --configfile pyproject.toml
 
 test: lint
 	$(BIN)/python -m pytest -q
@@ -83,10 +83,10 @@ test-space: $(SPACE)/.ready
 
 # As a Space has it: its requirements.txt; and what the tests need. The package comes from here. trackio is tested there
 # as well: it goes with that pillow.
-$(SPACE)/.ready: setup.cfg carot_hf/ece/requirements.txt tests/space/constraints.txt
+$(SPACE)/.ready: setup.cfg space/requirements.txt tests/space/constraints.txt
 	$(PYTHON) -m venv $(SPACE)
 	$(SPACE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/space/constraints.txt \
-		--editable . --requirement carot_hf/ece/requirements.txt pytest playwright trackio
+		--editable . --requirement space/requirements.txt pytest playwright trackio
 	touch $@
 
 test-package: $(READY)

@@ -19,6 +19,7 @@ from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSet, ShiftSuite
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = ROOT / "examples" / "digits" / "clip"
 sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "space"))
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # a worker of a loop that ended in an error is waited for 5 s
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # models are small: one is fastest
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from csv_rows import read_csv
 
-from carot_hf.ece.csv_rows import read_csv
 from carot_hf.ece.ece import ECE
 
 ROWS = [[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.05, 0.9, 0.05]]

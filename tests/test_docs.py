@@ -23,7 +23,7 @@ README_MAP = (
 EXEMPT = {
     README_MAP: "the map; test_the_map_in_the_readme_names_every_room looks at it",
     ("docs/imagenet.md", "from carot_hf import load_suite"): "loads ImageNet; test_imagenet_suite.py has this option",
-    ("carot_hf/ece/README.md", "pip install -r carot_hf/ece/requirements.txt"): "the Space; tests/space runs it",
+    ("carot_hf/ece/README.md", "pip install -r space/requirements.txt"): "the Space; tests/space runs it",
 }
 LANGUAGES = {"python", "bash", "yaml", "text", "bibtex"}  # bibtex is no code; the others are checked
 QUICK = {"docs/explanations/ema_teacher.md"}  # the others take longer

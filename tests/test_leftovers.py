@@ -17,7 +17,7 @@ import pytest
 import reproduce_tables
 from conftest import ROOT
 
-OURS = ("carot_hf", "examples", "benchmarks", "docs", "tests")
+OURS = ("carot_hf", "examples", "space", "benchmarks", "docs", "tests")
 FILES = ("Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.cfg")
 # Of today's commands and of older ones, of their trackers, and of the libraries underneath.
 LEFT = ("out", "demo", "report", "runs", "trainer_output", "tmp_trainer", "wandb", "mlruns", "trackio", "build", "dist",

@@ -17,7 +17,9 @@ from PIL import Image
 from carot_hf import ShiftSet, load_clip_checkpoint
 from carot_hf.data.images import MAX_PIXELS, BadImageError, read_image
 
-FILES = sorted([*(ROOT / "carot_hf").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+FILES = sorted(
+    [*(ROOT / "carot_hf").rglob("*.py"), *(ROOT / "examples").rglob("*.py"), *(ROOT / "space").rglob("*.py")]
+)
 TOKEN = "hf_thisTokenMustNotBeSeenAnywhere"
 
 # ---- no code from data ----

@@ -22,7 +22,7 @@ EIGHT = ".51 .45 .39 .66 .68 .29 .81 .85".replace(" ", "\n")
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
     """The module, under a name of its own: nothing of the package imports it."""
-    spec = importlib.util.spec_from_file_location("space_app", ROOT / "carot_hf" / "ece" / "app.py")
+    spec = importlib.util.spec_from_file_location("space_app", ROOT / "space" / "app.py")
     module = importlib.util.module_from_spec(spec)
 
     async def load():  # without a running loop gradio makes some, and leaves them open
@@ -349,7 +349,7 @@ def test_rows_and_values_are_bounded(app, monkeypatch):
     monkeypatch.setattr(app, "MAX_VALUES", 17)
     with pytest.raises(ValueError, match="at most 6 rows and 17 values"):
         app.compute(SIX_ROWS, "1 0 0 1 0 0", check_sums=False)
-    monkeypatch.setattr("carot_hf.ece.csv_rows.MAX_CELLS", 17)
+    monkeypatch.setattr("csv_rows.MAX_CELLS", 17)
     with pytest.raises(ValueError, match="at most 17 cells, got more, in line 6"):
         app.compute(SIX_ROWS, "1 0 0 1 0 0", check_sums=False)
 

@@ -38,7 +38,8 @@ ROW = 'td:text-is("{}") + td'
 def url(tmp_path_factory):
     """The folder copied as a Space has it, run from a directory that has nothing to do with it."""
     folder = tmp_path_factory.mktemp("space") / "flat"
-    shutil.copytree(ROOT / "carot_hf" / "ece", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("carot_hf/ece", "space"):
+        shutil.copytree(ROOT / part, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     ports = ExitStack()
     port = ports.enter_context(reserved_port())
     log = folder.parent / "log"

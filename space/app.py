@@ -1,10 +1,10 @@
 """The Space of the metric: paste or upload predictions, read the numbers, see the reliability diagram.
 
-    pip install -r carot_hf/ece/requirements.txt
-    python carot_hf/ece/app.py  # then open http://127.0.0.1:7860
+    pip install -r space/requirements.txt
+    python space/app.py  # then open http://127.0.0.1:7860
 
-In a Space the files of this folder lie flat beside each other, so the metric and the picture are those of the installed
-package, here as there. Nothing of the package imports this file.
+In a Space the files of this folder and of the metric's, carot_hf/ece, lie flat beside each other. The metric and the
+picture are those of the installed package, here as there.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from csv_rows import cells_of, is_number, label_of, number_of, read_csv
 from numpy.typing import NDArray
 from PIL import Image
 
 from carot_hf import load_ece
-from carot_hf.ece.csv_rows import cells_of, is_number, label_of, number_of, read_csv
 from carot_hf.evaluation.plots import reliability_diagram
 
 MAX_FILE = "100mb"
@@ -337,7 +337,7 @@ def parse_temperature(text: str | None) -> float | None:
 
 
 def read_file(path: str) -> tuple[NDArray[Any], NDArray[Any], list[str]]:
-    """Predictions and labels of a CSV or an NPZ, and what was left out of it; see `carot_hf.ece.csv_rows`.
+    """Predictions and labels of a CSV or an NPZ, and what was left out of it; see `csv_rows`.
 
     Raises:
         ValueError: If the file is neither, or not as described; the message names the line.
