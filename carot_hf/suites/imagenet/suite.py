@@ -53,9 +53,10 @@ def imagenet_suite(
     Raises:
         ValueError: If a set, its labels or names are not as expected; for gated sets with the page to accept.
     """
-    known = [*SHIFTS, *(f"c-{name}-<1..5>" for name in corruption_names())]
+    own = [name for name, facts in SETS.items() if facts.shifted]
+    known = [*own, *(f"c-{name}-<1..5>" for name in corruption_names())]
     corruptions = [name for name in shifts if name.startswith("c-")]
-    unknown = [name for name in shifts if name not in SHIFTS and name not in corruptions]
+    unknown = [name for name in shifts if name not in own and name not in corruptions]
     if isinstance(shifts, str) or unknown or len(set(shifts)) < len(shifts):
         raise ValueError(f"Expected `shifts` as a list of distinct names out of {known}, got {shifts!r}.")
     loader = _Loader(None if root is None else Path(root).expanduser(), streaming, check_counts)
@@ -75,7 +76,7 @@ def imagenet_suite(
     shifted = {
         name: loader.as_set(loader.open(SETS[name], "test", streaming), SETS[name], "test")
         for name in shifts
-        if name in SHIFTS
+        if name in own
     }
     shifted |= {name: _corrupted(test, name) for name in corruptions}
     return ShiftSuite(
@@ -88,7 +89,7 @@ def imagenet_suite(
         shifts={name: shifted[name] for name in shifts},
         recommended={"dataloader_num_workers": _workers()},
         sources={"class_names": names.source, "templates": names.templates_source},
-        datasets=[imagenet.hub_id, *(SETS[name].hub_id for name in shifts if name in SHIFTS)],
+        datasets=[imagenet.hub_id, *(SETS[name].hub_id for name in shifts if name in own)],
         version=VERSION,
     )
 
