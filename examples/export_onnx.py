@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from finetune_imagenet import run, suite_options
+from common import add_suite_options, run, suite_options
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
 from carot_hf import CLIPClassifier, export_classifier, export_onnx, load_suite
@@ -35,11 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or name on the Hub, with its processor")
-    parser.add_argument("--suite", help="class names and captions of a CLIPModel: digits, imagenet, or a YAML file")
-    parser.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts")
-    parser.add_argument("--streaming", action="store_true", help="read the data as streams")
-    parser.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; not used, but opened")
-    parser.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
+    add_suite_options(parser, None)  # of a CLIPModel: class names and captions
     parser.add_argument("--output", type=Path, required=True, help="the file")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a file that there is")
     return parser.parse_args(argv)

@@ -17,8 +17,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import LOCAL_NAME, OF_THE_SUITE, SUITES, run, start_model_of, suite_options
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 import carot_hf
@@ -41,15 +40,6 @@ from carot_hf.run.checkpoint import checkpoint_folders, is_complete
 from carot_hf.run.header import FINISHED, refuse_finished
 from carot_hf.run.lock import locked
 
-START_MODELS = {
-    "imagenet": "openai/clip-vit-base-patch16",
-    "digits": str(Path(__file__).resolve().parent / "digits" / "clip"),
-}
-
-
-OF_THE_SUITE = "the suite's"  # start model, in metrics.json
-LOCAL_NAME = "local.json"  # what metrics.json, which is published, does not say: places on this machine
-
 
 @dataclass
 class ScriptArguments:
@@ -57,10 +47,7 @@ class ScriptArguments:
 
     suite: str = field(
         default="imagenet",
-        metadata={
-            "help": "Data: 'imagenet' (ImageNet-1K and five shifts from the Hub, or from --data_root), 'digits' "
-            "(embedded, offline), or a YAML file of your own (examples/suites/pets.yaml)."
-        },
+        metadata={"help": f"Data: {SUITES}."},
     )
     data_root: str | None = field(
         default=None, metadata={"help": "Folder of local copies of ImageNet and its shifts, in place of the Hub."}
@@ -121,18 +108,6 @@ def refuse_checkpoints(output_dir: str) -> None:
             f"Expected an `output_dir` without checkpoints, got {output_dir}. Add --resume_from_checkpoint to go on "
             "from them, --overwrite_output_dir to delete them, or choose another folder."
         )
-
-
-def suite_options(script: Any) -> dict[str, Any]:
-    """The options of `load_suite` that were given; each suite refuses those that it does not have."""
-    options = {"root": script.data_root, "shifts": script.shifts, "streaming": script.streaming or None}
-    options["check_counts"] = False if script.partial else None
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def start_model_of(suite: str) -> str:
-    """The checkpoint that a suite is fine-tuned from: CLIP ViT-B/16, or the small one of the digits."""
-    return START_MODELS.get(suite, START_MODELS["imagenet"])
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -218,14 +193,6 @@ def table(suite: ShiftSuite, metrics: dict[str, float]) -> str:
 def _of_set(metrics: dict[str, float], name: str) -> dict[str, float]:
     prefix = f"eval_{name}_"
     return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-
-
-def run(main: Callable[[list[str]], Any]) -> None:
-    """Run the ``main`` of a script; end with one line, not a traceback, on what the user can mend."""
-    try:
-        main(sys.argv[1:])
-    except (ImportError, OSError, TypeError, ValueError) as error:  # OSError: a model that is not there, a full disk
-        sys.exit(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(error).split()))}")
 
 
 if __name__ == "__main__":

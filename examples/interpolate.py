@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from common import LOCAL_NAME, OF_THE_SUITE, add_suite_options, run, start_model_of, suite_options
 from demo import COLUMNS
-from finetune_imagenet import LOCAL_NAME, OF_THE_SUITE, run, start_model_of, suite_options
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from carot_hf import Evaluator, ShiftSuite, load_suite, unbake_temperature
@@ -87,11 +87,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--zero_shot", help="the end at alpha 0; default: the model that the fine-tuned run started from"
     )
     parser.add_argument("--fine_tuned", required=True, help="the end at alpha 1: folder or name of the model")
-    parser.add_argument("--suite", default="digits", help="digits, imagenet, or a YAML file")
-    parser.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts")
-    parser.add_argument("--streaming", action="store_true", help="read the data as streams")
-    parser.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; default: v2 r a sketch objectnet")
-    parser.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
+    add_suite_options(parser)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--alphas", type=weight, nargs="+", default=list(SWEEP), help="default: 0 to 1 by 0.1")
     parser.add_argument("--alpha", type=weight, default=0.5, help="of the model that --save keeps")

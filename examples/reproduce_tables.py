@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_imagenet import suite_options
+from common import add_suite_options, suite_options
 from tables import write_report
 
 from carot_hf import ShiftSuite, load_suite
@@ -111,11 +111,7 @@ def report(options: argparse.Namespace, argv: Sequence[str]) -> Path:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default="digits", help="'digits' (embedded, offline) or another of load_suite")
-    parser.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts")
-    parser.add_argument("--streaming", action="store_true", help="read the data as streams")
-    parser.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; default: v2 r a sketch objectnet")
-    parser.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
+    add_suite_options(parser)
     parser.add_argument("--model_name_or_path", help="checkpoint to start from; default: the suite's")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 42, 43, ... of each trained method")
     parser.add_argument("--quick", action="store_true", help="half as long runs, smoothing 0.1, three alphas")

@@ -244,7 +244,7 @@ def test_best_model_is_loaded_student_and_teacher(make_trainer):
     assert trainer.state.best_model_checkpoint == str(folder)
     assert trainer.evaluate()["eval_validation_nll"] == pytest.approx(scores[best], abs=BOUND)
     kept = make_trainer()
-    kept._load_teacher(str(folder))
+    kept.parts.load(folder)
     for name, value in kept.teacher.state_dict().items():
         assert torch.equal(value, trainer.teacher.state_dict()[name]), name
 

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 
-import finetune_imagenet
+import common
 import interpolate
 import pytest
 import torch
@@ -121,7 +121,7 @@ def test_defaults_are_wise_ft():
     ("start", "suite", "expected"),
     [
         ("openai/clip-vit-base-patch32", "my.yaml", "openai/clip-vit-base-patch32"),
-        ("the suite's (clip)", "digits", finetune_imagenet.START_MODELS["digits"]),
+        ("the suite's (clip)", "digits", common.START_MODELS["digits"]),
         ("the suite's (clip-vit-base-patch16)", "imagenet", "openai/clip-vit-base-patch16"),
     ],
 )

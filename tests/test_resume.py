@@ -178,7 +178,7 @@ def test_the_manifest_is_written_last_and_older_checkpoints_go_after_it(make_tra
         }
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("carot_hf.trainer.write_manifest", stopped)
+    monkeypatch.setattr("carot_hf.run.trainer.write_manifest", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(make_trainer, tmp_path / "run", max_steps=4, save_total_limit=1, resume=True)
     assert newest_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import common
 import finetune_imagenet
 import pytest
 from safetensors.torch import load_file
@@ -73,7 +74,7 @@ def test_the_script_keeps_the_weights_before_it_evaluates(tmp_path, monkeypatch)
     ]
     with pytest.raises(OSError, match="No space"):
         finetune_imagenet.main(flags)
-    start = load_file(str(finetune_imagenet.START_MODELS["digits"]) + "/model.safetensors")
+    start = load_file(str(common.START_MODELS["digits"]) + "/model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == start.keys()
     assert any((value != start[name]).any() for name, value in saved.items())
