@@ -59,13 +59,7 @@ def bake_temperature(
                 f"Expected a float32 parameter to bake the temperature into, got {parameter.dtype}. "
                 "Call `model.float()` first, or load with `dtype=torch.float32`."
             )
-    record = dict(record or {})
-    if taken := record.keys() & {"temperature", "bias", "logit_scale_before", "logit_bias_before"}:
-        raise ValueError(f"Expected `record` without the key {taken.pop()!r}, got {record}. Rename it.")
-    try:
-        json.dumps(record, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected `record` of JSON types, got {record} ({error}). Use str, int, float.") from error
+    record = _checked_notes(dict(record or {}))
     calibration: dict[str, Any] = {"temperature": float(temperature)}
     with torch.no_grad():
         if isinstance(target, nn.Parameter):
@@ -167,6 +161,17 @@ def unbake_temperature(model: nn.Module) -> None:
             untouched = torch.equal(shift, torch.full_like(shift, _shifted(before, temperature, bias)))
             shift.fill_(before if untouched else (float(shift) - bias) * temperature)
     del config.calibration
+
+
+def _checked_notes(record: dict[str, Any]) -> dict[str, Any]:
+    """What else is to be written down, or a ValueError."""
+    if taken := record.keys() & {"temperature", "bias", "logit_scale_before", "logit_bias_before"}:
+        raise ValueError(f"Expected `record` without the key {taken.pop()!r}, got {record}. Rename it.")
+    try:
+        json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected `record` of JSON types, got {record} ({error}). Use str, int, float.") from error
+    return record
 
 
 def _baking_target(model: nn.Module) -> nn.Parameter | nn.Linear:

@@ -60,30 +60,16 @@ def linear_probe(
     """
     _check_probe(features, labels, weight, bias, label_smoothing, l2, max_iter)
     device = torch.device("cpu") if features.device.type == "mps" else features.device  # mps has no float64
-    n_rows, n_classes = len(features), len(weight)
     head, shift = (start.detach().to(device, torch.float64, copy=True) for start in (weight, bias))
-    step = max(1, _CHUNK_VALUES // n_classes)
+    step = max(1, _CHUNK_VALUES // len(weight))
     passes = 0
 
-    @torch.no_grad()  # the search turns gradients on around it
     def objective() -> float:
         nonlocal passes
-        loss, head.grad, shift.grad = 0.5 * l2 * float(head.square().sum()), l2 * head, torch.zeros_like(shift)
-        for start in range(0, n_rows, step):
-            rows = features[start : start + step].to(device, torch.float64)  # (n, D)
-            targets = labels[start : start + step].to(device, torch.int64)[:, None]
-            log_probs = F.log_softmax(torch.addmm(shift, rows, head.T), dim=1)  # (n, K)
-            picked = log_probs.gather(1, targets)
-            loss -= float((1 - label_smoothing) * picked.sum() + label_smoothing / n_classes * log_probs.sum())
-            residuals = log_probs.exp_().sub_(label_smoothing / n_classes)
-            residuals.scatter_add_(1, targets, residuals.new_full(targets.shape, label_smoothing - 1))
-            head.grad.addmm_(residuals.T, rows)
-            shift.grad.add_(residuals.sum(dim=0))
-        head.grad.div_(n_rows)
-        shift.grad.div_(n_rows)
         passes += 1
-        logger.debug("Linear probe: pass %d, objective %.9f", passes, loss / n_rows)
-        return loss / n_rows
+        value = _objective(head, shift, features, labels, label_smoothing, l2, step)
+        logger.debug("Linear probe: pass %d, objective %.9f", passes, value)
+        return value
 
     search = torch.optim.LBFGS(
         [head, shift],
@@ -103,6 +89,28 @@ def linear_probe(
             max_iter,
         )
     return head.to(weight.device, weight.dtype), shift.to(bias.device, bias.dtype)
+
+
+@torch.no_grad()  # the search turns gradients on around it
+def _objective(
+    head: Tensor, shift: Tensor, features: Tensor, labels: Tensor, label_smoothing: float, l2: float, step: int
+) -> float:
+    """The value at a head, whose gradients are set; ``step`` rows at a time."""
+    n_rows, n_classes = len(features), len(head)
+    loss, head.grad, shift.grad = 0.5 * l2 * float(head.square().sum()), l2 * head, torch.zeros_like(shift)
+    for start in range(0, n_rows, step):
+        rows = features[start : start + step].to(head.device, torch.float64)  # (n, D)
+        targets = labels[start : start + step].to(head.device, torch.int64)[:, None]
+        log_probs = F.log_softmax(torch.addmm(shift, rows, head.T), dim=1)  # (n, K)
+        picked = log_probs.gather(1, targets)
+        loss -= float((1 - label_smoothing) * picked.sum() + label_smoothing / n_classes * log_probs.sum())
+        residuals = log_probs.exp_().sub_(label_smoothing / n_classes)
+        residuals.scatter_add_(1, targets, residuals.new_full(targets.shape, label_smoothing - 1))
+        head.grad.addmm_(residuals.T, rows)
+        shift.grad.add_(residuals.sum(dim=0))
+    head.grad.div_(n_rows)
+    shift.grad.div_(n_rows)
+    return loss / n_rows
 
 
 def _check_probe(

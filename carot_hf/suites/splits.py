@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,27 +164,11 @@ def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: i
         }
     )
 
-    def rows() -> Iterator[dict[str, Any]]:
-        logger.info("Reading the stream of '%s' for %d rows of each of %d classes", data.name, quota, classes)
-        taken: Counter[int] = Counter()
-        full = 0
-        for file in np.random.default_rng(seed).permutation(data.rows.num_shards).tolist():
-            for position, item in enumerate(shard_rows(data.rows, file)):
-                value = data.to_label(item[label])
-                if taken[value] < quota:
-                    taken[value] += 1
-                    full += taken[value] == quota
-                    yield {"image": item[image], "label": value, "file": file, "position": position}
-            if full == classes:
-                return
-        raise ValueError(
-            f"Expected {quota} rows of each of {classes} classes to hold out of '{data.name}', got {full} classes with "
-            "so many. Check the labels, or pass a smaller share."
-        )
-
     fingerprint = Hasher.hash([key, quota, classes, seed, data.rows.num_shards, image, label])
     try:
-        held = datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
+        held = datasets.Dataset.from_generator(
+            partial(_balanced_rows, data, quota, classes, seed), features=features, fingerprint=fingerprint
+        )
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
     left_out: dict[int, set[int]] = defaultdict(set)
@@ -192,3 +177,24 @@ def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: i
     data.leave_out(left_out)
     reading = {**data.reading, "image_column": "image", "label_column": "label"}
     return ShiftSet(held.select_columns(["image", "label"]), name="validation", num_classes=data.num_classes, **reading)
+
+
+def _balanced_rows(data: StreamedSet, quota: int, classes: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield so many rows of each class, from files in an order drawn with the seed."""
+    logger.info("Reading the stream of '%s' for %d rows of each of %d classes", data.name, quota, classes)
+    image, label = data.image_column, str(data.label_column)
+    taken: Counter[int] = Counter()
+    full = 0
+    for file in np.random.default_rng(seed).permutation(data.rows.num_shards).tolist():
+        for position, item in enumerate(shard_rows(data.rows, file)):
+            value = data.to_label(item[label])
+            if taken[value] < quota:
+                taken[value] += 1
+                full += taken[value] == quota
+                yield {"image": item[image], "label": value, "file": file, "position": position}
+        if full == classes:
+            return
+    raise ValueError(
+        f"Expected {quota} rows of each of {classes} classes to hold out of '{data.name}', got {full} classes with "
+        "so many. Check the labels, or pass a smaller share."
+    )

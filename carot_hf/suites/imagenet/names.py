@@ -117,21 +117,28 @@ def resolve_names(
         )
     if found_templates is None:
         found_templates = ([DEFAULT_TEMPLATE], "default")
+    resolved = ResolvedNames(found[0], found_templates[0], found[1], found_templates[1])
+    _say(resolved, missing)
+    return resolved
+
+
+def _say(resolved: ResolvedNames, missing: Sequence[str]) -> None:
+    """Log where names and templates come from, and what that means for comparisons."""
+    if resolved.templates_source == "default":
         logger.warning(
             "No source has templates (%s): the only one is %r. ImageNet's published numbers use 80.",
             "; ".join(missing),
             DEFAULT_TEMPLATE,
         )
-    if found[1].startswith(_CLASS_LABEL):
+    if resolved.source.startswith(_CLASS_LABEL):
         logger.warning(
             "Class names are those of the %s, WordNet's synonyms: figures do not compare with published ones. The "
             "names of the papers could not be had (%s).",
-            found[1],
+            resolved.source,
             "; ".join(missing) or "no other source was asked",
         )
-    logger.info("%d class names from: %s.", num_classes, found[1])
-    logger.info("%d templates from: %s.", len(found_templates[0]), found_templates[1])
-    return ResolvedNames(found[0], found_templates[0], found[1], found_templates[1])
+    logger.info("%d class names from: %s.", len(resolved.class_names), resolved.source)
+    logger.info("%d templates from: %s.", len(resolved.templates), resolved.templates_source)
 
 
 def _offers(

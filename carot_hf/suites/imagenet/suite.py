@@ -53,12 +53,7 @@ def imagenet_suite(
     Raises:
         ValueError: If a set, its labels or names are not as expected; for gated sets with the page to accept.
     """
-    own = [name for name, facts in SETS.items() if facts.shifted]
-    known = [*own, *(f"c-{name}-<1..5>" for name in corruption_names())]
-    corruptions = [name for name in shifts if name.startswith("c-")]
-    unknown = [name for name in shifts if name not in own and name not in corruptions]
-    if isinstance(shifts, str) or unknown or len(set(shifts)) < len(shifts):
-        raise ValueError(f"Expected `shifts` as a list of distinct names out of {known}, got {shifts!r}.")
+    own, corruptions = _checked_shifts(shifts)
     loader = _Loader(None if root is None else Path(root).expanduser(), streaming, check_counts)
     imagenet = SETS["imagenet"]
     opened = loader.open(imagenet, "train", streaming)
@@ -73,11 +68,7 @@ def imagenet_suite(
     )
     train, validation = loader.held_out(opened, imagenet, seed)
     test = loader.as_set(loader.open(imagenet, "validation", streaming), imagenet, "validation")
-    shifted = {
-        name: loader.as_set(loader.open(SETS[name], "test", streaming), SETS[name], "test")
-        for name in shifts
-        if name in own
-    }
+    shifted = {name: loader.as_set(loader.open(SETS[name], "test", streaming), SETS[name], "test") for name in own}
     shifted |= {name: _corrupted(test, name) for name in corruptions}
     return ShiftSuite(
         name="imagenet",
@@ -89,7 +80,7 @@ def imagenet_suite(
         shifts={name: shifted[name] for name in shifts},
         recommended={"dataloader_num_workers": _workers()},
         sources={"class_names": names.source, "templates": names.templates_source},
-        datasets=[imagenet.hub_id, *(SETS[name].hub_id for name in shifts if name in own)],
+        datasets=[imagenet.hub_id, *(SETS[name].hub_id for name in own)],
         version=VERSION,
     )
 
@@ -192,3 +183,14 @@ def _stamp(folder: Path) -> str:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else [folder]
     found = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return sha256_of_facts({"files": found})
+
+
+def _checked_shifts(shifts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Sets of the table and corruptions among the shifts, or a ValueError."""
+    known = [name for name, facts in SETS.items() if facts.shifted]
+    own, corruptions = [name for name in shifts if name in known], [name for name in shifts if name.startswith("c-")]
+    unknown = set(shifts) - {*own, *corruptions}
+    if isinstance(shifts, str) or unknown or len(set(shifts)) < len(shifts):
+        known += [f"c-{name}-<1..5>" for name in corruption_names()]
+        raise ValueError(f"Expected `shifts` as a list of distinct names out of {known}, got {shifts!r}.")
+    return own, corruptions
