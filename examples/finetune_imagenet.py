@@ -146,15 +146,39 @@ def work(argv: list[str]) -> dict[str, Any]:
         print(table(suite, metrics), flush=True)
     if not args.push_to_hub:  # pushing saves
         trainer.save_model()
+    report = report_of(argv, script, suite, trainer, start_model, metrics, calibration)
+    if trainer.is_world_process_zero():
+        write_whole(output_dir / "metrics.json", json.dumps(report, indent=2) + "\n")
+        here = {"suite": script.suite, "start_model": script.model_name_or_path}
+        write_whole(output_dir / LOCAL_NAME, json.dumps(here, indent=2) + "\n")
+        written = [*FINISHED, "config.json", "eval_reliability.png", "checkpoint-*"]
+        found = [path.name for name in written for path in sorted(output_dir.glob(name))]
+        print(f"\nSaved to {printable(output_dir)}: {printable(', '.join(dict.fromkeys(found)))}")
+    if args.push_to_hub:
+        trainer.push_to_hub(finetuned_from=None if Path(start_model).exists() else start_model)
+    trainer.accelerator.end_training()
+    return report
+
+
+def report_of(
+    argv: list[str],
+    script: ScriptArguments,
+    suite: ShiftSuite,
+    trainer: CaRotTrainer,
+    start_model: str,
+    metrics: dict[str, float],
+    calibration: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what metrics.json holds: it is published with the model, so no token and no place of this machine."""
     report: dict[str, Any] = {
-        "command": command_line(["finetune_imagenet.py", *argv]),  # the file is published with the model: no token
+        "command": command_line(["finetune_imagenet.py", *argv]),
         "suite": public(script.suite),
         "suite_version": suite.version,
         "suite_sha256": suite.content_hash,
         "names": public(suite.sources),
-        "method": method,
+        "method": "zero-shot" if script.zero_shot else script.preset,
         "start_model": public(script.model_name_or_path) or f"{OF_THE_SUITE} ({Path(start_model).name})",
-        "seed": args.seed,
+        "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
         "versions": {
             "carot_hf": carot_hf.__version__,
@@ -167,18 +191,8 @@ def work(argv: list[str]) -> dict[str, Any]:
         "bins": {name: bins.to_dict() for name, bins in trainer.bins.items()},
         "bins_ts": {name: bins.to_dict() for name, bins in trainer.bins_ts.items()},
     }
-    report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan, e.g. of empty bins, is no JSON
-    if trainer.is_world_process_zero():
-        write_whole(output_dir / "metrics.json", json.dumps(report, indent=2) + "\n")
-        here = {"suite": script.suite, "start_model": script.model_name_or_path}
-        write_whole(output_dir / LOCAL_NAME, json.dumps(here, indent=2) + "\n")
-        written = [*FINISHED, "config.json", "eval_reliability.png", "checkpoint-*"]
-        found = [path.name for name in written for path in sorted(output_dir.glob(name))]
-        print(f"\nSaved to {printable(output_dir)}: {printable(', '.join(dict.fromkeys(found)))}")
-    if args.push_to_hub:
-        trainer.push_to_hub(finetuned_from=None if Path(start_model).exists() else start_model)
-    trainer.accelerator.end_training()
-    return report
+    found: dict[str, Any] = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan is no JSON
+    return found
 
 
 def table(suite: ShiftSuite, metrics: dict[str, float]) -> str:
