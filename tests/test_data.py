@@ -255,3 +255,17 @@ def test_shares_of_two_processes_are_the_batches_of_one(size, batches):
     assert [len(share) for share in ranks[0]] == [math.ceil(rows / 2) for rows in batches]
     assert [draw for batch in whole for draw in batch] == list(order)[: sum(batches)]
     assert len(ShareSampler(order, 4, 1, 2)) == len(batches)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("size", [8, 9, 10, 11])
+def test_shares_of_an_uneven_end(size, drop_last):
+    """What remains is shared out, or left out when that is asked for or it is less than one a process."""
+    order = DrawSampler(size, 0, lambda: 0, shuffle=False)
+    shares = [ShareSampler(order, 2, rank, 2, drop_last=drop_last) for rank in range(2)]
+    batches = [list(share) for share in shares]
+    expected = 2 + (size >= 10 and not drop_last)
+    assert [len(share) for share in shares] == [len(found) for found in batches] == [expected] * 2
+    assert [sorted(a + b) for a, b in zip(*batches, strict=True)][:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    taken = sorted(sum(batches[0] + batches[1], []))
+    assert taken == list(range(8 if drop_last or size == 9 else size))

@@ -46,6 +46,21 @@ def test_a_row_depends_on_no_batch(suite, processor, evaluator, batch_size):
         assert found[name] == pytest.approx(values, abs=1e-6, nan_ok=True), name
 
 
+def test_the_model_sees_batches_of_one_shape(evaluator, monkeypatch):
+    """Kernels are chosen by shape: with another one a row would differ in its last bits by what stands beside it."""
+    seen, original = [], evaluator.model.get_image_features
+
+    def counted(**inputs):
+        seen.append(len(inputs["pixel_values"]))
+        return original(**inputs)
+
+    monkeypatch.setattr(evaluator.model, "get_image_features", counted)
+    together = evaluator.embed(evaluator.suite.evaluation_sets)["part"][0]
+    alone = evaluator.embed({"part": evaluator.suite.shifts["part"]})["part"][0]
+    assert set(seen) == {8}
+    assert torch.equal(alone, together)
+
+
 def test_the_logits_of_a_set_are_read_once(evaluator, monkeypatch):
     read, original = {}, SetLogits.__getitem__
 
