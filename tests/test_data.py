@@ -267,5 +267,5 @@ def test_shares_of_an_uneven_end(size, drop_last):
     expected = 2 + (size >= 10 and not drop_last)
     assert [len(share) for share in shares] == [len(found) for found in batches] == [expected] * 2
     assert [sorted(a + b) for a, b in zip(*batches, strict=True)][:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    taken = sorted(sum(batches[0] + batches[1], []))
+    taken = sorted(index for batch in batches[0] + batches[1] for index in batch)
     assert taken == list(range(8 if drop_last or size == 9 else size))
