@@ -17,16 +17,11 @@ def run_facts_for_card(
     suite: Any,
     *,
     given: Mapping[str, Any],
-    repo: str | None,
     start: str,
-    calibration: Mapping[str, Any] | None,
     measured: Any,
-    steps: int,
     arguments: Mapping[str, Any],
     changes: Sequence[Any],
-    diagram: str | None,
-    teacher: bool,
-    chosen_by: str | None,
+    **rest: Any,
 ) -> CardFacts:
     """Return what a card says.
 
@@ -34,31 +29,23 @@ def run_facts_for_card(
         args: Training arguments.
         suite: The suite.
         given: What a user says: ``model_name``, ``finetuned_from``, ``license``, ``language``, ``tags``, ``dataset``.
-        repo: Id on the Hub.
         start: Where the model was loaded from.
-        calibration: What is in the weights.
         measured: Of the latest evaluation, a ``Comparison``.
-        steps: That were trained.
         arguments: That are not their defaults.
         changes: Since the run was resumed.
-        diagram: Name of the picture.
-        teacher: Whether the teacher is published, too.
-        chosen_by: Metric of the test set by which a checkpoint was chosen.
+        **rest: Further fields of the card.
     """
     base = given.get("finetuned_from") or start
     return CardFacts(
         name=given.get("model_name") or Path(args.output_dir).name,
-        repo=repo,
         task=CLASSIFICATION if args.objective == "cross_entropy" else ZERO_SHOT,
         suite=suite.name,
         sets={suite.test.name: "home", **dict.fromkeys(suite.shifts, "shifted")},
         metrics=measured.metrics,
         temperature=measured.temperature,
         n_bins=args.n_bins,
-        calibration=calibration,
         templates=suite.templates,
         class_names=suite.class_names,
-        steps=steps,
         processes=args.world_size,
         arguments=public(arguments),
         versions=versions(),
@@ -68,14 +55,12 @@ def run_facts_for_card(
         base_model=base if base and not Path(base).exists() else None,
         license=given.get("license"),
         language=given.get("language"),
-        diagram=diagram,
-        teacher=teacher,
-        chosen_by=chosen_by,
         datasets=as_list(given.get("dataset")) or suite.datasets,
         tags=as_list(given.get("tags")),
         suite_version=suite.version,
         suite_hash=suite.content_hash,
         changes=[public_text(f"After step {change.step:,} the run was resumed with {change}") for change in changes],
+        **rest,
     )
 
 
