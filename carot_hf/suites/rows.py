@@ -27,7 +27,7 @@ from huggingface_hub.file_download import repo_folder_name
 from numpy.typing import NDArray
 
 from ..basics.escape import guarded
-from ..data.columns import image_column
+from ..data.columns import image_column, undecoded
 from ..data.image_roots import ImageRoots
 from .folders import Found, asked_split, files_of_split, images_in, images_of_split, split_of, walk
 from .tables import METADATA, SUFFIXES, read_tables, with_folders
@@ -362,7 +362,6 @@ def _missing(path: Path, base: Path) -> str:
 
 def _undecoded(rows: Rows) -> Rows:
     """Leave images as bytes or paths."""
-    for name, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image) and feature.decode:
-            rows = rows.cast_column(name, datasets.Image(decode=False))
+    for name in rows.features or {}:
+        rows = undecoded(rows, name)
     return rows
