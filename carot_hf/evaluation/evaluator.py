@@ -273,14 +273,14 @@ class Evaluator:
         known = {} if known is None else known
         if isinstance(self.model, CLIPClassifier):
             head = self.model.head
-            return at_least_float32(head.weight.detach()), at_least_float32(head.bias.detach())
+            return _for_float64(at_least_float32(head.weight.detach()), at_least_float32(head.bias.detach()))
         if known.get("classes", (None,))[0] is not self.captions:
             with self.embedder.autocast():
                 known["classes"] = (self.captions, class_embeddings(self.model, self.captions))
         classes = known["classes"][1]
         scale, *shift = (at_least_float32(parameter.detach()) for parameter in logit_head(self.model))
         bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes)).to(classes)
-        return scale.exp() * classes, bias
+        return _for_float64(scale.exp() * classes, bias)
 
     def _known_of_weights(self) -> dict[str, tuple[Any, ...]]:
         """What has been computed from the weights as they are now: empty after any change of them.
@@ -347,3 +347,8 @@ class Evaluator:
             high,
             FEW_ROWS,
         )
+
+
+def _for_float64(weight: Tensor, bias: Tensor) -> Head:
+    """A head where sums in float64 can be taken: MPS has none (torch 2.13); there the CPU measures."""
+    return (weight.cpu(), bias.cpu()) if weight.device.type == "mps" else (weight, bias)
