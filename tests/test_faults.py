@@ -19,21 +19,22 @@ from ports import reserved_port
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
-import carot_hf.trainer
+import carot_hf.run.parts
+import carot_hf.run.trainer
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 from carot_hf.basics.processes import lost_process
 from carot_hf.run.checkpoint import newest_complete_checkpoint
 from carot_hf.run.lock import locked
 
 SAVES = {  # moments of a checkpoint's saving, in their order: the function that starts then
-    "teacher": (carot_hf.trainer, "save_teacher_file"),
+    "teacher": (carot_hf.run.parts, "save_teacher_file"),
     "model": (transformers.Trainer, "_save"),
     "optimizer": (transformers.Trainer, "_save_optimizer_and_scheduler"),
     "random state": (transformers.Trainer, "_save_rng_state"),
-    "facts of the run": (carot_hf.trainer, "write_run"),
-    "manifest": (carot_hf.trainer, "write_manifest"),
+    "facts of the run": (carot_hf.run.trainer, "write_run"),
+    "manifest": (carot_hf.run.trainer, "write_manifest"),
     "rename": (os, "replace"),
-    "rotation": (carot_hf.trainer, "rotate_checkpoints"),
+    "rotation": (carot_hf.run.trainer, "rotate_checkpoints"),
 }
 
 
