@@ -412,6 +412,15 @@ def test_suites_that_are_no_suites(pets, text, message):
     assert len(str(caught.value)) < 2_000
 
 
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_a_share_beyond_all_floats(pets, sign):
+    """Fuzzing found it: no float holds it, and the comparison ended with an OverflowError."""
+    text = pets.read_text(encoding="utf-8")
+    pets.write_text(re.sub(r"validation: .*", f"validation: {sign}{10**400}", text), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"got {sign}inf"):
+        load_suite(pets)
+
+
 def test_a_bomb_of_aliases_is_neither_copied_nor_written_out(pets):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 15)]

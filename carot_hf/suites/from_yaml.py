@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -382,7 +383,10 @@ def _as_kind(value: Any, kinds: tuple[type, ...]) -> Any:
     if isinstance(value, bool):
         return value if bool in kinds else None
     if float in kinds and isinstance(value, int | float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number beyond all floats
+            return math.inf if value > 0 else -math.inf
     if float in kinds and isinstance(value, str) and (number := as_number(value)) is not None:
         return number
     if kinds == (str,) and isinstance(value, int | float):
