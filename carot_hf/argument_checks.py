@@ -68,8 +68,13 @@ def check_ranges(args: Any) -> None:
     for name, (accepted, cure) in _REFUSED.items():
         if hasattr(args, name) and getattr(args, name) not in accepted:
             raise ValueError(f"Expected `{name}` {accepted[0]!r}, got {getattr(args, name)!r}. {cure}")
+    if unknown := [name for name in weight_fields() if not hasattr(args, name)]:
+        raise ValueError(
+            f"Expected training arguments with `{unknown[0]}`, which weighs a term of TERMS, got {type(args).__name__} "
+            "without it: the term would be off in silence. Add the field in a subclass, or correct the name in the row."
+        )
     for name in (*weight_fields(), "max_logit_multiplier"):
-        if not 0 <= getattr(args, name, 0.0) < float("inf"):
+        if not 0 <= getattr(args, name) < float("inf"):
             raise ValueError(f"Expected `{name}` >= 0 and finite, got {getattr(args, name)}. 0 switches it off.")
     for name in ("teacher_momentum_start", "teacher_momentum_end"):
         check_momentum(name, getattr(args, name))
@@ -112,7 +117,7 @@ def _check_objective(args: Any) -> None:
             )
         return
     for name in weight_fields():
-        if getattr(args, name, 0.0):
+        if getattr(args, name):
             raise ValueError(
                 f"Expected `{name}` 0 with the objective 'cross_entropy', got {getattr(args, name)}. It needs both "
                 "towers; set it to 0, or use a preset with the contrastive objective."
@@ -128,7 +133,7 @@ def _check_penalised(args: Any) -> None:
     """Refuse a penalty on the projection of a frozen tower: it would act on a part of what it names, or nothing."""
     towers = {VISUAL: "vision", TEXT: "text"}
     for name, modules in penalties().items():
-        if getattr(args, name, 0.0) and args.freeze in [towers[module] for module in modules]:
+        if getattr(args, name) and args.freeze in [towers[module] for module in modules]:
             raise ValueError(
                 f"Expected `{name}` 0 with `freeze` '{args.freeze}', whose projection it would move, got "
                 f"{getattr(args, name)}. Set it to 0, or train both towers."

@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, EarlyStoppingCallback
 from transformers.utils import logging
 
 from .basics.escape import guarded
-from .basics.precision import at_least_float32, wide_dtype
+from .basics.precision import at_least_float32
 from .basics.whole_file import files_below, whole_files
 from .calibration.names import chosen_by
 from .calibration.record import calibration_record
@@ -28,7 +27,7 @@ from .data.loaders import training_loader
 from .data.shift_set import ShiftSet
 from .data.suite import ShiftSuite
 from .data.survey import survey
-from .data.transforms import check_image_size, image_transform, normalize_pixels
+from .data.transforms import check_image_size, float_pixels, image_transform
 from .evaluation.diagrams import diagram_tables, diagrams_path, keep_diagrams
 from .evaluation.evaluation import Comparison
 from .evaluation.trainer import EvaluatingTrainer
@@ -37,13 +36,12 @@ from .hub.facts import run_facts_for_card
 from .hub.trainer import PublishingTrainer
 from .models.backbones import logit_head
 from .models.classifier import CLIPClassifier
-from .models.linear_probe import LinearProbeCallback
+from .models.linear_probe import fit_head
 from .models.lora import base_model, merged
 from .models.prepare import Prepared, check_unchanged, classifier_of, prepare_model
 from .objective.objective import Objective
 from .run.announce import announce
 from .run.callbacks import LogitScaleCallback
-from .run.checkpoint import listed_files
 from .run.checks import check_optimizer, check_options, check_training_set
 from .run.lock import refuse_file
 from .run.method import TeacherMaker, teacher_callback
@@ -94,9 +92,6 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
     loss_is_scaled_for_ga = False
     args: Any
     model: Any
-    control: Any
-    push_in_progress: Any
-    compute_metrics: Any
     data_collator: Any
 
     def __init__(
@@ -167,8 +162,6 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         self.method = Objective(args, self._link)
         self.teacher, self._teacher_callback = None, None
         made: list[Any] = []
-        if args.linear_probe:
-            made.append(LinearProbeCallback(self._features, args.label_smoothing_factor))
         if self.method.clamps_scale:
             made.append(LogitScaleCallback(args.max_logit_multiplier))
         if args.needs_teacher:
@@ -199,12 +192,12 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         if getattr(self.model.config, "calibration", None) is not None:
             logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
             del self.model.config.calibration
+        self.forget()  # what was measured: from here on the weights are others
         self._set_up()
-
-    def _features(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """What a linear probe is fitted on, and where it starts."""
-        evaluator = self.evaluator
-        return (*evaluator.embed({"train": self.train_dataset}, "Linear probe")["train"], *evaluator.head())
+        if self.args.linear_probe and self.resumption.saved is None:
+            evaluator = self.evaluator
+            features = evaluator.embed({"train": self.train_dataset}, "Linear probe")["train"]
+            fit_head(self._student, *features, evaluator.head(), self.args.label_smoothing_factor)
 
     @property
     def _student(self) -> Any:
@@ -234,10 +227,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(self.bad_images.note(inputs))
-        if inputs["pixel_values"].dtype != torch.uint8:
-            return inputs
-        dtype = wide_dtype(base_model(self._student).dtype)
-        pixels = normalize_pixels(inputs["pixel_values"], self._transform.mean, self._transform.std, dtype)
+        pixels = float_pixels(inputs["pixel_values"], self._transform, base_model(self._student).dtype)
         return {**inputs, "pixel_values": pixels}
 
     def _training_set(self, data: Any) -> ShiftSet | None:
@@ -252,8 +242,6 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         if self._suite_of is None or self._suite_of[0] is not self.train_dataset:  # what is found out of it is kept
             self._suite_of = (self.train_dataset, replace(self.suite, train=train))
         return self._suite_of[1]
-
-    # ---- training ----
 
     # ---- training ----
 
@@ -383,9 +371,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         return facts_of_run(self.args, self.suite, train, self._student, self._link)
 
     def before_run(self) -> None:
-        """Refuse a test set that is trained on; forget what was measured of other weights."""
+        """Refuse a test set that is trained on."""
         survey(self._run_suite)
-        self.forget()
 
     def arguments_set(self) -> None:
         """Make objective and teacher anew."""
@@ -404,18 +391,6 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             first_step=0 if saved is None else saved.step,
             update_every=None if self._teacher_callback is None else self._teacher_callback.update_every,
         )
-
-    def is_calibrated(self) -> bool:
-        """Whether a temperature is in the student's weights."""
-        return calibration_record(base_model(self.model)) is not None
-
-    def written_files(self) -> list[str]:
-        """What the latest saving of the model wrote into ``output_dir``."""
-        return self.saved_files
-
-    def checkpoint_contents(self, checkpoint: Path) -> list[str]:
-        """The files of a complete checkpoint."""
-        return listed_files(checkpoint)
 
     def teacher_files(self) -> list[str]:
         """Save the teacher into ``output_dir``; return its files."""

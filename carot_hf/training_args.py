@@ -295,6 +295,11 @@ class CaRotTrainingArguments(TrainingArguments):
         return json.dumps(public(self.to_dict()), indent=2)
 
     @property
+    def skips_bad_images(self) -> bool:
+        """Whether an image that cannot be decoded is replaced."""
+        return self.on_bad_image == "skip"
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether a term of the loss reads a teacher."""
         return needs_teacher(self)

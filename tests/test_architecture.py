@@ -30,7 +30,7 @@ ALLOWED = {
     "suites": {"basics", "data", "training_args"},
     "evaluation": {"basics", "calibration", "data", "ece", "models"},
     "run": {"basics", "calibration", "data", "models", "objective", "teacher", "training_args"},
-    "hub": {"basics"},
+    "hub": {"basics", "calibration", "models"},
     "trainer": {
         "basics", "calibration", "data", "evaluation", "hub", "models", "objective", "run", "teacher",
         "training_args",
@@ -245,3 +245,16 @@ def test_no_method_of_the_trainer_is_overridden_by_accident():
     assert [kind.__name__ for kind in ours] == ["CaRotTrainer", "RunTrainer", "EvaluatingTrainer", "PublishingTrainer"]
     names = {name for kind in ours for name, value in vars(kind).items() if callable(value) and name[:2] != "__"}
     assert {name for name in names if hasattr(Trainer, name)} == OVERRIDDEN
+
+
+def test_a_trainer_without_what_it_asks_for_is_not_made():
+    from carot_hf.evaluation.trainer import EvaluatingTrainer
+    from carot_hf.hub.trainer import PublishingTrainer
+    from carot_hf.run.trainer import RunTrainer
+
+    asked = {RunTrainer: {"facts", "parts"}, EvaluatingTrainer: {"teacher_network"},
+             PublishingTrainer: {"card_facts", "teacher_files"}}  # fmt: skip
+    for kind, names in asked.items():
+        assert kind.__abstractmethods__ == names
+        with pytest.raises(TypeError, match="abstract"):
+            kind(args=None)

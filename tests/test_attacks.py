@@ -39,13 +39,14 @@ from safetensors.torch import load_file, save_file
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSet, bake_temperature, load_suite, unbake_temperature
 from carot_hf.basics.escape import code, markdown, printable
+from carot_hf.basics.manifest import damage_of, write_manifest
 from carot_hf.basics.redaction import public, public_words
 from carot_hf.calibration.record import calibration_record
 from carot_hf.data.images import FORMATS, MAX_BYTES, MAX_PIXELS, BadImageError, read_image
 from carot_hf.evaluation.evaluation import comparison_table
 from carot_hf.hub.card import ZERO_SHOT, CardFacts, model_card
 from carot_hf.run import lock as run_lock
-from carot_hf.run.checkpoint import checkpoint_folders, damage_of, newest_complete_checkpoint, write_manifest
+from carot_hf.run.checkpoint import checkpoint_folders, newest_complete_checkpoint
 from carot_hf.run.lock import locked
 from carot_hf.suites import rows as loading
 from carot_hf.suites.recommended import method_options

@@ -199,3 +199,36 @@ def test_two_nodes_equal_one(tmp_path):
         for key, value in one[kind].items():
             torch.testing.assert_close(two[kind][key], value, atol=EXACT, rtol=EXACT, msg=f"{kind} {key}")
     assert two["metrics"]["eval_id_accuracy"] == one["metrics"]["eval_id_accuracy"]
+
+
+ASKED = """
+import torch.distributed as dist
+from carot_hf.basics.processes import done_by_first, place
+
+dist.init_process_group("gloo")
+rank = place()[0]
+assert done_by_first(lambda: f"of {rank}") == "of 0"
+
+
+def refuse():
+    raise ValueError("no room")
+
+
+try:
+    done_by_first(refuse)
+except ValueError as error:
+    print(f"rank {rank}: {error}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_what_the_first_process_is_refused_all_are(tmp_path):
+    """With the error in the first alone the others would wait for its answer."""
+    script = tmp_path / "asked.py"
+    script.write_text(ASKED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert sorted(line for line in done.stdout.splitlines() if "no room" in line) == [
+        "rank 0: no room",
+        "rank 1: no room",
+    ]

@@ -10,7 +10,7 @@ import finetune_imagenet
 import pytest
 from conftest import ROOT
 
-from carot_hf.run.checkpoint import write_manifest
+from carot_hf.basics.manifest import write_manifest
 
 
 def parse(tmp_path, *flags):

@@ -19,9 +19,9 @@ from PIL import Image
 from transformers import TrainerState
 
 from carot_hf import load_suite, unbake_temperature
+from carot_hf.basics.manifest import damage_of, write_manifest
 from carot_hf.calibration.record import calibration_record
 from carot_hf.data.images import BadImageError, read_image
-from carot_hf.run.checkpoint import damage_of, write_manifest
 from carot_hf.run.checkpoint_files import run_flaw, state_flaw
 from carot_hf.run.resume import read_run
 from carot_hf.suites.from_yaml import _SET_KEYS, _SUITE_KEYS

@@ -17,7 +17,7 @@ from safetensors.numpy import load as load_tensors
 from tolerances import float32_bound
 
 from carot_hf import load_suite
-from carot_hf.run.checkpoint import damage_of
+from carot_hf.basics.manifest import damage_of
 
 PUSH = """
 import json, os, sys

@@ -26,8 +26,8 @@ from torch import nn
 from transformers import CLIPModel, TrainerCallback, pipeline
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, Teacher, interpolate, uniform_soup
+from carot_hf.basics.manifest import write_manifest
 from carot_hf.models.lora import LINEAR_LAYERS, merged
-from carot_hf.run.checkpoint import write_manifest
 
 # peft asks transformers for an attribute by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -136,6 +136,16 @@ def test_what_was_measured_before_a_training_is_not_of_the_trained_weights(make_
     assert card_of(trainer).data.eval_results is None
 
 
+def test_a_training_that_is_refused_forgets_nothing(make_trainer, drawn):
+    trainer = make_trainer(max_steps=1)
+    trainer.evaluate()
+    before = results_of(card_of(trainer))
+    assert before
+    with pytest.raises(ValueError, match="there is no such folder"):
+        trainer.train(resume_from_checkpoint="nowhere")
+    assert results_of(card_of(trainer)) == before
+
+
 def test_evaluations_of_one_set_or_of_the_teacher_change_neither_table_nor_picture(make_trainer, drawn):
     trainer = make_trainer(max_steps=1, reliability_diagrams=True)
     trainer.train()

@@ -40,6 +40,8 @@ def test_a_term(suite, processor, arguments, monkeypatch, capsys):
         "spread", "spread_weight", (PAIRS, TEACHER), lambda step: step.embeds[0].std() + 0 * step.taught[0].sum()
     )
     monkeypatch.setitem(TERMS, "spread", row)
+    with pytest.raises(ValueError, match="got CaRotTrainingArguments without it: the term would be off in silence"):
+        CaRotTrainingArguments(output_dir=str(suite.name))
     with pytest.raises(ValueError, match=r"`spread_weight` >= 0 and finite, got -1"):
         arguments(spread_weight=-1.0)
     assert not arguments().needs_teacher

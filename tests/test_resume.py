@@ -19,13 +19,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from carot_hf import CaRotTrainer
-from carot_hf.run.checkpoint import (
-    check_checkpoint,
-    checkpoint_folders,
-    newest_complete_checkpoint,
-    rotate_checkpoints,
-    write_manifest,
-)
+from carot_hf.basics.manifest import write_manifest
+from carot_hf.run.checkpoint import check_checkpoint, checkpoint_folders, newest_complete_checkpoint, rotate_checkpoints
 
 
 class Recorder(CaRotTrainer):

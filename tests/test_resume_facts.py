@@ -18,7 +18,8 @@ from transformers import CLIPModel
 
 import carot_hf.run.resumption
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
-from carot_hf.run.checkpoint import check_checkpoint, damage_of, write_manifest
+from carot_hf.basics.manifest import damage_of, write_manifest
+from carot_hf.run.checkpoint import check_checkpoint
 from carot_hf.run.resume import Epochs, SavedRun, apply_hyperparameters, continued, hyperparameters, read_run
 
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_validation_nll"}

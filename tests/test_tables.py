@@ -16,9 +16,9 @@ from reproduce_tables import Cell, Runner
 from scipy import stats
 
 from carot_hf import load_suite
+from carot_hf.basics.manifest import write_manifest
 from carot_hf.ece.binning import calibration_bins
 from carot_hf.evaluation.plots import id_ood_scatter
-from carot_hf.run.checkpoint import write_manifest
 
 
 def test_intervals_are_students():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 _KEPT: list[Any] = []
 _LAST_MOMENT = 0.5  # seconds
 
@@ -55,6 +56,23 @@ def said_by_first(value: Any) -> Any:
     said = [value]
     dist.broadcast_object_list(said, src=0)
     return said[0]
+
+
+def done_by_first(work: Callable[[], T]) -> T:
+    """Let the first process do something that raises at most a ValueError; all get what it gives, or raise that."""
+    done: tuple[Any, str | None] = (None, None)
+    if place()[0] == 0:
+        try:
+            done = (work(), None)
+        except ValueError as error:  # the others wait for an answer
+            if not several():
+                raise
+            done = (None, str(error))
+    result, refused = said_by_first(done)
+    if refused is not None:
+        raise ValueError(refused)
+    found: T = result
+    return found
 
 
 def row_counts(rows: int, device: torch.device) -> list[int]:

@@ -54,7 +54,6 @@ def training_loader(
     Raises:
         ValueError: If there is no whole batch, or the last one would be a single pair.
     """
-    skip = str(args.on_bad_image) == "skip"
     whole_batch = args.contrastive_batch_size or batch_size * args.world_size
     if isinstance(data, StreamedSet):
         batches = len(data) // whole_batch * (whole_batch // (batch_size * args.world_size))
@@ -67,7 +66,7 @@ def training_loader(
             world=args.world_size,
             seed=seed,
             min_size=min_size,
-            skip=skip,
+            skip=args.skips_bad_images,
         )
         return _moved(source, args, collator, device, batch_size=batch_size)
     cure = "Lower `per_device_train_batch_size`, or set `dataloader_drop_last` False."
@@ -78,7 +77,7 @@ def training_loader(
             f"Expected two pairs or more in every batch, got a last one of 1 from the {len(data)} samples of set "
             f"'{data.name}' in batches of {whole_batch}. Choose another batch size, or set `dataloader_drop_last`."
         )
-    drawn = DrawnSet(ReadSet(data, skip=skip, min_size=min_size))
+    drawn = DrawnSet(ReadSet(data, skip=args.skips_bad_images, min_size=min_size))
     order = DrawSampler(
         len(drawn),
         seed,
@@ -91,8 +90,8 @@ def training_loader(
 
 
 def evaluation_loader(data: Any, args: Any, *, collator: Any, device: torch.device) -> Any:
-    """Return the loader of a set to evaluate or predict, in its order, all of it in each process."""
-    readable = ReadSet(data, skip=str(args.on_bad_image) == "skip")
+    """Return the loader of a set to evaluate or predict, in its order."""
+    readable = ReadSet(data, skip=args.skips_bad_images)
     return DataLoader(
         readable, batch_size=args.eval_batch_size, collate_fn=ReplacedCollator(collator), **loader_options(args, device)
     )
@@ -108,7 +107,13 @@ def _moved(data: Any, args: Any, collator: Any, device: torch.device, **batches:
         **loader_options(args, device),
     )
     return prepare_data_loader(
-        loader, device=device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        loader,
+        device=device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        dispatch_batches=False,
+        non_blocking=bool(getattr(args.accelerator_config, "non_blocking", False)),
     )
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..basics.precision import wide_dtype
+
 _LEVELS = 2.0  # of 255 by which the pixels of a processor may differ in the mean: torchvision's do by less than 1
 _LONG = 32  # times as long as wide is an image of which the crop is cut out before it is resized
 _SUPPORT = 3  # pixels to each side that the widest of PIL's filters (Lanczos) takes into account
@@ -399,3 +401,16 @@ def _stacked(images: Sequence[Tensor]) -> Tensor:
     if images[0].is_contiguous():
         return torch.stack([*images])
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def float_pixels(pixels: Tensor, transform: Any, dtype: torch.dtype) -> Tensor:
+    """Return the pixels of a batch as a model takes them: uint8 ones are normalised, others are as they should be.
+
+    Args:
+        pixels: Of a collator.
+        transform: Of `image_transform`.
+        dtype: Of the model; half precision is fed with float32.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return normalize_pixels(pixels, transform.mean, transform.std, wide_dtype(dtype))

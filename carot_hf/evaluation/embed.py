@@ -21,7 +21,7 @@ from ..data.bad_images import BadImages
 from ..data.batches import ReadSet, ReplacedCollator
 from ..data.shift_set import ShiftSet
 from ..data.stream import RowCollator, StreamedRows, StreamedSet
-from ..data.transforms import normalize_pixels
+from ..data.transforms import float_pixels
 from ..models.backbones import embedding_size, image_inputs
 from ..models.lora import base_model
 
@@ -130,11 +130,8 @@ class Embedder:
     def images(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """Embed a batch of at most ``batch_size`` images: ``(b, D)``, length 1, at least float32."""
         images = {name: part.to(self.device) for name, part in image_inputs(batch).items()}
-        pixels = images["pixel_values"]
-        if pixels.dtype == torch.uint8:
-            dtype = wide_dtype(base_model(model).dtype)
-            images["pixel_values"] = normalize_pixels(pixels, self.transform.mean, self.transform.std, dtype)
-        rows = len(pixels)
+        images["pixel_values"] = float_pixels(images["pixel_values"], self.transform, base_model(model).dtype)
+        rows = len(images["pixel_values"])
         missing = self.batch_size - rows
         if missing > 0:  # always one shape: a row's embedding then depends on no batch and on no number of processes
             images = {

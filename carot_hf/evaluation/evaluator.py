@@ -17,7 +17,7 @@ from torch import Tensor
 from ..basics.escape import guarded
 from ..basics.fingerprint import fingerprint
 from ..basics.precision import at_least_float32
-from ..basics.processes import place, said_by_first
+from ..basics.processes import done_by_first, place
 from ..calibration.fit import fit_scaling, scaling_bounds
 from ..calibration.metrics import read_set, scaled_metrics
 from ..calibration.record import bake_temperature, calibration_record, check_not_baked, inverse_of
@@ -65,7 +65,8 @@ class Evaluator:
 
     Args:
         model: A ``CLIPModel``, one of its relatives (:data:`~carot_hf.models.backbones.BACKBONES`) or a
-            :class:`~carot_hf.CLIPClassifier` of the suite's classes; unwrapped.
+            :class:`~carot_hf.CLIPClassifier` of the suite's classes; unwrapped. Its start and end markers become those
+            of the tokenizer, as in training.
         processor: The model's.
         suite: Sets, class names and templates.
         batch_size: Images at a time in one process.
@@ -238,13 +239,12 @@ class Evaluator:
             labels: ``(n,)`` int64.
             warn: Log a warning, the first time, if the temperature is at a bound.
         """
-        scaling: dict[str, float] | None = None
-        if place()[0] == 0:
+
+        def work() -> dict[str, float]:
             rows = logits[:] if len(logits) * logits.shape[1] <= _WHOLE else logits
-            scaling = fit_scaling(
-                rows, labels, link=self.link, criterion=self.criterion, bounds=self.bounds, warn=False
-            )
-        fitted: dict[str, float] = said_by_first(scaling)
+            return fit_scaling(rows, labels, link=self.link, criterion=self.criterion, bounds=self.bounds, warn=False)
+
+        fitted = done_by_first(work)
         low, high = scaling_bounds(self.bounds, self.link)
         if fitted["temperature"] in (low, high) and warn and not self._memory.warned_of_bound:
             self._memory.warned_of_bound = True

@@ -6,6 +6,7 @@ It joins an :class:`~carot_hf.Evaluator` to Trainer's callbacks, logs and pictur
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,7 @@ from .evaluator import Evaluator, Memory
 logger = guarded(logging.get_logger(__name__))
 
 
-class EvaluatingTrainer(Trainer):
+class EvaluatingTrainer(Trainer, ABC):
     """A ``Trainer`` that evaluates on a suite; arguments as there, and ``suite``, ``captions``.
 
     Attributes:
@@ -67,13 +68,13 @@ class EvaluatingTrainer(Trainer):
 
     # ---- what a subclass says ----
 
+    @abstractmethod
     def teacher_network(self) -> nn.Module:
         """The network of the teacher.
 
         Raises:
             ValueError: If there is none.
         """
-        raise NotImplementedError
 
     # ---- sets ----
 
@@ -86,13 +87,14 @@ class EvaluatingTrainer(Trainer):
         return made
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return a loader of a set in its order; evaluations have their own."""
+        """Return a loader of a set in its order, shared out among the processes; evaluations have their own."""
         return self.get_test_dataloader(next(iter(self.named_sets(eval_dataset)[1].values())))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Return the loader of a set to predict; its items may come without labels."""
         data = self.as_set("prediction", test_dataset)
-        return evaluation_loader(data, self.args, collator=self.data_collator, device=self.accelerator.device)
+        loader = evaluation_loader(data, self.args, collator=self.data_collator, device=self.accelerator.device)
+        return self.accelerator.prepare(loader)
 
     # ---- evaluation ----
 
@@ -165,7 +167,7 @@ class EvaluatingTrainer(Trainer):
             self.data_collator,
             args.eval_batch_size,
             args.device,
-            skip=str(args.on_bad_image) == "skip",
+            skip=args.skips_bad_images,
             loader=loader_options(args, self.accelerator.device),
             autocast=self.accelerator.autocast,
             progress=not args.disable_tqdm and self.is_world_process_zero(),
@@ -223,10 +225,11 @@ class EvaluatingTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Return the logits ``(n, labels)`` of one set and its metrics; ``predict`` is built on it."""
         data = self.as_set("prediction", getattr(dataloader.dataset, "data", dataloader.dataset))
-        logits, labels = self.evaluator.predict(data, remember=not self.is_in_train, title=description)
+        evaluator = self.evaluator
+        logits, labels = evaluator.predict(data, remember=not self.is_in_train, title=description)
         metrics: dict[str, float] = {}
         if labels is not None:
-            seen, _ = read_set(logits, labels, {"": ({}, None)}, n_bins=self.args.n_bins, link=self.evaluator.link)
+            seen, _ = read_set(logits, labels, {"": ({}, None)}, n_bins=self.args.n_bins, link=evaluator.link)
             own = self._own_metrics
             metrics = {**seen[""].metrics(), **({} if own is None else own(logits, labels))}
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}

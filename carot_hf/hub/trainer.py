@@ -5,6 +5,7 @@ What the card says a subclass says, by the methods under "what a subclass says".
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..basics.escape import guarded
+from ..basics.manifest import listed_files
 from ..basics.whole_file import whole_file
+from ..calibration.record import calibration_record
+from ..models.lora import base_model
 from .card import CardFacts, model_card
 from .facts import as_list
 from .publish import CARD_NAME, asked_files
@@ -23,16 +27,18 @@ from .publisher import Publisher
 logger = guarded(logging.get_logger(__name__))
 
 
-class PublishingTrainer(Trainer):
+class PublishingTrainer(Trainer, ABC):
     """A ``Trainer`` that publishes a chosen list of files; arguments as there.
 
     Attributes:
         publisher: Uploads.
+        saved_files: What the latest :meth:`save_model` wrote into ``output_dir``; whoever saves says it.
     """
 
     args: Any
     model: Any
     push_in_progress: Any
+    saved_files: list[str]
 
     def __init__(self, **kwargs: Any) -> None:
         self.publisher = Publisher(kwargs["args"])  # Trainer makes the repository when it is made
@@ -40,29 +46,17 @@ class PublishingTrainer(Trainer):
 
     # ---- what a subclass says ----
 
+    @abstractmethod
     def card_facts(self, given: Mapping[str, Any]) -> CardFacts:
         """What the card says, and draw its picture.
 
         Args:
             given: Arguments of :meth:`create_model_card`.
         """
-        raise NotImplementedError
 
-    def is_calibrated(self) -> bool:
-        """Whether the model that is pushed is calibrated."""
-        raise NotImplementedError
-
-    def written_files(self) -> list[str]:
-        """What the latest saving of the model wrote into ``output_dir``."""
-        raise NotImplementedError
-
-    def checkpoint_contents(self, checkpoint: Path) -> list[str]:
-        """The files of a complete checkpoint."""
-        raise NotImplementedError
-
+    @abstractmethod
     def teacher_files(self) -> list[str]:
         """Save the teacher into ``output_dir``; return its files, relative to it."""
-        raise NotImplementedError
 
     # ---- publishing ----
 
@@ -114,7 +108,7 @@ class PublishingTrainer(Trainer):
         """
         if teacher:
             self.publisher.teacher = self.teacher_files()
-        if not self.is_calibrated():
+        if calibration_record(base_model(self.model)) is None:
             logger.warning("An uncalibrated model is pushed, and its card says so. Call `calibrate` before.")
         first = self.is_world_process_zero()
         further = asked_files(self.args.output_dir, also) if first else []
@@ -126,7 +120,7 @@ class PublishingTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not first:
             return None
-        self.publisher.saved = self.written_files()
+        self.publisher.saved = self.saved_files
         tags = [*as_list(kwargs.pop("tags", None)), *(getattr(self.model, "model_tags", None) or [])]
         name = kwargs.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
         self.create_model_card(model_name=name, tags=list(dict.fromkeys(tags)), **kwargs)
@@ -148,7 +142,7 @@ class PublishingTrainer(Trainer):
         self.publisher.copy_checkpoint(folder, self.processing_class)
         epoch = f"epoch {int(self.state.epoch or 0)}"
         at = f"step {self.state.global_step}" if self.args.save_strategy == SaveStrategy.STEPS else epoch
-        listed = self.checkpoint_contents(folder)
+        listed = listed_files(folder)
         self.push_in_progress = self.publisher.push_checkpoint(
             self.hub_model_id, self.push_in_progress, folder, listed, at
         )

@@ -104,7 +104,7 @@ def check_method(model: Any, arguments: Any) -> None:
             f"with `lora_rank` 0; see {TABLE}."
         )
     for name in penalties():
-        if getattr(arguments, name, 0.0) and not family.projections:
+        if getattr(arguments, name) and not family.projections:
             raise ValueError(
                 f"Expected `{name}` 0 for {type(model).__name__}, got {getattr(arguments, name)}. It has no linear "
                 f"projections that the penalty could act on: use the preset 'carot', or set it to 0; see {TABLE}."

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..basics.escape import guarded
 from .classifier import check_labels, check_lengths
@@ -148,32 +146,26 @@ def _check_probe(
     check_lengths("features", features)
 
 
-class LinearProbeCallback(TrainerCallback):
-    """Fit the linear head before the first step of a fresh run.
+def fit_head(model: Any, embeds: Tensor, labels: Tensor | None, head: tuple[Tensor, Tensor], smoothing: float) -> None:
+    """Put the linear probe of features into a classifier.
+
+    Call it before the model is wrapped: DDP then gives all processes the weights of the first, and DeepSpeed, whose
+    optimizer keeps weights of its own from the moment of wrapping, knows them. ``on_train_begin`` of a callback is too
+    late for both (transformers 5.23).
 
     Args:
-        features: Returns the embeddings of the training images ``(N, D)`` as evaluation sees them, their labels, and
-            weight and bias of the head to start from.
-        label_smoothing: Of the targets.
+        model: With a linear ``head``; changed in place.
+        embeds: ``(N, D)``, as evaluation sees the training images.
+        labels: ``(N,)``.
+        head: Weight and bias to start from.
+        smoothing: Label smoothing of the targets.
+    Raises:
+        ValueError: If there are no labels.
     """
-
-    def __init__(
-        self, features: Callable[[], tuple[Tensor, Tensor | None, Tensor, Tensor]], label_smoothing: float
-    ) -> None:
-        self.features, self.label_smoothing = features, label_smoothing
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Fit, and put the head into the model."""
-        if state.global_step:
-            return
-        logger.info("Linear probe: fitting the head on frozen features before the first step.")
-        embeds, labels, weight, bias = self.features()
-        if labels is None:
-            raise ValueError("Expected labels in the training set, got none. A linear probe needs them.")
-        fitted = linear_probe(embeds, labels, weight.cpu(), bias.cpu(), label_smoothing=self.label_smoothing)
-        head: Any = kwargs["model"].head
-        with torch.no_grad():
-            head.weight.copy_(fitted[0])
-            head.bias.copy_(fitted[1])
+    logger.info("Linear probe: fitting the head on frozen features before the first step.")
+    if labels is None:
+        raise ValueError("Expected labels in the training set, got none. A linear probe needs them.")
+    weight, bias = linear_probe(embeds, labels, *(part.cpu() for part in head), label_smoothing=smoothing)
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias)

@@ -142,7 +142,7 @@ def check_penalties(model: Any, args: Any) -> None:
     """
     for name, projections in penalties().items():
         trained = model is not None and any(getattr(model, module).weight.requires_grad for module in projections)
-        if getattr(args, name, 0.0) and not trained:
+        if getattr(args, name) and not trained:
             raise ValueError(
                 f"Expected `{name}` 0 where LoRA leaves the projection frozen, got {getattr(args, name)}. The penalty "
                 f"would be a constant: set it to 0, or name the projection in `modules_to_save`; {_SEE}"

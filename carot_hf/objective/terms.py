@@ -86,8 +86,8 @@ class Term:
         return bool({PAIRS, CLASSES} & set(self.needs))
 
     def weight_in(self, args: Any) -> float:
-        """Its weight in training arguments, 0 where they know nothing of it."""
-        return 1.0 if self.weight is None else float(getattr(args, self.weight, 0.0))
+        """Its weight in training arguments."""
+        return 1.0 if self.weight is None else float(getattr(args, self.weight))
 
 
 def _contrastive(step: Step) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basics.escape import guarded
-from ..basics.processes import place, said_by_first
+from ..basics.processes import done_by_first
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -68,16 +68,8 @@ def locked(output_dir: str | Path) -> Iterator[None]:
 @contextmanager
 def alone(output_dir: str | Path) -> Iterator[None]:
     """Hold a run's folder for all processes, which all end if the first one cannot have it; see `locked`."""
-    refused: str | None = None
     with ExitStack() as held:
-        if place()[0] == 0:
-            try:
-                held.enter_context(locked(output_dir))
-            except ValueError as error:
-                refused = str(error)
-        refused = said_by_first(refused)
-        if refused is not None:
-            raise ValueError(refused)
+        done_by_first(lambda: held.enter_context(locked(output_dir)))
         yield
 
 

@@ -7,6 +7,7 @@ stop before weights that are not finite. What is trained a subclass says, by the
 from __future__ import annotations
 
 import signal
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..basics.escape import guarded
+from ..basics.manifest import write_manifest
 from ..basics.precision import not_finite
 from ..basics.processes import keep_group, lost_process
 from ..basics.whole_file import failed_to_write
@@ -25,7 +27,7 @@ from ..data.loaders import let_workers_go
 from ..models.lora import check_folder, is_adapted, merged, save_beside
 from .announce import announce_end, last_kept
 from .callbacks import TerminationCallback
-from .checkpoint import rotate_checkpoints, write_manifest
+from .checkpoint import rotate_checkpoints
 from .checks import check_launch
 from .header import refuse_finished
 from .input_wait import InputWait
@@ -38,7 +40,7 @@ from .saving import drop_pickle, write_model
 logger = guarded(logging.get_logger(__name__))
 
 
-class RunTrainer(Trainer):
+class RunTrainer(Trainer, ABC):
     """A ``Trainer`` whose runs lose no work; arguments as there.
 
     Attributes:
@@ -66,13 +68,13 @@ class RunTrainer(Trainer):
     # ---- what a subclass says ----
 
     @property
+    @abstractmethod
     def parts(self) -> CheckpointParts:
         """What of the run a checkpoint holds beside what Trainer saves."""
-        raise NotImplementedError
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What this run is, in values that JSON keeps; a checkpoint of another one is refused."""
-        raise NotImplementedError
 
     def before_run(self) -> None:
         """Called when the folder is held, before a checkpoint is looked for; may refuse the run."""
