@@ -141,6 +141,15 @@ def test_a_calibrated_model_is_compared_with_itself_without_the_temperature(eval
     assert evaluator.evaluate().metrics["far"]["nll"] == before.metrics["far"]["nll"]
 
 
+def test_half_precision_is_measured_and_its_calibration_refused_before_any_work(suite, processor, monkeypatch):
+    expected = Evaluator(tiny_clip(processor.tokenizer), processor, suite).evaluate(["far"]).metrics["far"]["nll"]
+    evaluator = Evaluator(tiny_clip(processor.tokenizer).bfloat16(), processor, suite)
+    assert evaluator.evaluate(["far"]).metrics["far"]["nll"] == pytest.approx(expected, rel=0.02)
+    monkeypatch.setattr(evaluator.embedder, "embed", lambda *args: pytest.fail("images were embedded"))
+    with pytest.raises(ValueError, match=r"Expected a float32 parameter .* got torch.bfloat16"):
+        evaluator.calibrate()
+
+
 def test_intervals_hold_what_was_measured(evaluator):
     found = evaluator.evaluate(n_bootstrap=200)
     assert found.intervals.keys() == {"validation", "home", "far", "part"}

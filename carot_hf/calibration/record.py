@@ -52,13 +52,7 @@ def bake_temperature(
             f"Expected a finite `bias` for a model with a `logit_bias`, got {bias} for {type(model).__name__}. A "
             "softmax does not see a bias that all classes share: leave it 0."
         )
-    parameters = [target] if isinstance(target, nn.Parameter) else list(target.parameters())
-    for parameter in parameters:
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"Expected a float32 parameter to bake the temperature into, got {parameter.dtype}. "
-                "Call `model.float()` first, or load with `dtype=torch.float32`."
-            )
+    parameters = check_width(model)
     record = _checked_notes(dict(record or {}))
     calibration: dict[str, Any] = {"temperature": float(temperature)}
     with torch.no_grad():
@@ -123,6 +117,23 @@ def check_not_baked(model: nn.Module) -> None:
             f"Expected a model without a baked temperature, got one with {record}. "
             "Call `carot_hf.unbake_temperature(model)` first, and fit on the logits of the unbaked model."
         )
+
+
+def check_width(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a temperature is baked into.
+
+    Raises:
+        ValueError: If they are in half precision, where a baked scale would be off by up to 1.6 %.
+    """
+    target = _baking_target(model)
+    parameters = [target] if isinstance(target, nn.Parameter) else list(target.parameters())
+    for parameter in parameters:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"Expected a float32 parameter to bake the temperature into, got {parameter.dtype}. "
+                "Call `model.float()` first, or load with `dtype=torch.float32`."
+            )
+    return parameters
 
 
 def unbake_temperature(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from ..basics.precision import at_least_float32
 from ..basics.processes import done_by_first, place
 from ..calibration.fit import fit_scaling, scaling_bounds
 from ..calibration.metrics import read_set, scaled_metrics
-from ..calibration.record import bake_temperature, calibration_record, check_not_baked, inverse_of
+from ..calibration.record import bake_temperature, calibration_record, check_not_baked, check_width, inverse_of
 from ..calibration.rows import LogitRows
 from ..calibration.temperature import temperature_interval
 from ..data.batches import CaRotCollator
@@ -203,9 +203,11 @@ class Evaluator:
             after.
         Raises:
             RuntimeError: If the model is calibrated already.
+            ValueError: If it is in half precision.
         """
         network, data = base_model(self.model), self.suite.validation
         check_not_baked(network)
+        check_width(network)  # before any work
         known = self._known_of_weights()
         if known.get("validation", ())[:2] != (data, self.embedder.collator):
             known["validation"] = (data, self.embedder.collator, *self.embed({"": data}, "Calibration")[""])
