@@ -57,8 +57,8 @@ def operations(model: Any, batch: dict[str, Any]) -> tuple[int, int]:
     return forward.get_total_flops() // 2, both.get_total_flops() // 2
 
 
-def main() -> None:
-    """Measure and print the table."""
+def parsed_options() -> argparse.Namespace:
+    """Read the command line; no GPU where one is asked for ends it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="a tiny model and batch")
@@ -66,6 +66,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("Expected a GPU, got none that torch can use. Try `--device cpu --quick`.")
+    return options
+
+
+def main() -> None:
+    """Measure and print the table."""
+    options = parsed_options()
     count = options.steps or (8 if options.quick else 30)
     size, whole, at_once = (steps.TINY_SIZE, 16, 4) if options.quick else (steps.FULL_SIZE, 512, 128)
     processor = steps.processor(size["image"])

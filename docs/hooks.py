@@ -61,14 +61,15 @@ def markdown(text: str, obj: griffe.Object) -> str:
 def arguments_table() -> str:
     """Our training arguments with defaults and help, which stand in the code alone."""
     from carot_hf import CaRotTrainingArguments
+    from carot_hf.basics.escape import table
 
-    own, rows = get_annotations(CaRotTrainingArguments), ["| argument | default | |", "|---|---|---|"]
+    own, rows = get_annotations(CaRotTrainingArguments), [["argument", "default", ""]]
     for item in fields(CaRotTrainingArguments):
         if item.name in own:
             value: Any = item.default
             default = int(value) if type(value).__name__ == "Published" else value
-            rows.append(f"| `{item.name}` | `{default!r}` | {item.metadata['help']} |")
-    return "\n".join(rows)
+            rows.append([f"`{item.name}`", f"`{default!r}`", item.metadata["help"]])
+    return table(rows)
 
 
 def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 import finetune_imagenet
 import torch
 
+from carot_hf.basics.escape import table
 from carot_hf.basics.whole_file import whole_file
 from carot_hf.ece.binning import CalibrationBins
 from carot_hf.evaluation.plots import reliability_grid
@@ -82,15 +83,15 @@ def main(argv: Sequence[str]) -> None:
 
 def comparison(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Lay out means over seeds, with the range where there are several."""
-    lines = ["| method | " + " | ".join(title for title, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    rows = [["method", *(title for title, _ in COLUMNS)]]
     for method, runs in results.items():
         cells = []
         for _, key in COLUMNS:
             values = [run[key] for run in runs]
             spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.3f}{spread}")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([method, *cells])
+    return table(rows)
 
 
 if __name__ == "__main__":

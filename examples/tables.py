@@ -16,6 +16,7 @@ from scipy.stats import t as student_t
 
 import carot_hf
 from carot_hf import ShiftSuite
+from carot_hf.basics.escape import table
 from carot_hf.basics.whole_file import whole_file, write_whole
 from carot_hf.ece.binning import CalibrationBins
 from carot_hf.evaluation.plots import id_ood_scatter, reliability_grid
@@ -99,58 +100,56 @@ def write_report(
     write_csv(folder / "results.csv", metrics, seeds)
     draw_figures(folder, suite, runs, metrics, {method: by_seed[0] for method, by_seed in sweeps.items()})
     published = suite.name == "imagenet"
+    parts = [
+        f"# CaRot's tables and figures on `{suite.name}`",
+        *introduction(suite, smoothings, seeds, command, seconds, quick),
+        "## Table 1: methods",
+        means({TITLES[name]: metrics[name] for name in TITLES}, COLUMNS),
+        *(published_table(PUBLISHED, TITLES, list(COLUMNS)) if published else []),
+        f"## Table 2: steps between updates of the teacher (default {interval})",
+        means({title: metrics[name] for name, title in INTERVALS.items()}, dict(list(COLUMNS.items())[:4])),
+        *(published_table(PUBLISHED_INTERVALS, INTERVALS, list(COLUMNS)[:4]) if published else []),
+        "## Does CaRot beat FLYP here?",
+        paired(metrics["carot"], metrics["flyp"]),
+        "## Figures",
+        "First seed. Bars: accuracy in each bin of confidence; hatched: the gap to the mean confidence.",
+        *(f"{title}\n\n![{title}]({name})" for name, title in FIGURES.items()),
+    ]
+    page = folder / "README.md"
+    write_whole(page, "\n\n".join(parts) + "\n")
+    return page
+
+
+def introduction(
+    suite: ShiftSuite,
+    smoothings: Mapping[str, Mapping[float, float]],
+    seeds: Sequence[int],
+    command: str,
+    seconds: tuple[float, float],
+    quick: bool,
+) -> list[str]:
+    """What the figures are of and how they were made, a paragraph each."""
     chosen = ", ".join(
         f"{TITLES[method]} {min(scores, key=scores.__getitem__):g} (validation NLL "
         + ", ".join(f"{eps:g}: {score:.4f}" for eps, score in scores.items())
         + ")"
         for method, scores in smoothings.items()
     )
-    lines = [
-        f"# CaRot's tables and figures on `{suite.name}`",
-        "",
-        *(
-            ["A demonstration on small images of digits, not evidence for ImageNet. Nothing was tuned on it.", ""]
-            if suite.name == "digits"
-            else []
-        ),
-        *(
-            ["**Quick**: shortened runs and a fixed label smoothing; for a look at the page, not for its figures.", ""]
-            if quick
-            else []
-        ),
+    parts = []
+    if suite.name == "digits":
+        parts.append("A demonstration on small images of digits, not evidence for ImageNet. Nothing was tuned on it.")
+    if quick:
+        parts.append("**Quick**: shortened runs and a fixed label smoothing; for a look at the page, not its figures.")
+    return [
+        *parts,
         f"    {command}",
-        "",
         f"Seeds {', '.join(map(str, seeds))}. Cells {seconds[0] / 60:.0f} min of computing in all, this call "
         f"{seconds[1] / 60:.0f} min. carot_hf {carot_hf.__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, Python {platform.python_version()}.",
-        "",
         f"ID: {suite.test.name}. OOD: unweighted mean over {', '.join(suite.shifts)}. ECE: 10 bins, whole set. "
         "T: with a temperature fitted on the validation split. Values are means over the seeds, ± half of a 95 % "
-        "interval (Student's t). Label smoothing by the validation NLL of the first seed: " + chosen + ".",
-        "",
-        "## Table 1: methods",
-        "",
-        *table({TITLES[name]: metrics[name] for name in TITLES}, COLUMNS),
-        "",
-        *(published_table(PUBLISHED, TITLES, list(COLUMNS)) if published else []),
-        f"## Table 2: steps between updates of the teacher (default {interval})",
-        "",
-        *table({title: metrics[name] for name, title in INTERVALS.items()}, dict(list(COLUMNS.items())[:4])),
-        "",
-        *(published_table(PUBLISHED_INTERVALS, INTERVALS, list(COLUMNS)[:4]) if published else []),
-        "## Does CaRot beat FLYP here?",
-        "",
-        *paired(metrics["carot"], metrics["flyp"]),
-        "",
-        "## Figures",
-        "",
-        "First seed. Bars: accuracy in each bin of confidence; hatched: the gap to the mean confidence.",
-        "",
-        *(f"{title}\n\n![{title}]({name})\n" for name, title in FIGURES.items()),
+        f"interval (Student's t). Label smoothing by the validation NLL of the first seed: {chosen}.",
     ]
-    page = folder / "README.md"
-    write_whole(page, "\n".join(lines).rstrip() + "\n")
-    return page
 
 
 FIGURES = {
@@ -187,35 +186,27 @@ def number(values: Sequence[float], digits: int = 3) -> str:
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
-def table(rows: Mapping[str, Sequence[Metrics]], columns: Mapping[str, str]) -> list[str]:
+def means(rows: Mapping[str, Sequence[Metrics]], columns: Mapping[str, str]) -> str:
     """Lay out a Markdown table of means and intervals."""
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for title, runs in rows.items():
-        lines.append(
-            f"| {title} | " + " | ".join(number([run[key] for run in runs]) for key in columns.values()) + " |"
-        )
-    return lines
+    cells = [[title, *(number([run[key] for run in runs]) for key in columns.values())] for title, runs in rows.items()]
+    return table([["", *columns], *cells])
 
 
 def published_table(
     published: Mapping[str, Sequence[float]], titles: Mapping[str, str], columns: Sequence[str]
 ) -> list[str]:
     """The paper's figures, in the same order."""
-    lines = [
+    rows = [[titles[method], *(f"{value:.4f}" for value in values)] for method, values in published.items()]
+    return [
         "Published (CaRot 2023; its ECE is the mean over batches of 512, compare it with `ece_batch_mean` in "
         "results.csv):",
-        "",
-        "| | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
+        table([["", *columns], *rows]),
     ]
-    for method, values in published.items():
-        lines.append(f"| {titles[method]} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
-    return [*lines, ""]
 
 
-def paired(ours: Sequence[Metrics], theirs: Sequence[Metrics]) -> list[str]:
+def paired(ours: Sequence[Metrics], theirs: Sequence[Metrics]) -> str:
     """Differences seed by seed, with their interval, and what follows from it."""
-    lines = ["| CaRot - FLYP | difference | by seed | |", "|---|---|---|---|"]
+    rows = [["CaRot - FLYP", "difference", "by seed", ""]]
     for title, better in (("OOD acc", 1), ("OOD ECE", -1), ("OOD ECE, T", -1)):
         key = COLUMNS[title]
         differences = [a[key] - b[key] for a, b in zip(ours, theirs, strict=True)]
@@ -226,8 +217,8 @@ def paired(ours: Sequence[Metrics], theirs: Sequence[Metrics]) -> list[str]:
             verdict = "CaRot is better" if mean * better > 0 else "FLYP is better"
         by_seed = ", ".join(f"{value:+.3f}" for value in differences)
         width = "" if math.isnan(half) else f" ± {half:.3f}"
-        lines.append(f"| {title} | {mean:+.3f}{width} | {by_seed} | {verdict} |")
-    return lines
+        rows.append([title, f"{mean:+.3f}{width}", by_seed, verdict])
+    return table(rows)
 
 
 def write_csv(path: Path, metrics: Mapping[str, Sequence[Metrics]], seeds: Sequence[int]) -> None:

@@ -12,24 +12,20 @@ from __future__ import annotations
 import html
 import io
 import json
-import math
 import warnings
-import zipfile
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
-from csv_rows import cells_of, is_number, label_of, number_of, read_csv
 from numpy.typing import NDArray
 from PIL import Image
+from reading import check_size, parse_labels, parse_predictions, parse_temperature, read_file
 
 from carot_hf import load_ece
 from carot_hf.evaluation.plots import reliability_diagram
 
 MAX_FILE = "100mb"
-MAX_ROWS, MAX_VALUES = 1_000_000, 20_000_000  # of one request
 MAX_BINS, MAX_DRAWS = 100, 1000  # as the page offers them; the API is held to the same
 MAX_WAITING, AT_ONCE = 20, 2  # requests
 MEANINGS = {
@@ -57,8 +53,6 @@ FORECASTS = {  # with `mode` positive
     "overconfidence": "`avg_confidence` - `positive_rate`",
     "brier": "mean of (probability - label)^2, in [0, 1]",
 }
-_MAX_HEADER = 10_000  # bytes
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 INTRODUCTION = """\
 # Expected calibration error
 
@@ -108,32 +102,7 @@ def build() -> Any:
                 file = gr.File(label="or a file, read in place of the text", file_types=[".csv", ".npz"], height=140)
                 from_logits = gr.Checkbox(label="from_logits", info="the predictions are logits; take a softmax")
                 with gr.Accordion("Options", open=False):
-                    n_bins = gr.Slider(1, MAX_BINS, value=10, step=1, precision=0, label="n_bins")
-                    strategy = gr.Radio(
-                        ["uniform", "quantile"],
-                        value="uniform",
-                        label="strategy",
-                        info="bins of equal width, or of equal mass",
-                    )
-                    mode = gr.Radio(
-                        ["rows", "top_label", "positive"],
-                        value="rows",
-                        label="mode",
-                        info="rows of class scores; confidences with 0/1 hits; or P(class 1) with 0/1 labels",
-                    )
-                    temperature = gr.Textbox(
-                        value="", label="temperature", info="divides the logits; empty for none", max_lines=1
-                    )
-                    n_bootstrap = gr.Slider(
-                        0,
-                        MAX_DRAWS,
-                        value=0,
-                        step=100,
-                        precision=0,
-                        label="n_bootstrap",
-                        info="draws for the interval, the floor and the p-value",
-                    )
-                    check_sums = gr.Checkbox(value=True, label="check_sums", info="refuse rows that do not sum to 1")
+                    options = build_options()
                 button = gr.Button("Compute", variant="primary")
             with gr.Column(min_width=320):
                 summary = gr.HTML(HINT, elem_id="summary")
@@ -152,8 +121,7 @@ def build() -> Any:
         with gr.Accordion("What to paste, and how to read it", open=False):
             gr.Markdown(HOW_TO)
 
-        inputs = [predictions, references, file, from_logits, n_bins, strategy, mode, temperature, n_bootstrap]
-        inputs.append(check_sums)
+        inputs = [predictions, references, file, from_logits, *options]
         outputs = [summary, diagram, details, table, numbers]
         button.click(show, inputs, outputs, api_visibility="private")
         for name, values in EXAMPLES.items():
@@ -161,6 +129,35 @@ def build() -> Any:
             filled.then(show, inputs, outputs, api_visibility="private")
         gr.Button(visible=False).click(respond, inputs, [numbers, diagram], api_name="measure")  # the API only
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=AT_ONCE, api_open=True)
+
+
+def build_options() -> list[Any]:
+    """The fields of the options that few change, in the order of `compute`."""
+    n_bins = gr.Slider(1, MAX_BINS, value=10, step=1, precision=0, label="n_bins")
+    strategy = gr.Radio(
+        ["uniform", "quantile"],
+        value="uniform",
+        label="strategy",
+        info="bins of equal width, or of equal mass",
+    )
+    mode = gr.Radio(
+        ["rows", "top_label", "positive"],
+        value="rows",
+        label="mode",
+        info="rows of class scores; confidences with 0/1 hits; or P(class 1) with 0/1 labels",
+    )
+    temperature = gr.Textbox(value="", label="temperature", info="divides the logits; empty for none", max_lines=1)
+    n_bootstrap = gr.Slider(
+        0,
+        MAX_DRAWS,
+        value=0,
+        step=100,
+        precision=0,
+        label="n_bootstrap",
+        info="draws for the interval, the floor and the p-value",
+    )
+    check_sums = gr.Checkbox(value=True, label="check_sums", info="refuse rows that do not sum to 1")
+    return [n_bins, strategy, mode, temperature, n_bootstrap, check_sums]
 
 
 def compute(
@@ -208,15 +205,6 @@ def check_number(name: str, value: Any, least: int, most: int) -> None:
     """Raise a ValueError unless an option is a whole number in a range: time and memory grow with it."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"Expected `{name}` as a whole number from {least} to {most}, got {value!r:.40}. Lower it.")
-
-
-def check_size(shape: tuple[int, ...]) -> None:
-    """Raise a ValueError if there are too many rows or values for one request."""
-    if (shape[:1] and shape[0] > MAX_ROWS) or math.prod(shape) > MAX_VALUES:
-        raise ValueError(
-            f"Expected at most {MAX_ROWS:,} rows and {MAX_VALUES:,} values, got an array of shape {shape}. Measure it "
-            "with carot_hf on your own machine, where nothing is limited."
-        )
 
 
 def show(*values: Any) -> tuple[Any, ...]:
@@ -295,141 +283,6 @@ def as_json(result: dict[str, Any]) -> dict[str, Any]:
     """The result with None for what JSON has no number for: nan in empty bins, an infinite NLL."""
     plain: dict[str, Any] = json.loads(json.dumps(result), parse_constant=lambda name: None)
     return plain
-
-
-def parse_predictions(text: str) -> NDArray[Any]:
-    """``(N, K)`` from a row a line or nested JSON lists; ``(N,)`` from one number a line or a flat JSON list.
-
-    Raises:
-        ValueError: If a cell is no number or a row is shorter or longer than the first; the message names the line.
-    """
-    if text.lstrip().startswith("["):
-        return _from_json(text, "predictions")
-    rows = _rows(_lines(text, "predictions"))
-    return rows[:, 0] if rows.shape[1] == 1 else rows
-
-
-def parse_labels(text: str) -> NDArray[Any]:
-    """``(N,)`` integers from one line or many, or a JSON list.
-
-    Raises:
-        ValueError: If a label is no whole number; the message names the line.
-    """
-    if text.lstrip().startswith("["):
-        return _from_json(text, "labels")
-    found = [(number, cell) for number, cells in _lines(text, "labels") for cell in cells]
-    return np.array([label_of(cell, number) for number, cell in found])
-
-
-def parse_temperature(text: str | None) -> float | None:
-    """A number, or None if there is no text.
-
-    Raises:
-        ValueError: If there is other text.
-    """
-    if text is None or not text.strip():
-        return None
-    if not is_number(text):
-        raise ValueError(
-            f"Expected `temperature` to be a number, got {text[:40]!r}. Write e.g. 1.5, or leave it empty."
-        )
-    return float(text)
-
-
-def read_file(path: str) -> tuple[NDArray[Any], NDArray[Any], list[str]]:
-    """Predictions and labels of a CSV or an NPZ, and what was left out of it; see `csv_rows`.
-
-    Raises:
-        ValueError: If the file is neither, or not as described; the message names the line.
-    """
-    if path.lower().endswith(".npz"):
-        return *_read_npz(path), []
-    if not path.lower().endswith(".csv"):
-        raise ValueError(f"Expected a file .csv or .npz, got {Path(path).name!r}. Save it as one of these.")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Expected a CSV in UTF-8, got {error}. Save it as text in UTF-8.") from error
-    except OSError as error:
-        raise ValueError(f"Expected a CSV, got {type(error).__name__}: {error}. Upload it once more.") from error
-    return read_csv(text)
-
-
-def _read_npz(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            if missing := [name for name in ("predictions", "references") if name not in names]:
-                raise ValueError(f"no {' and no '.join(missing)} among {names[:10]}")
-            return _read_array(archive, "predictions.npy"), _read_array(archive, "references.npy")
-    except Exception as error:  # whatever zipfile, its decompressors and numpy make of a damaged or a locked file
-        raise ValueError(
-            f"Expected an .npz with the arrays `predictions` and `references`, got {error or type(error).__name__}. "
-            "Write it with `np.savez(path, predictions=..., references=...)`."
-        ) from error
-
-
-def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """An array of numbers, whose header is looked at before there is room made for what it claims."""
-    entry = archive.getinfo(name if name in archive.namelist() else name.removesuffix(".npy"))
-    with archive.open(entry) as file:
-        kind = np.lib.format.read_magic(file)
-        if kind not in _HEADERS:
-            raise ValueError(f"{name} in the format {kind}")
-        try:
-            shape, _, dtype = _HEADERS[kind](file, max_header_size=_MAX_HEADER)
-        except ValueError as error:  # numpy's own words suggest to trust the file
-            raise ValueError(f"{name} with a header that says no shape") from error
-        if dtype.kind not in "biuf":
-            raise ValueError(f"{name} of {dtype}, no numbers")
-        check_size(shape)
-        if math.prod(shape) * dtype.itemsize != entry.file_size - file.tell():
-            raise ValueError(f"{name} of {entry.file_size:,} bytes, whose header claims the shape {shape}")
-    with archive.open(entry) as file:
-        found: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_MAX_HEADER)
-        return found
-
-
-def _lines(text: str, what: str) -> list[tuple[int, list[str]]]:
-    """The cells of each line that is not blank, with its number from 1."""
-    if not text.strip():
-        raise ValueError(f"Expected {what}, got none. Paste at least one row, click an example, or upload a file.")
-    if any(mark in text for mark in ",;\t"):
-        return cells_of(text)
-    return [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-
-
-def _rows(lines: list[tuple[int, list[str]]]) -> NDArray[np.float64]:
-    """``(N, K)`` numbers of equally long rows."""
-    width = len(lines[0][1])
-    for number, cells in lines:
-        if len(cells) != width:
-            raise ValueError(
-                f"Expected {width} columns in line {number}, as in the first row, got {len(cells)}. "
-                "Give each row one number for each class."
-            )
-    return np.array([[number_of(cell, number) for cell in cells] for number, cells in lines])
-
-
-def _from_json(text: str, what: str) -> NDArray[Any]:
-    try:
-        values = np.array(json.loads(text))
-    except (RecursionError, MemoryError) as error:
-        raise ValueError(
-            f"Expected a JSON list of {what}, got one nested too deeply. Paste one list of rows."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"Expected a JSON list of {what}, got text that breaks off in line {error.lineno}, column {error.colno} "
-            f"({error.msg}). Close every bracket and put commas between numbers, or paste plain rows."
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"Expected JSON rows of one length, got {error}. Give each row one number a class.") from error
-    if values.dtype.kind not in "iuf":
-        raise ValueError(
-            f"Expected numbers only in the JSON list of {what}, got other values. Leave quotes and null out."
-        )
-    return values
 
 
 def _example(rows: list[list[float]], labels: list[int], **options: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import re
+import statistics
 import subprocess
 import sys
 
@@ -258,3 +259,17 @@ def test_a_trainer_without_what_it_asks_for_is_not_made():
         assert kind.__abstractmethods__ == names
         with pytest.raises(TypeError, match="abstract"):
             kind(args=None)
+
+
+def test_nothing_grows_too_long():
+    """Files that are read in one sitting, functions on one screen; docstrings counted."""
+    folders = ("carot_hf", "examples", "space", "benchmarks", "docs")
+    files = {path: path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    lines = {path: text.count("\n") for path, text in files.items()}
+    assert {path for path, count in lines.items() if count > 450} == set()
+    assert statistics.median(count for path, count in lines.items() if ROOT / "carot_hf" in path.parents) < 170
+    for path, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.end_lineno:
+                most = 450 if isinstance(node, ast.ClassDef) else 40 if path == PACKAGE / "trainer.py" else 60
+                assert node.end_lineno - node.lineno < most, f"{path}: {node.name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _JOINERS = "\u200c\u200d"  # of Persian and Indic words
@@ -42,6 +43,18 @@ def code(text: Any) -> str:
     marks = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     space = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
     return f"{marks}{space}{shown}{space}{marks}"
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Lay cells that are Markdown already out as a table, its columns aligned for those who read it as text.
+
+    Args:
+        rows: Of equal length; the first one holds the titles.
+    """
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])
 
 
 class _Printable(logging.Filter):

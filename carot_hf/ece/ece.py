@@ -217,34 +217,23 @@ class ECE(evaluate.Metric):
             ValueError: If an input or an option is not as described; rows added before are kept.
             RuntimeError: If an option comes too late for the rows that were added before.
         """
-        given: dict[str, Any] = {
-            "n_bins": n_bins,
-            "strategy": strategy,
-            "mode": mode,
-            "from_logits": from_logits,
-            "temperature": temperature,
-            "bins": bins,
-            "classwise": classwise,
-            "check_sums": check_sums,
-            "n_bootstrap": n_bootstrap,
-            "confidence_level": confidence_level,
-            "seed": seed,
-            "ignore_index": ignore_index,
-        }
-        options = replace(self.options, **{name: value for name, value in given.items() if value is not None})
+        names = {item.name for item in fields(Options)}
+        given = {name: value for name, value in locals().items() if name in names and value is not None}
+        return self._result(predictions, references, sample_weight, replace(self.options, **given))
+
+    def _result(self, predictions: Any, references: Any, sample_weight: Any, options: Options) -> dict[str, Any]:
         self._check_in_time(options)
+        rows = None
         if predictions is not None or references is not None:
             rows = reduce_rows(*_both(predictions, references), options, sample_weight)
-            if self._buffer is None:
-                result = _measure(rows, options)
-            else:
-                self._check_in_time(options, rows.n)
-                self._append(rows)
-                result = _measure_buffer(self._buffer, options)
-        elif self._buffer is not None:
-            result = _measure_buffer(self._buffer, options)
-        else:
-            raise ValueError("Expected at least one row, got none. Pass `predictions` and `references`, or add them.")
+            self._check_in_time(options, rows.n)
+        if self._buffer is None:
+            if rows is None:
+                raise ValueError("Expected at least one row, got none. Pass predictions and references, or add them.")
+            return _measure(rows, options)
+        if rows is not None:
+            self._append(rows)
+        result = _measure_buffer(self._buffer, options)
         self._buffer = None
         return result
 

@@ -62,49 +62,36 @@ def ece_interval(
                                \tfrac1{n^2} \sum_{i \in b} (c_i - h_i)^2 - \tfrac{g_b^2}n\Big),
 
     and it measures :math:`\sum_b |\gamma_b(t) + s_b Z_b|` with normal :math:`Z_b`, drawn once. Half a row is allowed
-    for, since hits are whole. The measured ECE is always inside. ``benchmarks/interval_coverage.py`` measures how
-    often the true one is.
+    for: hits are whole. The measured ECE is always inside; ``benchmarks/interval_coverage.py`` measures how often the
+    true one is.
 
     Args:
         confidences: ``(N,)`` floats in [0, 1], in any order.
         correct: ``(N,)`` bool.
         bins: The table made from both.
-        n_bootstrap: Draws of each kind; > 0.
+        n_bootstrap: Draws of each kind, > 0.
         confidence_level: Of the interval, in (0, 1).
-        seed: Seed of the draws; the order of the rows does not matter.
+        seed: Of the draws; the order of the rows does not matter.
         sample_weight: ``(N,)`` weights > 0 that the table was made with. They are taken as fixed: rows are independent,
             and one of weight 2 is one row, not two.
 
     Returns:
-        ``ece_low``, ``ece_high``: the interval, cut at 0 and 1. ``ece_floor``: the mean ECE over hits drawn with the
-        given confidences as their chances. ``p_value``: the share of these draws with at least the measured ECE (one is
-        added to both counts).
+        ``ece_low``, ``ece_high``: the interval, cut at 0 and 1. ``ece_floor``: the mean ECE of hits drawn with the
+        confidences as chances. ``p_value``: the share of these with at least the measured ECE (1 added to both counts).
 
     Source:
         Vaicenavicius et al. 2019, "Evaluating model calibration in classification" (the draws from the confidences);
         Neyman 1937 (an interval by inverting a test).
     """
-    generator = np.random.default_rng(seed)
-    even = sample_weight is None
     weights = np.ones(len(confidences)) if sample_weight is None else sample_weight
     order = np.lexsort((weights, correct, confidences))
     chances, hits, weights = confidences[order].astype(np.float64), correct[order], weights[order]
-    total = float(weights.sum())
-    filled = bins.count > 0
-    starts = np.concatenate([[0], np.cumsum(bins.count)[:-1]])[filled]  # sorted rows: each bin is one slice
-    excess = weights * (chances - hits)
-    gaps = np.add.reduceat(excess, starts) / total
-    squares = np.add.reduceat(excess * excess, starts) / total**2 - gaps**2 * float(weights @ weights) / total**2
-    binomial = np.add.reduceat(weights**2 * chances * (1 - chances), starts) / total**2
-    noise = np.sqrt(np.maximum(binomial, squares))
-    half_row = 0.5 * float(weights.max()) / total
-    low, high = _inverted(gaps, noise, half_row, generator.standard_normal((n_bootstrap, len(gaps))), confidence_level)
-    expected = np.add.reduceat(weights * chances, starts)
-    simulated = np.empty(n_bootstrap)
-    for i in range(n_bootstrap):
-        right = generator.random(len(chances)) < chances
-        lucky = np.add.reduceat(right, starts, dtype=np.int64) if even else np.add.reduceat(weights * right, starts)
-        simulated[i] = np.abs(expected - lucky).sum() / total
+    starts = np.concatenate([[0], np.cumsum(bins.count)[:-1]])[bins.count > 0]  # sorted rows: each bin is one slice
+    gaps, noise = _gaps(chances, hits, weights, starts)
+    generator = np.random.default_rng(seed)
+    normal, half_row = generator.standard_normal((n_bootstrap, len(gaps))), 0.5 * float(weights.max() / weights.sum())
+    low, high = _inverted(gaps, noise, half_row, normal, confidence_level)
+    simulated = _calibrated(chances, None if sample_weight is None else weights, starts, n_bootstrap, generator)
     reached = int((simulated >= bins.ece - 1e-12).sum())  # equal sums may differ by rounding
     return {
         "ece_low": max(0.0, min(low, bins.ece)),
@@ -112,6 +99,36 @@ def ece_interval(
         "ece_floor": float(simulated.mean()),
         "p_value": (1 + reached) / (1 + n_bootstrap),
     }
+
+
+def _calibrated(
+    chances: NDArray[np.float64],
+    weights: NDArray[np.float64] | None,
+    starts: NDArray[np.int64],
+    n_draws: int,
+    generator: np.random.Generator,
+) -> NDArray[np.float64]:
+    """ECE of hits drawn with the confidences as their chances; weights None: 1 each."""
+    even = weights is None
+    weights = np.ones(len(chances)) if weights is None else weights
+    expected, total = np.add.reduceat(weights * chances, starts), float(weights.sum())
+    simulated = np.empty(n_draws)
+    for i in range(n_draws):
+        right = generator.random(len(chances)) < chances
+        lucky = np.add.reduceat(right, starts, dtype=np.int64) if even else np.add.reduceat(weights * right, starts)
+        simulated[i] = np.abs(expected - lucky).sum() / total
+    return simulated
+
+
+def _gaps(
+    chances: NDArray[np.float64], hits: NDArray[np.bool_], weights: NDArray[np.float64], starts: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Gap of each bin by its share of the weight, and the standard deviation of it."""
+    total, excess = float(weights.sum()), weights * (chances - hits)
+    gaps = np.add.reduceat(excess, starts) / total
+    squares = np.add.reduceat(excess * excess, starts) / total**2 - gaps**2 * float(weights @ weights) / total**2
+    binomial = np.add.reduceat(weights**2 * chances * (1 - chances), starts) / total**2
+    return gaps, np.sqrt(np.maximum(binomial, squares))
 
 
 def _inverted(

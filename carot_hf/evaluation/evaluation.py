@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..basics.escape import printable
+from ..basics.escape import printable, table
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
 
@@ -118,18 +118,9 @@ def comparison_table(rows: Mapping[str, Mapping[str, float]], columns: Iterable[
     columns = list(columns)
     cells = [["", *(title for title, _ in columns)]]
     for title, values in rows.items():
-        cells.append(
-            [
-                printable(title).replace("|", "\\|"),
-                *(f"{values[key]:.3f}" if key in values else "" for _, key in columns),
-            ]
-        )
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+        numbers = [f"{values[key]:.3f}" if key in values else "" for _, key in columns]
+        cells.append([printable(title).replace("|", "\\|"), *numbers])
+    return table(cells)
 
 
 def _without_nan(value: Any) -> Any:

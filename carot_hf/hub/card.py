@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..basics.escape import code, markdown, printable, printable_lines, sentence
+from ..basics.escape import code, markdown, printable, printable_lines, sentence, table
 from ..basics.redaction import public_words
 
 TAGS = ("carot_hf", "clip", "calibration", "robustness", "distribution-shift")
@@ -23,13 +23,6 @@ _NAMES = {"accuracy": "Accuracy", "ece": "Expected calibration error", "nll": "N
 TEACHER_FOLDER = "teacher"
 _SHOWN_CLASSES = 10
 _SAME_TEMPERATURE = 0.01  # relative; evaluation and calibration fit the same split
-_CITATION = """@inproceedings{oh2023carot,
-  title     = {Towards Calibrated Robust Fine-Tuning of Vision-Language Models},
-  author    = {Oh, Changdae and Kim, Mijoo and Lim, Hyesu and Park, Junhyeok and Jeong, Euiseog and Cheng, Zhi-Qi and
-               Song, Kyungwoo},
-  booktitle = {NeurIPS 2023 Workshop on Distribution Shifts},
-  year      = {2023}
-}"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,20 @@ def model_card(facts: CardFacts) -> ModelCard:
         eval_results=_results(facts) or None,
         ignore_metadata_errors=False,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(facts)}")
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card.md")),
+        facts=facts,
+        zero_shot=facts.task == ZERO_SHOT,
+        classes=f"{len(facts.class_names):,}",
+        results=_table(facts),
+        diagram=None if facts.diagram is None else quote(facts.diagram),
+        use=fenced(_use(facts), "python"),
+        options=table([["argument", "value"], *([code(name), code(value)] for name, value in facts.arguments.items())]),
+        versions=", ".join(f"{name} {version}" for name, version in facts.versions.items()),
+        names="\n".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names),
+        **{function.__name__: function for function in (code, fenced, markdown, sentence)},
+    )
 
 
 def _shown(text: str | None) -> str | None:
@@ -168,38 +174,6 @@ def _results(facts: CardFacts) -> list[EvalResult]:
     return results
 
 
-def _text(facts: CardFacts) -> str:
-    parts = [f"# {markdown(facts.name)}", _summary(facts), "## Results", _table(facts)]
-    if facts.diagram is not None:
-        parts.append(f"![Reliability diagrams of each set]({quote(facts.diagram)})")
-    parts += [
-        "## Temperature",
-        _temperature(facts),
-        "## Use",
-        _use(facts),
-        "## Intended use and limits",
-        _limits(facts),
-    ]
-    parts += ["## How to make it again", _reproduction(facts), "## Citation", f"```bibtex\n{_CITATION}\n```"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _summary(facts: CardFacts) -> str:
-    start = code(facts.base_model) if facts.base_model else "A CLIP checkpoint"
-    trained = "CLIP's contrastive loss" if facts.objective == "contrastive" else "a linear head and cross-entropy"
-    done = (
-        f"fine-tuned on the suite {code(facts.suite)} ({len(facts.class_names):,} classes) with {trained}, by carot_hf."
-    )
-    if facts.steps == 0:
-        done = (
-            f"as it was loaded: this run trained nothing. It was prepared for the suite {code(facts.suite)} "
-            f"({len(facts.class_names):,} classes) by carot_hf."
-        )
-    needs = "transformers only" if facts.task == ZERO_SHOT else "transformers and carot_hf, which has its class"
-    teacher = f" `{TEACHER_FOLDER}/` holds the teacher of the training, uncalibrated." if facts.teacher else ""
-    return f"{start}, {done} It needs {needs}.{teacher}"
-
-
 def _table(facts: CardFacts) -> str:
     names = [name for name in facts.sets if f"{name}_accuracy" in facts.metrics]
     if not names:
@@ -212,17 +186,10 @@ def _table(facts: CardFacts) -> str:
     kinds = {name: facts.sets[name] for name in names}
     if "ood_accuracy" in facts.metrics:
         kinds["ood"] = "mean of shifted"
-    titles = ["set", "", *columns]
-    rows = [
-        [
-            "" if name == "ood" else markdown(name),
-            markdown(kind),
-            *(_number(facts.metrics.get(f"{name}_{key}")) for key in columns.values()),
-        ]
-        for name, kind in kinds.items()
-    ]
-    lines = ["| " + " | ".join(row) + " |" for row in (titles, *rows)]
-    table = "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
+    rows = [["set", "", *columns]]
+    for name, kind in kinds.items():
+        numbers = (_number(facts.metrics.get(f"{name}_{key}")) for key in columns.values())
+        rows.append(["" if name == "ood" else markdown(name), markdown(kind), *numbers])
     notes = [
         f"ECE is the expected calibration error of the whole set, {facts.n_bins} bins of equal width of the top-label "
         "confidence; 0 is calibrated. Fractions, not per cent; NLL in nats."
@@ -239,98 +206,29 @@ def _table(facts: CardFacts) -> str:
     worse = [name for name in names if facts.metrics.get(f"{name}_ece_ts", -1.0) > facts.metrics[f"{name}_ece"]]
     if scaled and worse:
         notes.append(f"**With T the ECE is larger than without** on: {', '.join(map(markdown, worse))}.")
-    return "\n\n".join([table, *notes])
-
-
-def _temperature(facts: CardFacts) -> str:
-    record = facts.calibration
-    if record is None:
-        return "**No temperature is in the weights**: the probabilities are as trained, not calibrated."
-    where = "logit_scale" if facts.task == ZERO_SHOT else "the head"
-    fitted = "set by hand: no split is known that it was fitted on"
-    if "split" in record and "n" in record:
-        fitted = (
-            f"fitted on the split {code(record['split'])} ({record['n']:,} images, criterion "
-            f"{markdown(record.get('criterion'))}), "
-            "which is held out of training and of the table"
-        )
-    if "bias" in record:
-        return (
-            f"T = {record['temperature']:.4f} and a bias of {record['bias']:.4f}, {fitted}. They are part of the "
-            "weights (logit_scale, logit_bias): the stock pipeline gives sigmoid(z / T + bias) of each logit z without "
-            "knowing. Accuracy does not change."
-        )
-    return (
-        f"T = {record['temperature']:.4f}, {fitted}. It is part of the weights ({where}): the stock pipeline divides "
-        "by it without knowing. Accuracy does not change."
-    )
+    return "\n\n".join([table(rows), *notes])
 
 
 def _use(facts: CardFacts) -> str:
+    """A script that runs the model."""
     model = json.dumps(facts.repo or facts.name)
-    lines = f'from transformers import pipeline\n\nclassify = pipeline("{facts.task}", model={model})\n'
-    captions = f"It was evaluated with {len(facts.templates)} captions a class"
-    if facts.task == ZERO_SHOT:
-        names = ", ".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names[:_SHOWN_CLASSES])
-        rest = len(facts.class_names) - _SHOWN_CLASSES
-        lines += (
-            f"labels = [{names}]{f'  # and {rest:,} more' if rest > 0 else ''}\n"
-            f"template = {json.dumps(facts.templates[0], ensure_ascii=False)}\n"
-            'classify("image.jpg", candidate_labels=labels, hypothesis_template=template)'
-        )
-        if len(facts.templates) > 1:
-            captions += (
-                ", whose embeddings are averaged. The pipeline takes one caption: its probabilities are near those of "
-                "the table, not the same; `CaRotTrainer.export_classifier` gives those. The captions"
-            )
-    else:
-        lines = f'import carot_hf  # makes the model\'s class known\n{lines}classify("image.jpg")'
-        captions = "The head started from these captions"
-    return "\n\n".join(
-        [
-            _fenced(lines, "python"),
-            f"{captions}:",
-            _fenced("\n".join(map(printable, facts.templates)), "text"),
-            "<details><summary>Class names, in the order of the labels</summary>",
-            _fenced("\n".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names), "text"),
-            "</details>",
-        ]
+    start = f'from transformers import pipeline\n\nclassify = pipeline("{facts.task}", model={model})\n'
+    if facts.task != ZERO_SHOT:
+        return f'import carot_hf  # makes the model\'s class known\n{start}classify("image.jpg")'
+    names = ", ".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names[:_SHOWN_CLASSES])
+    rest = len(facts.class_names) - _SHOWN_CLASSES
+    return (
+        f"{start}labels = [{names}]{f'  # and {rest:,} more' if rest > 0 else ''}\n"
+        f"template = {json.dumps(facts.templates[0], ensure_ascii=False)}\n"
+        'classify("image.jpg", candidate_labels=labels, hypothesis_template=template)'
     )
 
 
-def _fenced(text: str, language: str) -> str:
+def fenced(text: str, language: str) -> str:
     """A block of code whose fence is longer than any in the text, without control characters."""
     text = printable_lines(text)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _limits(facts: CardFacts) -> str:
-    lines = [
-        f"Meant for images like those of the suite {code(facts.suite)} and for research on shift and calibration.",
-        "The temperature is fitted at home: under shift, on other classes and with other captions the probabilities "
-        "are less calibrated; the table says by how much on the sets that were tried.",
-        "It inherits the biases of its base model and of its training images. Not for decisions about people.",
-    ]
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _reproduction(facts: CardFacts) -> str:
-    parts = []
-    if facts.command:
-        parts.append(_fenced(facts.command, "bash"))
-    options = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in facts.arguments.items())
-    if options:
-        parts.append(f"| argument | value |\n|---|---|\n{options}")
-    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    processes = f"; {facts.processes} processes" if facts.processes > 1 else ""
-    parts.append(f"{facts.steps:,} steps; seed {facts.seed}{processes}; {versions}.")
-    if facts.changes:
-        parts.append("\n".join(f"- {sentence(change)}" for change in facts.changes))
-    if facts.suite_hash:
-        number = f" version {markdown(facts.suite_version)}" if facts.suite_version else ""
-        parts.append(f"Suite {code(facts.suite)}{number}, sha256 `{facts.suite_hash}` (`suite.content_hash`).")
-    return "\n\n".join(parts)
 
 
 def _number(value: float | None) -> str:

@@ -69,15 +69,7 @@ def linear_probe(
         logger.debug("Linear probe: pass %d, objective %.9f", passes, value)
         return value
 
-    search = torch.optim.LBFGS(
-        [head, shift],
-        max_iter=max_iter,
-        max_eval=25 * max_iter,  # as many as a line search may take: the limit is that of the steps
-        tolerance_grad=0.0,
-        tolerance_change=_PROBE_TOLERANCE,
-        history_size=_PROBE_HISTORY,
-        line_search_fn="strong_wolfe",
-    )
+    search = _search([head, shift], max_iter)
     first, last = float(search.step(objective)), objective()
     logger.info("Linear probe: objective %.6f, then %.6f after %d passes", first, last, passes)
     if search.state[head]["n_iter"] >= max_iter:
@@ -87,6 +79,18 @@ def linear_probe(
             max_iter,
         )
     return head.to(weight.device, weight.dtype), shift.to(bias.device, bias.dtype)
+
+
+def _search(parameters: list[Tensor], max_iter: int) -> torch.optim.LBFGS:
+    return torch.optim.LBFGS(
+        parameters,
+        max_iter=max_iter,
+        max_eval=25 * max_iter,  # as many as a line search may take: the limit is that of the steps
+        tolerance_grad=0.0,
+        tolerance_change=_PROBE_TOLERANCE,
+        history_size=_PROBE_HISTORY,
+        line_search_fn="strong_wolfe",
+    )
 
 
 @torch.no_grad()  # the search turns gradients on around it

@@ -213,7 +213,7 @@ def test_unreadable_npz(app, tmp_path, monkeypatch):
         app.read_file(str(path))
     np.savez_compressed(path, predictions=np.zeros((1000, 10)), references=np.zeros(1000, int))
     app.read_file(str(path))
-    monkeypatch.setattr(app, "MAX_VALUES", 9_999)
+    monkeypatch.setattr("reading.MAX_VALUES", 9_999)
     with pytest.raises(ValueError, match=r"1,000,000 rows and 9,999 values, got an array of shape \(1000, 10\)"):
         app.read_file(str(path))
 
@@ -342,11 +342,11 @@ def test_bins_and_draws_are_bounded(app, name, value):
 
 
 def test_rows_and_values_are_bounded(app, monkeypatch):
-    monkeypatch.setattr(app, "MAX_ROWS", 5)
+    monkeypatch.setattr("reading.MAX_ROWS", 5)
     with pytest.raises(ValueError, match=r"at most 5 rows and 20,000,000 values, got an array of shape \(6, 3\)"):
         app.compute(SIX_ROWS, "1 0 0 1 0 0", check_sums=False)
-    monkeypatch.setattr(app, "MAX_ROWS", 6)
-    monkeypatch.setattr(app, "MAX_VALUES", 17)
+    monkeypatch.setattr("reading.MAX_ROWS", 6)
+    monkeypatch.setattr("reading.MAX_VALUES", 17)
     with pytest.raises(ValueError, match="at most 6 rows and 17 values"):
         app.compute(SIX_ROWS, "1 0 0 1 0 0", check_sums=False)
     monkeypatch.setattr("csv_rows.MAX_CELLS", 17)

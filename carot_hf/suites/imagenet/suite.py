@@ -36,8 +36,7 @@ def imagenet_suite(
     """ImageNet-1K with its shifted sets.
 
     Trained on: ImageNet-1K's training set without a class-balanced 2 %, which is ``validation``: temperatures and the
-    label smoothing are fitted on it, never on a reported set. ``test`` is ImageNet's validation set, called
-    ``imagenet``.
+    label smoothing are fitted on it, never on a reported set. ``test``, called ``imagenet``, is its validation set.
 
     Args:
         root: Folder of local copies, ``<root>/<id on the Hub>``, ``<root>/<last part of it>`` or ``<root>/<name>``, in
