@@ -22,9 +22,9 @@ REHEARSAL := .venv-rehearsal
 ALL := docs test-cpus rehearsal test-space test-package test-versions test-slow report
 PIP := -m pip install --quiet --disable-pip-version-check
 # The tests that touch transformers, datasets, accelerate, evaluate, huggingface_hub and Pillow.
-VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture attacks classifier content_hash data ece evaluation evaluator hub \
+VERSION_TESTS := $(foreach name,architecture attacks classifier content_hash data ece evaluation evaluator hub \
 	choices folders images imagenet_suite labels loading model_card prepare processors resume resume_facts security streaming \
-	suite_file suites survey table_files training training_args))
+	suite_file suites survey table_files training training_args,$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 
 # One thread: the models of the demo and of the tests are small. Offline: nothing here needs a network.
 export OMP_NUM_THREADS := 1

@@ -19,21 +19,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Each compares results of matrix products of other shapes, in another order, or of another library.
 TESTS = (
-    "classifier.py", "losses.py", "sigmoid.py", "calibration.py", "prompts.py", "teacher.py", "weights.py",
-    "foreign_rows.py", "interval.py",
-    "methods.py::test_export_gives_the_probabilities_of_the_zero_shot_model",
-    "methods.py::test_ft_is_calibrated_saved_and_served_by_the_stock_pipeline",
-    "training.py::test_terms_are_those_of_the_loss_functions",
-    "training.py::test_accumulation_is_the_mean_over_micro_batches",
-    "evaluation.py::test_every_set_equals_a_plain_loop",
-    "lora.py::test_merged_weights_are_the_closed_form",
-    "lora.py::test_the_gradient_cache_equals_the_large_batch",
-    "backbones.py::test_evaluation_is_what_the_stock_model_says",
-    "backbones.py::test_captions_are_embedded_as_the_padded_ones_are",
-    "gradient_cache.py::test_the_parts_add_up_to_the_gradient_of_the_whole",
-    "gradient_cache.py::test_the_cache_trains_as_the_large_batch_does[carot-2024]",
-    "gradient_cache.py::test_the_cache_trains_as_the_large_batch_does[tracer]",
-    "distributed.py::test_two_processes_equal_one_with_the_whole_batch",
+    "models/test_classifier.py", "objective/test_losses.py", "objective/test_sigmoid.py",
+    "calibration/test_calibration.py", "data/test_prompts.py", "teacher/test_teacher.py", "ece/test_weights.py",
+    "ece/test_foreign_rows.py", "ece/test_interval.py",
+    "objective/test_methods.py::test_export_gives_the_probabilities_of_the_zero_shot_model",
+    "objective/test_methods.py::test_ft_is_calibrated_saved_and_served_by_the_stock_pipeline",
+    "run/test_training.py::test_terms_are_those_of_the_loss_functions",
+    "run/test_training.py::test_accumulation_is_the_mean_over_micro_batches",
+    "evaluation/test_evaluation.py::test_every_set_equals_a_plain_loop",
+    "models/test_lora.py::test_merged_weights_are_the_closed_form",
+    "models/test_lora.py::test_the_gradient_cache_equals_the_large_batch",
+    "models/test_backbones.py::test_evaluation_is_what_the_stock_model_says",
+    "models/test_backbones.py::test_captions_are_embedded_as_the_padded_ones_are",
+    "objective/test_gradient_cache.py::test_the_parts_add_up_to_the_gradient_of_the_whole",
+    "objective/test_gradient_cache.py::test_the_cache_trains_as_the_large_batch_does[carot-2024]",
+    "objective/test_gradient_cache.py::test_the_cache_trains_as_the_large_batch_does[tracer]",
+    "run/test_distributed.py::test_two_processes_equal_one_with_the_whole_batch",
 )  # fmt: skip
 MKL = ({}, {"MKL_CBWR": "COMPATIBLE"}, {"MKL_CBWR": "AVX2"})
 ATEN = ({}, {"ATEN_CPU_CAPABILITY": "default"})
@@ -45,7 +46,7 @@ def run(chosen: dict[str, str]) -> tuple[str, bool, float, str]:
     """Run the tests with some variables: what they were, whether all passed, how long it took, what was printed."""
     environment = {name: value for name, value in os.environ.items() if name not in OWN}
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    command += [f"tests/test_{test}" for test in TESTS]
+    command += [f"tests/{test}" for test in TESTS]
     start = time.monotonic()
     result = subprocess.run(
         command, cwd=ROOT, env={**environment, **chosen}, check=False, capture_output=True, text=True

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from toys import ROOT
 
 PACKAGE = ROOT / "carot_hf"
 LOWEST = ROOT / "tests" / "versions" / "lowest.txt"

@@ -30,12 +30,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import noise_suite, tiny_clip, tiny_processor
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from layouts import folders, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from toys import noise_suite, tiny_clip, tiny_processor
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSet, bake_temperature, load_suite, unbake_temperature
 from carot_hf.basics.escape import code, markdown, printable

@@ -10,7 +10,7 @@ import sys
 
 import pages as docs
 import pytest
-from conftest import ROOT
+from toys import ROOT
 
 import carot_hf
 from carot_hf.objective import losses

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import noise_suite, tiny_clip, tiny_processor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import folders
 from PIL import Image
+from toys import noise_suite, tiny_clip, tiny_processor
 from transformers import TrainerState
 
 from carot_hf import load_suite, unbake_temperature

@@ -6,10 +6,10 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
+from toys import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "golden"))
-import runs
+import golden_runs as runs
 
 KNOWN = json.loads(runs.VALUES.read_text(encoding="utf-8"))
 

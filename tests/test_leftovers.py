@@ -15,7 +15,7 @@ import finetune_imagenet
 import pages as docs
 import pytest
 import reproduce_tables
-from conftest import ROOT
+from toys import ROOT
 
 OURS = ("carot_hf", "examples", "space", "benchmarks", "docs", "tests")
 FILES = ("Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.cfg")

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_clip
 from layouts import parquet, tars
+from toys import ROOT, tiny_clip
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, Evaluator, calibration_metrics, load_suite
 from carot_hf.calibration.metrics import METRICS, Metric

@@ -11,8 +11,8 @@ import zlib
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from toys import ROOT
 
 from carot_hf import ShiftSet, load_clip_checkpoint
 from carot_hf.data.images import MAX_PIXELS, BadImageError, read_image

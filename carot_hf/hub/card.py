@@ -108,20 +108,20 @@ def model_card(facts: CardFacts) -> ModelCard:
         eval_results=_results(facts) or None,
         ignore_metadata_errors=False,
     )
-    return ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).with_name("card.md")),
-        facts=facts,
-        zero_shot=facts.task == ZERO_SHOT,
-        classes=f"{len(facts.class_names):,}",
-        results=_table(facts),
-        diagram=None if facts.diagram is None else quote(facts.diagram),
-        use=fenced(_use(facts), "python"),
-        options=table([["argument", "value"], *([code(name), code(value)] for name, value in facts.arguments.items())]),
-        versions=", ".join(f"{name} {version}" for name, version in facts.versions.items()),
-        names="\n".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names),
+    values: dict[str, Any] = {
+        "facts": facts,
+        "zero_shot": facts.task == ZERO_SHOT,
+        "classes": f"{len(facts.class_names):,}",
+        "results": _table(facts),
+        "diagram": None if facts.diagram is None else quote(facts.diagram),
+        "use": fenced(_use(facts), "python"),
+        "options": table([["argument", "value"], *([code(n), code(value)] for n, value in facts.arguments.items())]),
+        "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
+        "names": "\n".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names),
         **{function.__name__: function for function in (code, fenced, markdown, sentence)},
-    )
+    }
+    card: ModelCard = ModelCard.from_template(data, str(Path(__file__).with_name("card.md")), **values)
+    return card
 
 
 def _shown(text: str | None) -> str | None:

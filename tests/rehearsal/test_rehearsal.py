@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from layouts import folders, parquet, tars
 from safetensors.torch import load_file
 from tolerances import float32_bound
+from toys import ROOT
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, pipeline
 
 from carot_hf import load_suite

@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from toys import ROOT
 
 pytestmark = pytest.mark.space
 

@@ -16,9 +16,9 @@ import urllib.request
 from contextlib import ExitStack
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 from ports import reserved_port
+from toys import ROOT
 
 pytestmark = pytest.mark.space
 
