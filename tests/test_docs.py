@@ -135,6 +135,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_warnings_and_asks_no_other_host(site):
     """Links may lead elsewhere; nothing that a browser loads by itself does."""
     for page in site.rglob("*.html"):
@@ -146,6 +147,7 @@ def test_the_site_builds_without_warnings_and_asks_no_other_host(site):
         assert not re.findall(r"(?:url\(|@import )[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
 
 
+@pytest.mark.slow
 def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
     reference = {page.stem: page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html")}
     for name, text in reference.items():
@@ -157,6 +159,7 @@ def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
     assert 'href="#carot_hf.CaRotTrainer.evaluate"><code>evaluate' in reference["trainer"]
 
 
+@pytest.mark.slow
 def test_the_site_shows_every_argument_of_ours(site):
     from inspect import get_annotations
 

@@ -129,6 +129,7 @@ print(json.dumps(mebibytes() - start))
 """
 
 
+@pytest.mark.slow
 def test_memory_of_a_strip_is_bounded():
     """The largest holds 2.4 MB in PIL's four bytes a pixel; 1 x 20,000 took 4 GB, 1 x 200,000 ended the process."""
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE], capture_output=True, text=True, cwd=ROOT)

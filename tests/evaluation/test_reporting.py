@@ -111,6 +111,7 @@ def wandb_rows(file):
     return rows, ended
 
 
+@pytest.mark.slow
 def test_wandb_gets_terms_metrics_and_diagrams_offline(make_trainer, tmp_path, monkeypatch):
     for name, value in {
         "WANDB_MODE": "offline",

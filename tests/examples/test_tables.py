@@ -77,7 +77,7 @@ def fake_results(suite, seeds):
     return runs, sweeps
 
 
-@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("published", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_page_holds_every_figure_that_was_measured(tmp_path, published):
     suite, seeds = load_suite("digits"), [42, 43, 44]
     if published:

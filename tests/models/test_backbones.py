@@ -297,6 +297,7 @@ def test_a_merge_of_two_ends_is_its_ends_and_calibrated_anew(trainer_of, family)
     assert trainer_of(family).model.logit_scale.shape == half.logit_scale.shape
 
 
+@pytest.mark.slow
 def test_the_script_fine_tunes_a_folder_of_another_family(tmp_path):
     processor = processor_of("siglip2")
     processor.save_pretrained(tmp_path / "start")

@@ -276,7 +276,7 @@ def test_the_gradient_cache_equals_the_large_batch(make_trainer, processor):
     "options",
     [
         {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "contrastive_batch_size": 12},
+        pytest.param({"activation_checkpointing": True, "contrastive_batch_size": 12}, marks=pytest.mark.slow),
         pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
     ],
     ids=["checkpointing", "checkpointing and cache", "compiled"],
@@ -333,7 +333,10 @@ def test_half_precision_is_trained_in_float32_by_default(make_trainer, processor
         trainer.train()
 
 
-@pytest.mark.parametrize(("kind", "step"), [("lora_rank", 1), ("lora_rank", 2), ("scale, norm, biases", 5)])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [pytest.param("lora_rank", 1, marks=pytest.mark.slow), ("lora_rank", 2), ("scale, norm, biases", 5)],
+)
 def test_resumed_equals_unbroken(make_trainer, processor, tmp_path, kind, step):
     def options():
         if kind == "lora_rank":

@@ -23,7 +23,10 @@ from carot_hf.basics.manifest import write_manifest
 from carot_hf.run.checkpoint import check_checkpoint, checkpoint_folders, newest_complete_checkpoint, rotate_checkpoints
 
 
-@pytest.mark.parametrize(("step", "workers"), [(1, 0), (2, 0), (3, 0), (5, 0), (6, 0), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("step", "workers"),
+    [(2, 0), (3, 0), (6, 0), (3, 2), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(1, 0), (5, 0), (2, 2)])],
+)
 def test_resumed_equals_unbroken(make_trainer, tmp_path, step, workers):
     """Within an epoch (1, 2, 5), at its end (3, 6), on a teacher's step (2, 6) and between two of them (1, 3, 5)."""
     options = {"dataloader_num_workers": workers, "eval_strategy": "steps", "eval_steps": 2}

@@ -345,7 +345,9 @@ def test_the_same_pairs_through_the_gradient_cache_go_on_anywhere(make_trainer, 
     assert not said
 
 
-@pytest.mark.parametrize("length", [{"max_steps": -1, "num_train_epochs": 3}, {"max_steps": 19}])
+@pytest.mark.parametrize(
+    "length", [{"max_steps": -1, "num_train_epochs": 3}, pytest.param({"max_steps": 19}, marks=pytest.mark.slow)]
+)
 def test_another_batch_from_the_end_of_an_epoch_on(make_trainer, saved, said, length):
     """6 steps of 4, then 13 of 2 an epoch; stopped and resumed once more within the second and the third epoch."""
     epochs = {"max_steps": -1, "num_train_epochs": 1} if length["max_steps"] < 0 else {"max_steps": 6}
