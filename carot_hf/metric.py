@@ -17,4 +17,6 @@ def load_ece(**options: Any) -> Any:
     Returns:
         An ``evaluate.Metric`` with ``compute``, ``add_batch`` and ``add``.
     """
+    # Workaround, evaluate 0.4.6: a name is looked for in the working directory and on the Hub, never in an installed
+    # package, so this passes the folder. Until: it looks there, too.
     return evaluate.load(str(Path(__file__).resolve().parent / "ece"), **options)

@@ -87,8 +87,10 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         ValueError: If arguments, captions and suite do not fit each other.
     """
 
-    # Our loss is a mean over the micro-batch: Trainer must divide it by the accumulation steps, labels or not.
-    # transformers 5.17 does not know this attribute yet; there `model_accepts_loss_kwargs` below says the same.
+    # Workaround, transformers 5.17 to 5.23: with labels in a batch Trainer takes a `forward(**kwargs)` such as CLIP's
+    # for one that counts them, and no longer divides the loss by the accumulation steps. 5.17 reads
+    # `model_accepts_loss_kwargs` below instead. Until: Trainer asks the loss, not the signature of `forward`. So with
+    # `label_names` and `can_return_loss`, which it reads off the signature, too.
     loss_is_scaled_for_ga = False
     args: Any
     model: Any

@@ -192,7 +192,8 @@ class CaRotTrainingArguments(TrainingArguments):
         return cls(**{**preset_arguments(preset), **overrides})
 
     def __post_init__(self) -> None:
-        # before Trainer's own checks make plain numbers of them
+        # Workaround, transformers 5.23: TrainingArguments makes plain numbers of the defaults, which then look like
+        # numbers that a user named. So this is looked at first. Until: it remembers what was passed.
         self._unnamed: dict[str, float] = {
             name: float(getattr(self, name)) for name in _SCALED_STEPS if isinstance(getattr(self, name), Published)
         }

@@ -24,6 +24,7 @@ def keep_group() -> None:
     process hangs after all is done. With this reference the group goes later, when its threads have nothing left. One
     that still asks for the lock while the interpreter ends aborts the process: so it is left to them for a moment.
     """
+    # Workaround, torch 2.13, gloo. Until: the destructor of a process group lets go of the interpreter's lock.
     if several() and not any(group is dist.group.WORLD for group in _KEPT):
         if not _KEPT:
             atexit.register(time.sleep, _LAST_MOMENT)

@@ -82,7 +82,8 @@ def files_below(folder: Path) -> list[str]:
 
 
 def failed_to_write(error: BaseException) -> bool:
-    """Tell whether an error is about writing a file: of Python, safetensors, or torch, in torch 2.13."""
+    """Tell whether an error is about writing a file: of Python, safetensors or torch."""
+    # Workaround, torch 2.13: `torch.save` raises a RuntimeError on a full disk. Until: it raises an OSError.
     of_torch = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_TORCH)
     return of_torch or isinstance(error, (OSError, SafetensorError))
 

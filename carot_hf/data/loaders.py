@@ -106,6 +106,8 @@ def _moved(data: Any, args: Any, collator: Any, device: torch.device, **batches:
         persistent_workers=args.dataloader_num_workers > 0 and args.dataloader_persistent_workers,
         **loader_options(args, device),
     )
+    # Workaround, accelerate 1.15: asked for its own share, `prepare` would split what is split already and fill up the
+    # last batch with repeated samples. Told of one process, it only moves batches. Until: it takes a sharded loader.
     return prepare_data_loader(
         loader,
         device=device,
@@ -128,8 +130,9 @@ def let_workers_go(loader: Any) -> None:
     """End the workers of a training loader, which would stay as long as the trainer.
 
     When the garbage collector finds a trainer with its loader, it closes the queues first: torch then waits 5 seconds
-    for each worker, which is never told to end (torch 2.13).
+    for each worker, which is never told to end.
     """
+    # Workaround, torch 2.13. Until: a loader's iterator tells its workers to end before it closes their queues.
     for part in (loader, getattr(loader, "base_dataloader", None)):
         if part is not None and getattr(part, "_iterator", None) is not None:
             part._iterator = None

@@ -352,5 +352,6 @@ class Evaluator:
 
 
 def _for_float64(weight: Tensor, bias: Tensor) -> Head:
-    """A head where sums in float64 can be taken: MPS has none (torch 2.13); there the CPU measures."""
+    """A head where sums in float64 can be taken."""
+    # Workaround, torch 2.13: MPS has no float64, so there the CPU measures. Until: it has.
     return (weight.cpu(), bias.cpu()) if weight.device.type == "mps" else (weight, bias)

@@ -150,6 +150,8 @@ class EvaluatingTrainer(Trainer, ABC):
         samples = sum(found.sizes.values())
         flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=evaluator.embedder.steps(samples)))
         self.log(flat)
+        # Workaround, transformers 5.23: a dict of sets fires `on_evaluate` once a set and never for their mean, so that
+        # early stopping and the best model could not see `eval_ood_ece`. Here one call shows all. Until: Trainer does.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         self._memory_tracker.stop_and_update_metrics(flat)
         if final and self.draws():

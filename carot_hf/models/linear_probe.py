@@ -154,8 +154,7 @@ def fit_head(model: Any, embeds: Tensor, labels: Tensor | None, head: tuple[Tens
     """Put the linear probe of features into a classifier.
 
     Call it before the model is wrapped: DDP then gives all processes the weights of the first, and DeepSpeed, whose
-    optimizer keeps weights of its own from the moment of wrapping, knows them. ``on_train_begin`` of a callback is too
-    late for both (transformers 5.23).
+    optimizer keeps weights of its own from the moment of wrapping, knows them; ``on_train_begin`` is too late for both.
 
     Args:
         model: With a linear ``head``; changed in place.

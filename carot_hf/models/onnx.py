@@ -99,12 +99,14 @@ class _Outputs(nn.Module):
 
 def _traced(network: nn.Module, side: int) -> Any:
     """The program, of any batch."""
+    # Workaround, torch 2.13: the exporter warns that torchvision is missing, and of its own deprecations. Until: it is
+    # silent about what no caller can change.
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
-    registration.setLevel(logging.ERROR)  # that torchvision is missing means nothing here
+    registration.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of torch about itself
+            warnings.simplefilter("ignore")
             return torch.onnx.export(
                 network,
                 (torch.zeros(2, 3, side, side),),

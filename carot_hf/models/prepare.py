@@ -172,9 +172,9 @@ def align_markers(model: Any, processor: Any) -> None:
     """Give the text tower the tokenizer's end marker, in the live model and in its config alike.
 
     OpenAI's checkpoints carry the legacy ``eos_token_id`` 2, under which the tower pools at the largest token id.
-    Trainer rewrites the id in the config only, so that a saved model with added tokens would pool elsewhere than the
-    trained one did.
     """
+    # Workaround, transformers 5.23: Trainer rewrites the id in the config only, so that a saved model with added tokens
+    # would pool elsewhere than the trained one did. Until: it leaves the config alone, or the tower reads it each time.
     tokenizer = getattr(processor, "tokenizer", processor)
     config = model.config.text_config
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -119,7 +119,9 @@ class Resumption:
         if self.saved is not None and self.saved.step >= max_steps:
             place = self.saved.folder
             logger.warning("Nothing is left to train: %s is at step %d of %d.", place, self.saved.step, max_steps)
-            num_epochs = 0  # Trainer would take one more step
+            # Workaround, transformers 5.17 to 5.23: Trainer takes a step before it looks whether one is left. Until: it
+            # looks first.
+            num_epochs = 0
         return (num_epochs, steps, *counts, max_steps), max_steps, max_steps / steps
 
     def position(self, step: int, args: CaRotTrainingArguments) -> tuple[int, int] | None:

@@ -197,7 +197,8 @@ class RunTrainer(Trainer, ABC):
         wanted, first = hyperparameters(self.optimizer), self.is_world_process_zero()
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.resumption.saved is not None:
-            # the state that was loaded holds those of its own time, too
+            # Workaround, transformers 5.23: the steps of logging and saving come with the state that was loaded, and
+            # hide those of this run. Until: Trainer computes them after it has loaded the state.
             self.state.compute_steps(self.args, self.state.max_steps)
             if not self.is_deepspeed_enabled:
                 self.resumption.keep_hyperparameters(self.optimizer, self.lr_scheduler, wanted, first=first)
@@ -251,7 +252,8 @@ class RunTrainer(Trainer, ABC):
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             self.parts.save(folder)
-        # Trainer (5.17 to 5.23) rotates by the time of the files, and before all processes have written theirs
+        # Workaround, transformers 5.17 to 5.23: Trainer rotates by the time of the files, and before all processes have
+        # written theirs. Until: it goes by the step, after a barrier.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._in_checkpoint = True
         try:
@@ -271,9 +273,13 @@ class RunTrainer(Trainer, ABC):
             self._push_from_checkpoint(str(folder))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._in_checkpoint:  # Trainer asks before the checkpoint is complete; whoever completes it asks again
+        # Workaround, transformers 5.17 to 5.23: Trainer pushes before `_save_checkpoint` returns, without what we add.
+        # Until: it pushes when the checkpoint is complete, as `_write_checkpoint` does here.
+        if not self._in_checkpoint:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._finish_current_push()  # Trainer may delete a checkpoint now
+        # Workaround, transformers 5.17 to 5.23: Trainer may delete the checkpoint that is being pushed. Until: it
+        # waits.
+        self._finish_current_push()
         return super()._finalize_training(*args, **kwargs)

@@ -122,7 +122,8 @@ def _centre(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _numpy_seeded(entropy: np.ndarray) -> Iterator[None]:
-    """Seed numpy's global generator, from which the package draws, and put it back as it was."""
+    """Seed numpy's global generator, and put it back as it was."""
+    # Workaround, imagecorruptions-imaug 1.1: it draws from the global generator. Until: its functions take a generator.
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(entropy)  # noqa: NPY002
     try:

@@ -141,7 +141,9 @@ class _Loader:
         return [self._root / facts.hub_id, self._root / facts.hub_id.split("/")[-1], self._root / facts.name]
 
     def _source(self, facts: SetFacts) -> str | Path:
-        if self._root is None:  # `datasets` itself takes a folder of that name before the Hub
+        # Workaround, datasets 5.2: `load_dataset("a/b")` reads a folder of that name before it asks the Hub. So does
+        # this, with our own reader. Until: an id and a path are told apart.
+        if self._root is None:
             return Path(facts.hub_id) if Path(facts.hub_id).exists() else facts.hub_id
         candidates = self._candidates(facts)
         for path in candidates:
