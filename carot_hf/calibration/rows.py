@@ -92,14 +92,19 @@ def checked_shapes(logits: Logits, labels: Tensor | NDArray[Any]) -> tuple[Tenso
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"Expected `labels` of an integer dtype, got {labels.dtype}. Pass class indices.")
     labels = labels.to(logits.device, torch.int64)
-    outside = (labels < 0) | (labels >= logits.shape[1])
+    check_range(labels, logits.shape[1], "the columns of `logits`")
+    return logits, labels
+
+
+def check_range(labels: Tensor, classes: int, of: str) -> None:
+    """Raise a ValueError unless labels are in ``[0, classes)``, which are the numbers of ``of``."""
+    outside = (labels < 0) | (labels >= classes)
     if outside.any():
         row = int(outside.nonzero()[0, 0])
         raise ValueError(
-            f"Expected `labels` in [0, {logits.shape[1]}), got {int(labels[row])} in row {row}. "
-            "Leave out rows without a class, and map labels to the columns of `logits`."
+            f"Expected `labels` in [0, {classes}), got {int(labels[row])} in row {row}. Leave out rows without a class, "
+            f"and map labels to {of}."
         )
-    return logits, labels
 
 
 def check_finite(rows: Tensor, start: int) -> None:

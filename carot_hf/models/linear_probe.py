@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basics.escape import guarded
+from ..calibration.rows import check_range
+from ..objective.losses import check_smoothing
 from .classifier import check_labels, check_lengths
 
 logger = guarded(logging.getLogger(__name__))
@@ -131,22 +133,13 @@ def _check_probe(
         )
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise ValueError("Expected finite `weight` and `bias`, got nan or inf. Start from the zero-shot head.")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(
-            f"Expected `label_smoothing` in [0, 1), got {label_smoothing}. It is the share of the target spread evenly."
-        )
+    check_smoothing(label_smoothing)
     if not 0.0 < l2 < float("inf"):
         raise ValueError(f"Expected a finite `l2` above 0, got {l2}. Without a penalty there may be no optimum.")
     if max_iter < 1:
         raise ValueError(f"Expected `max_iter` >= 1, got {max_iter}. It is the most steps of the search.")
     check_labels(labels, len(features))
-    outside = (labels < 0) | (labels >= len(weight))
-    if outside.any():
-        row = int(outside.nonzero()[0, 0])
-        raise ValueError(
-            f"Expected `labels` in [0, {len(weight)}), got {int(labels[row])} in row {row}. "
-            "Leave out rows without a class, and map labels to the rows of `weight`."
-        )
+    check_range(labels, len(weight), "the rows of `weight`")
     check_lengths("features", features)
 
 
