@@ -102,8 +102,8 @@ def check_range(labels: Tensor, classes: int, of: str) -> None:
     if outside.any():
         row = int(outside.nonzero()[0, 0])
         raise ValueError(
-            f"Expected `labels` in [0, {classes}), got {int(labels[row])} in row {row}. Leave out rows without a class, "
-            f"and map labels to {of}."
+            f"Expected `labels` in [0, {classes}), got {int(labels[row])} in row {row}. Leave out rows without a "
+            f"class, and map labels to {of}."
         )
 
 
