@@ -27,6 +27,7 @@ def fit_scaling(
     criterion: str,
     bounds: Sequence[float] | None = None,
     warn: bool = True,
+    sample_weight: Any = None,
 ) -> dict[str, float]:
     """Fit what calibrates the logits of a held-out set.
 
@@ -37,12 +38,14 @@ def fit_scaling(
         criterion: "nll", or with the softmax "ece".
         bounds: Lowest and highest temperature; ``None``: see `scaling_bounds`.
         warn: Log a warning if the temperature is at one of them.
+        sample_weight: ``(n,)`` weights of the rows, with "nll"; ``None``: 1 each.
     Returns:
         "temperature" and, for the sigmoid, "bias".
     Raises:
         ValueError: If the link is the sigmoid and the criterion not "nll".
     """
-    return _FITS[link](logits, labels, criterion, bounds=scaling_bounds(bounds, link), warn=warn)
+    options = {"bounds": scaling_bounds(bounds, link), "warn": warn, "sample_weight": sample_weight}
+    return _FITS[link](logits, labels, criterion, **options)
 
 
 def _temperature(logits: Any, labels: Tensor, criterion: str, **options: Any) -> dict[str, float]:

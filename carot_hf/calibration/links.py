@@ -31,6 +31,12 @@ class Chunk:
     margins: Tensor
     hits: Tensor
 
+    def divided(self, temperature: float, bias: float, further: Tensor) -> Chunk:
+        """Return the chunk at a temperature and a bias, divided by ``further`` ``(n,)`` then; the hits stay."""
+        by = temperature * further
+        rows = (self.rows / temperature + bias) / further[:, None]
+        return Chunk(rows, self.targets, self.shifted / by[:, None], self.margins / by, self.hits)
+
 
 def chunk_of(rows: Tensor, targets: Tensor) -> Chunk:
     """Return rows with what every link needs of them."""
@@ -62,6 +68,8 @@ class Link:
         name: "softmax" or "sigmoid".
         scale: From a chunk, temperature and bias to all of `Scaled`.
         confidence: To the confidences alone.
+        slope: From rows ``(n, K)``, labels and a multiplier of each row to the NLL of each, its first derivative in the
+            logarithm of the multiplier, and the part of the second that is never negative; the rest is the first.
         bounds: Between which a temperature is looked for, where nobody says.
         sees_bias: Whether a bias that all classes share changes the probabilities.
     """
@@ -69,6 +77,7 @@ class Link:
     name: str
     scale: Callable[[Chunk, float, float], Scaled]
     confidence: Callable[[Chunk, float, float], Tensor]
+    slope: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     bounds: tuple[float, float]
     sees_bias: bool
 
@@ -95,11 +104,25 @@ def _sigmoid_confidence(chunk: Chunk, temperature: float, bias: float) -> Tensor
     return (chunk.rows.amax(dim=1) / temperature + bias).sigmoid()
 
 
+def _softmax_slope(rows: Tensor, targets: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scaled = (rows - rows.amax(dim=1, keepdim=True)) * multipliers[:, None]
+    own, totals, shares = scaled.gather(1, targets[:, None])[:, 0], scaled.logsumexp(dim=1), scaled.softmax(dim=1)
+    mean = (shares * scaled).sum(dim=1)
+    return totals - own, mean - own, (shares * scaled * scaled).sum(dim=1) - mean * mean
+
+
+def _sigmoid_slope(rows: Tensor, targets: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scaled = rows * multipliers[:, None]
+    own, shares = scaled.gather(1, targets[:, None])[:, 0], scaled.sigmoid()
+    nll = F.softplus(scaled).sum(dim=1) - own
+    return nll, (shares * scaled).sum(dim=1) - own, (shares * (1 - shares) * scaled * scaled).sum(dim=1)
+
+
 LINKS = {
     link.name: link
     for link in (
-        Link("softmax", _softmax, _softmax_confidence, (0.5, 10.0), sees_bias=False),
-        Link("sigmoid", _sigmoid, _sigmoid_confidence, (0.05, 20.0), sees_bias=True),
+        Link("softmax", _softmax, _softmax_confidence, _softmax_slope, (0.5, 10.0), sees_bias=False),
+        Link("sigmoid", _sigmoid, _sigmoid_confidence, _sigmoid_slope, (0.05, 20.0), sees_bias=True),
     )
 }
 

@@ -24,6 +24,7 @@ from .links import Chunk, Scaled, check_link, chunk_of
 from .rows import (
     Logits,
     check_finite,
+    check_row_temperature,
     check_temperature,
     checked_shapes,
     empty_like_rows,
@@ -34,7 +35,8 @@ from .rows import (
 
 PUBLISHED_BATCH = 512  # rows of one batch where published figures are means of per-batch ECE
 TOP5, NLL, CLASSWISE, BRIER = "top5", "nll", "classwise", "brier"  # sums over the rows
-Scaling = Mapping[str, float]  # "temperature" and, for a sigmoid, "bias"
+# "temperature" and, for a sigmoid, "bias"; then "row_temperature", ``(N,)``, may divide each row by one of its own.
+Scaling = Mapping[str, Any]
 
 
 @dataclass(eq=False)
@@ -148,10 +150,14 @@ def read_set(
         ValueError: As there.
     """
     check_n_bins(n_bins)
+    weighted = sample_weight is not None or ignore_index is not None
     for scaling, _ in scalings.values():
         check_temperature(scaling.get("temperature", 1.0))
+        check_row_temperature(scaling.get("row_temperature"), len(logits))
         check_link(link, scaling.get("bias", 0.0))
     kind = check_link(link)
+    if any("row_temperature" in scaling for scaling, _ in scalings.values()) and weighted:
+        raise ValueError("Expected no weights and no label to ignore with a temperature for each row, got some.")
     logits, labels, weights = kept_rows(logits, labels, sample_weight, ignore_index)
     logits, labels = checked_shapes(logits, labels)
     n_rows, n_classes = logits.shape
@@ -170,13 +176,15 @@ def read_set(
         own = None if weights is None else weights[at]
         correct[at] = chunk.hits.cpu().numpy()
         for name, (scaling, _) in scalings.items():
-            parts = scaling.get("temperature", 1.0), scaling.get("bias", 0.0)
+            part, scale, shift = chunk, scaling.get("temperature", 1.0), scaling.get("bias", 0.0)
+            if (further := scaling.get("row_temperature")) is not None:
+                part, scale, shift = chunk.divided(scale, shift, further[at].to(rows)), 1.0, 0.0
             if not needs[name]:
-                seen[name].confidences[at] = kind.confidence(chunk, *parts).cpu().numpy()
+                seen[name].confidences[at] = kind.confidence(part, scale, shift).cpu().numpy()
                 continue
-            scaled = kind.scale(chunk, *parts)
+            scaled = kind.scale(part, scale, shift)
             seen[name].confidences[at] = scaled.confidences.cpu().numpy()
-            _add(seen[name].sums, needs[name], chunk, scaled, n_bins, own)
+            _add(seen[name].sums, needs[name], part, scaled, n_bins, own)
     return seen, probable
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ..ece.binning import checked_weights
 from .rows import LogitRows, Logits, checked_rows, row_chunks
 from .temperature import warn_at_bound
 
@@ -17,7 +20,12 @@ _FARTHEST = 8.0  # that a step may move a logit: farther off the curvature is an
 
 
 def fit_sigmoid(
-    logits: Logits, labels: Tensor, *, bounds: tuple[float, float] = (0.05, 20.0), warn: bool = True
+    logits: Logits,
+    labels: Tensor,
+    *,
+    bounds: tuple[float, float] = (0.05, 20.0),
+    warn: bool = True,
+    sample_weight: Tensor | NDArray[Any] | None = None,
 ) -> tuple[float, float]:
     r"""The temperature T and the bias c with which :math:`\sigma(z / T + c)` is best calibrated.
 
@@ -30,6 +38,7 @@ def fit_sigmoid(
         labels: ``(N,)`` integer class indices in ``[0, K)``.
         bounds: Lowest and highest temperature, ``0 < low < high``.
         warn: Log a warning if the optimum is at a bound.
+        sample_weight: ``(N,)`` weights >= 0 of the rows; None: 1 each.
     Returns:
         The temperature, > 0, which divides the logits, and the bias, which is added then; both dimensionless.
     Raises:
@@ -41,11 +50,13 @@ def fit_sigmoid(
     if not 0 < low < high < math.inf:
         raise ValueError(f"Expected `bounds` with 0 < low < high, got {bounds}. Pass e.g. `bounds=(0.05, 20.0)`.")
     rows, targets = checked_rows(logits, labels)
+    weights = checked_weights(sample_weight, len(rows))
+    own = None if weights is None else torch.from_numpy(weights / weights.mean()).to(rows.device)[:, None]
     center, spread, largest = _location(rows, targets)  # on standardised logits the two unknowns are of one size
 
     limits = (spread / high, spread / low)  # of the slope on standardised logits
     slope, bias = min(max(spread, limits[0]), limits[1]), center
-    value, gradient, curvature = _derivatives(rows, targets, slope, bias, center, spread)
+    value, gradient, curvature = _derivatives(rows, targets, slope, bias, center, spread, own)
     for _ in range(_STEPS):
         along, across = _newton(gradient, curvature)
         for limit, sign in zip(limits, (1, -1), strict=True):
@@ -59,7 +70,7 @@ def fit_sigmoid(
             size = min(size, ((limits[1] if along > 0 else limits[0]) - slope) / along)
         while True:
             new = min(max(slope + size * along, limits[0]), limits[1]), bias + size * across
-            found = _derivatives(rows, targets, *new, center, spread)
+            found = _derivatives(rows, targets, *new, center, spread, own)
             if found[0] < value or size < 1e-10:
                 break
             size /= 2
@@ -100,20 +111,29 @@ def _location(logits: Tensor | LogitRows, labels: Tensor) -> tuple[float, float,
 
 
 def _derivatives(
-    logits: Tensor | LogitRows, labels: Tensor, slope: float, bias: float, center: float, spread: float
+    logits: Tensor | LogitRows,
+    labels: Tensor,
+    slope: float,
+    bias: float,
+    center: float,
+    spread: float,
+    weights: Tensor | None,
 ) -> tuple[float, tuple[float, float], tuple[float, float, float]]:
     """The objective at ``u = slope x + bias`` with ``x = (z - center) / spread``, its gradient and its curvature."""
     count = logits.shape[0]
     sums = torch.zeros(6, dtype=torch.float64)
-    for _, rows, targets in row_chunks(logits, labels):
+    for start, rows, targets in row_chunks(logits, labels):
         x = (rows.double() - center) / spread
         u = slope * x + bias
         own = u.gather(1, targets[:, None])
         p = u.sigmoid()
-        residual, weight = p.scatter_add(1, targets[:, None], -torch.ones_like(own)), p * (1 - p)
+        residual, weight, losses = p.scatter_add(1, targets[:, None], -torch.ones_like(own)), p * (1 - p), F.softplus(u)
+        if weights is not None:
+            by = weights[start : start + len(rows)]
+            residual, weight, losses, own = residual * by, weight * by, losses * by, own * by
         sums += torch.stack(
             [
-                F.softplus(u).sum() - own.sum(),
+                losses.sum() - own.sum(),
                 (residual * x).sum(),
                 residual.sum(),
                 (weight * x * x).sum(),

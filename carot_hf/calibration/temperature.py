@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..basics.escape import guarded
-from ..ece.binning import calibration_bins
+from ..ece.binning import calibration_bins, checked_weights
 from .links import check_link
 from .metrics import top_label
 from .rows import LOWEST_EXPONENT, LogitRows, Logits, checked_rows, empty_like_rows, row_chunks
@@ -35,6 +35,7 @@ def fit_temperature(
     criterion: str = "nll",
     bounds: tuple[float, float] = (0.5, 10.0),
     warn: bool = True,
+    sample_weight: Tensor | NDArray[Any] | None = None,
 ) -> float:
     r"""The temperature within ``bounds`` whose ``softmax(logits / temperature)`` is best calibrated.
 
@@ -49,6 +50,7 @@ def fit_temperature(
         criterion: ``"nll"`` or ``"ece"``.
         bounds: Lowest and highest temperature, ``0 < low < high``.
         warn: Log a warning if the optimum is at a bound.
+        sample_weight: ``(N,)`` weights >= 0 of the rows, with ``"nll"`` only; None: 1 each.
 
     Returns:
         The temperature, dimensionless; divide logits by it.
@@ -64,8 +66,10 @@ def fit_temperature(
     low, high = (float(bound) for bound in bounds)
     if not 0 < low < high < math.inf:
         raise ValueError(f"Expected `bounds` with 0 < low < high, got {bounds}. Pass e.g. `bounds=(0.5, 10.0)`.")
+    if criterion == "ece" and sample_weight is not None:
+        raise ValueError("Expected no `sample_weight` with the criterion 'ece', got some. Use 'nll'.")
     logits, labels = checked_rows(logits, labels, warn=True)
-    temperature = _fit_nll(logits, labels, low, high)
+    temperature = _fit_nll(logits, labels, low, high, checked_weights(sample_weight, len(logits)))
     if criterion == "ece":
         temperature = _fit_ece(logits, labels, low, high, temperature)
     if warn:
@@ -160,13 +164,21 @@ def _golden(function: Callable[[float], float], low: float, high: float) -> floa
     return 0.5 * (low + high)
 
 
-def _fit_nll(logits: Tensor | LogitRows, labels: Tensor, low: float, high: float) -> float:
+def _fit_nll(
+    logits: Tensor | LogitRows, labels: Tensor, low: float, high: float, weights: NDArray[np.float64] | None = None
+) -> float:
     """Root of the derivative of the mean NLL with respect to u = ln(1 / T), which is negative left of the optimum."""
+    own = None if weights is None else torch.from_numpy(weights).to(logits.device)
+    mass = float(len(logits)) if weights is None else float(weights.sum())
+
+    def total(values: Tensor, start: int) -> float:
+        return float(values.sum() if own is None else own[start : start + len(values)] @ values)
+
     maxima = torch.cat([rows.amax(dim=1) for _, rows, _ in row_chunks(logits, labels)])
     mean_margin = 0.0
     for start, rows, targets in row_chunks(logits, labels):
         label_logits = rows.gather(1, targets[:, None])[:, 0]
-        mean_margin += float((label_logits.double() - maxima[start : start + len(rows)].double()).sum()) / len(logits)
+        mean_margin += total(label_logits.double() - maxima[start : start + len(rows)].double(), start) / mass
 
     def slope(u: float) -> tuple[float, float]:
         """Derivative of the NLL, and variance of the scaled logits: slope / variance is a Newton step."""
@@ -177,9 +189,9 @@ def _fit_nll(logits: Tensor | LogitRows, labels: Tensor, low: float, high: float
             totals = weights.sum(dim=1).double()
             mean = weights.mul_(scaled).sum(dim=1).double() / totals
             square = weights.mul_(scaled).sum(dim=1).double() / totals
-            first += float(mean.sum())
-            second += float((square - mean * mean).sum())
-        return first / len(logits) - beta * mean_margin, second / len(logits)
+            first += total(mean, start)
+            second += total(square - mean * mean, start)
+        return first / mass - beta * mean_margin, second / mass
 
     left, right = -math.log(high), -math.log(low)
     u = min(max(0.0, left), right)
