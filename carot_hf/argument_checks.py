@@ -47,6 +47,11 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "'nll' or 'ece'",
         "'nll' is the standard, 'ece' the CaRot paper's.",
     ),
+    "calibration_method": (
+        lambda v: v in ("temperature", "perturbed", "density"),
+        "'temperature', 'perturbed' or 'density'",
+        "'density' holds best where data shift.",
+    ),
     "batch_eval_metrics": (
         lambda v: not v,
         "False",

@@ -245,6 +245,10 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             self._suite_of = (self.train_dataset, replace(self.suite, train=train))
         return self._suite_of[1]
 
+    def training_set(self) -> ShiftSet:
+        """Return the set that is trained on, the suite's or another that was passed."""
+        return self._run_suite.train
+
     # ---- training ----
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

@@ -145,6 +145,12 @@ class CaRotTrainingArguments(TrainingArguments):
     calibration_criterion: str = _option(
         "nll", "What the temperature minimises on the validation split.", choices=["nll", "ece"]
     )
+    calibration_method: str = _option(
+        "temperature",
+        "'temperature': the best one for the validation split. 'perturbed': for perturbed copies of its images, too. "
+        "'density': that of 'temperature', and one for each image by how near it is to those of the training. "
+        "Evaluations measure the methods up to this one.",
+    )
     calibration_bounds: list[float] | None = _option(  # noqa: RUF009  # makes a field
         None, "Lowest and highest temperature that is looked for. Default: 0.5 10, for SigLIP 0.05 20."
     )

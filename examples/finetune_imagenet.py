@@ -32,8 +32,9 @@ from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suit
 from carot_hf.basics.escape import printable
 from carot_hf.basics.redaction import public
 from carot_hf.basics.whole_file import write_whole
+from carot_hf.data.perturbed_set import is_seen
 from carot_hf.data.survey import say_warnings, survey
-from carot_hf.evaluation.evaluation import comparison_table
+from carot_hf.evaluation.evaluation import COLUMNS, comparison_table
 from carot_hf.hub.card import command_line
 from carot_hf.presets import PRESETS, preset_arguments
 from carot_hf.run.checkpoint import checkpoint_folders, is_complete
@@ -190,18 +191,21 @@ def report_of(
         "metrics": metrics,
         "bins": {name: bins.to_dict() for name, bins in trainer.bins.items()},
         "bins_ts": {name: bins.to_dict() for name, bins in trainer.bins_ts.items()},
+        "bins_pts": {name: bins.to_dict() for name, bins in trainer.bins_pts.items()},
+        "bins_dts": {name: bins.to_dict() for name, bins in trainer.bins_dts.items()},
     }
     found: dict[str, Any] = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan is no JSON
     return found
 
 
 def table(suite: ShiftSuite, metrics: dict[str, float]) -> str:
-    """One row a set: accuracy, ECE and ECE after temperature scaling."""
-    titles = {suite.test.name: f"{suite.test.name} (in distribution)", **{name: name for name in suite.shifts}}
+    """One row a set: accuracy, ECE, and ECE after each calibration that was asked for."""
+    titles = {suite.test.name: f"{suite.test.name} (in distribution)"}
+    titles |= {name: f"{name} (kind seen)" if is_seen(name) else name for name in suite.shifts}
     rows = {title: _of_set(metrics, name) for name, title in titles.items()}
     if suite.shifts:
         rows["mean of shifts"] = _of_set(metrics, "ood")
-    return comparison_table(rows, [("accuracy", "accuracy"), ("ECE", "ece"), ("ECE after T", "ece_ts")])
+    return comparison_table(rows, COLUMNS)
 
 
 def _of_set(metrics: dict[str, float], name: str) -> dict[str, float]:

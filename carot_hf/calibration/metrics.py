@@ -150,14 +150,9 @@ def read_set(
         ValueError: As there.
     """
     check_n_bins(n_bins)
-    weighted = sample_weight is not None or ignore_index is not None
     for scaling, _ in scalings.values():
-        check_temperature(scaling.get("temperature", 1.0))
-        check_row_temperature(scaling.get("row_temperature"), len(logits))
-        check_link(link, scaling.get("bias", 0.0))
+        _check_scaling(scaling, link, len(logits), sample_weight is not None or ignore_index is not None)
     kind = check_link(link)
-    if any("row_temperature" in scaling for scaling, _ in scalings.values()) and weighted:
-        raise ValueError("Expected no weights and no label to ignore with a temperature for each row, got some.")
     logits, labels, weights = kept_rows(logits, labels, sample_weight, ignore_index)
     logits, labels = checked_shapes(logits, labels)
     n_rows, n_classes = logits.shape
@@ -186,6 +181,18 @@ def read_set(
             seen[name].confidences[at] = scaled.confidences.cpu().numpy()
             _add(seen[name].sums, needs[name], part, scaled, n_bins, own)
     return seen, probable
+
+
+def _check_scaling(scaling: Scaling, link: str, rows: int, weighted: bool) -> None:
+    check_temperature(scaling.get("temperature", 1.0))
+    check_link(link, scaling.get("bias", 0.0))
+    if (own := scaling.get("row_temperature")) is not None:
+        check_row_temperature(own, rows)
+        if weighted:
+            raise ValueError(
+                "Expected no `sample_weight` and no `ignore_index` with a temperature for each row, got some. Leave "
+                "these rows out of all of them."
+            )
 
 
 def _add(

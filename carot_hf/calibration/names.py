@@ -13,7 +13,8 @@ SPLIT, HOME, SHIFTED = "validation", "id", "ood"  # as the sets of every suite a
 def directions() -> dict[str, str]:
     """Return the direction of every metric that a set can have, those with a temperature as well."""
     rows = METRICS.values()
-    return {row.name: row.direction for row in rows} | {f"{row.name}_ts": row.direction for row in rows if row.scaled}
+    scaled = {f"{row.name}_{end}": row.direction for row in rows if row.scaled for end in ("ts", "pts", "dts")}
+    return {row.name: row.direction for row in rows} | scaled
 
 
 def parse_metric(name: str, sets: Iterable[str]) -> list[tuple[str, str]]:

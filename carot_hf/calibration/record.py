@@ -94,10 +94,16 @@ def calibration_record(model: Any) -> dict[str, Any] | None:
             raise ValueError(f"Expected {wanted} as `{name}` in the {where}, got {value!r:.80}. {cure}")
     if getattr(model, "logit_bias", None) is not None and not {"bias", "logit_bias_before"} <= record.keys():
         raise ValueError(f"Expected `bias` and `logit_bias_before` in the {where}, got {sorted(record)}. {cure}")
-    for name, kind in (("split", str), ("criterion", str), ("n", int), ("templates", list)):
+    for name, kind in (("split", str), ("criterion", str), ("n", int), ("templates", list), ("method", str)):
         if name in record and not isinstance(record[name], kind):
             raise ValueError(f"Expected a {kind.__name__} as `{name}` in the {where}, got {record[name]!r:.80}. {cure}")
     return dict(record)
+
+
+def calibrated_by(model: Any) -> str | None:
+    """Return the method by which a model was calibrated; ``None``: it is not."""
+    record = calibration_record(getattr(model, "module", model))
+    return None if record is None else str(record.get("method", "temperature"))
 
 
 def inverse_of(record: Mapping[str, Any]) -> dict[str, float]:

@@ -159,10 +159,8 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-def check_row_temperature(temperatures: Tensor | None, size: int) -> None:
-    """Raise a ValueError unless there is a finite temperature above 0 for each row, or none at all."""
-    if temperatures is None:
-        return
+def check_row_temperature(temperatures: Tensor, size: int) -> None:
+    """Raise a ValueError unless there is a finite temperature above 0 for each row."""
     if tuple(temperatures.shape) != (size,) or not bool(((temperatures > 0) & temperatures.isfinite()).all()):
         raise ValueError(
             f"Expected finite temperatures above 0 of shape ({size},), got shape {tuple(temperatures.shape)}"

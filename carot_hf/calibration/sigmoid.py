@@ -50,10 +50,8 @@ def fit_sigmoid(
     if not 0 < low < high < math.inf:
         raise ValueError(f"Expected `bounds` with 0 < low < high, got {bounds}. Pass e.g. `bounds=(0.05, 20.0)`.")
     rows, targets = checked_rows(logits, labels)
-    weights = checked_weights(sample_weight, len(rows))
-    own = None if weights is None else torch.from_numpy(weights / weights.mean()).to(rows.device)[:, None]
+    own = _shares(sample_weight, rows)
     center, spread, largest = _location(rows, targets)  # on standardised logits the two unknowns are of one size
-
     limits = (spread / high, spread / low)  # of the slope on standardised logits
     slope, bias = min(max(spread, limits[0]), limits[1]), center
     value, gradient, curvature = _derivatives(rows, targets, slope, bias, center, spread, own)
@@ -81,6 +79,12 @@ def fit_sigmoid(
     if warn:
         warn_at_bound(temperature, low, high)
     return temperature, bias - slope * center / spread
+
+
+def _shares(sample_weight: Any, rows: Tensor | LogitRows) -> Tensor | None:
+    """``(N, 1)`` weights of mean 1; None: all are alike."""
+    weights = checked_weights(sample_weight, len(rows))
+    return None if weights is None else torch.from_numpy(weights / weights.mean()).to(rows.device)[:, None]
 
 
 def _newton(gradient: tuple[float, float], curvature: tuple[float, float, float]) -> tuple[float, float]:

@@ -183,6 +183,12 @@ def check_processor(processor: Any) -> None:
         )
 
 
+def short_side(transform: ImageTransform) -> int:
+    """Return the short side of an image when it is resized for the evaluation, in pixels."""
+    size = transform.crop if transform.size is None else transform.size
+    return size if isinstance(size, int) else min(size)
+
+
 def check_image_size(model: Any, transform: ImageTransform | PatchTransform) -> None:
     """Refuse a processor that gives images of another size than the model takes.
 

@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 
 from ..basics.escape import printable, table
+from ..data.perturbed_set import is_seen
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
 
 Metrics = dict[str, float]
-COLUMNS = (("accuracy", "accuracy"), ("ECE", "ece"), ("ECE after T", "ece_ts"))
+COLUMNS = (
+    ("accuracy", "accuracy"),
+    ("ECE", "ece"),
+    ("ECE after T", "ece_ts"),
+    ("perturbed T", "ece_pts"),
+    ("density T", "ece_dts"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Evaluation:
             ``<metric>_ts``; ``id`` is the test set, ``ood`` the unweighted mean over the shifted sets.
         bins: Bin tables by set.
         bins_ts: Those with the temperature; the split that it was fitted on has none.
+        bins_pts: Those with the one that has seen perturbed copies, too, where that was asked for.
+        bins_dts: Those with a temperature for each image, where that was asked for.
         scaling: What was fitted on the validation split or given: "temperature" and, for SigLIP, "bias"; empty: none.
         sizes: Rows by set.
         comparison: The same without any temperature beside it with one, also where one is in the weights.
@@ -59,6 +68,8 @@ class Evaluation:
     sizes: Mapping[str, int]
     comparison: Comparison = field(default_factory=Comparison)
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    bins_pts: Mapping[str, CalibrationBins] = field(default_factory=dict)
+    bins_dts: Mapping[str, CalibrationBins] = field(default_factory=dict)
 
     def flat(self, prefix: str = "eval") -> dict[str, float]:
         """Return one dict of ``<prefix>_<set>_<metric>``, with ``<prefix>_temperature``."""
@@ -83,21 +94,28 @@ class Evaluation:
             "sizes": self.sizes,
             "bins": {name: table.to_dict() for name, table in self.bins.items()},
             "bins_ts": {name: table.to_dict() for name, table in self.bins_ts.items()},
+            "bins_pts": {name: table.to_dict() for name, table in self.bins_pts.items()},
+            "bins_dts": {name: table.to_dict() for name, table in self.bins_dts.items()},
             "intervals": self.intervals,
         }
         return json.dumps(_without_nan(content), indent=2, allow_nan=False)
 
 
-def with_aggregates(metrics: Mapping[str, Metrics], suite: ShiftSuite) -> dict[str, Metrics]:
+def with_aggregates(
+    metrics: Mapping[str, Metrics], suite: ShiftSuite, scalings: Iterable[str] = ()
+) -> dict[str, Metrics]:
     """Add ``id`` (the test set) and ``ood`` (unweighted mean over the shifted sets) to metrics by set.
 
-    ``ood`` needs every shifted set of the suite: a mean over some of them is no substitute.
+    ``ood`` needs every shifted set of the suite: a mean over some of them is no substitute. Where something was fitted
+    on perturbed copies (``scalings`` other than "ts"), sets that are corrupted in the same ways are no evidence for it
+    and stay out of the mean.
     """
+    shifts = [name for name in suite.shifts if not (set(scalings) - {"ts"} and is_seen(name))]
     result = dict(metrics)
     if suite.test.name in metrics:
         result["id"] = dict(metrics[suite.test.name])
-    if suite.shifts and all(name in metrics for name in suite.shifts):
-        shifted = [metrics[name] for name in suite.shifts]
+    if shifts and all(name in metrics for name in suite.shifts):
+        shifted = [metrics[name] for name in shifts]
         common = [key for key in shifted[0] if all(_is_number(values.get(key)) for values in shifted)]
         result["ood"] = {key: float(np.mean([values[key] for values in shifted])) for key in common}
     return result
@@ -113,9 +131,9 @@ def comparison_table(rows: Mapping[str, Mapping[str, float]], columns: Iterable[
 
     Args:
         rows: Metrics by name, by row title.
-        columns: Pairs of column title and metric name.
+        columns: Pairs of column title and metric name; those that no row has are left out.
     """
-    columns = list(columns)
+    columns = [pair for pair in columns if any(pair[1] in values for values in rows.values())]
     cells = [["", *(title for title, _ in columns)]]
     for title, values in rows.items():
         numbers = [f"{values[key]:.3f}" if key in values else "" for _, key in columns]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..basics.escape import guarded
 from ..basics.fingerprint import fingerprint
 from ..basics.precision import at_least_float32
 from ..basics.processes import done_by_first, place
+from ..calibration.density import DensityCalibrator
 from ..calibration.fit import fit_scaling, scaling_bounds
 from ..calibration.metrics import read_set, scaled_metrics
 from ..calibration.record import bake_temperature, calibration_record, check_not_baked, check_width, inverse_of
@@ -25,17 +27,28 @@ from ..calibration.rows import LogitRows
 from ..calibration.temperature import temperature_interval
 from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
+from ..data.perturbed_set import drawn_rows, perturbed_sets
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite
-from ..data.transforms import check_image_size, image_transform
+from ..data.transforms import check_image_size, image_transform, short_side
 from ..models.backbones import backbone_of, is_backbone, logit_head
 from ..models.classifier import CLIPClassifier
 from ..models.lora import base_model
 from ..models.prepare import align_markers, captions_of
 from .embed import Embedded, Embedder
-from .evaluation import Comparison, Evaluation, flat_names, with_aggregates
+from .evaluation import Comparison, Evaluation, with_aggregates
+from .home import (
+    METHODS,
+    MOST_PERTURBED,
+    HomeRows,
+    bank_of,
+    check_calibration_method,
+    fit_perturbed,
+    fit_relative_density,
+    home_rows,
+)
 from .logits import Head, SetLogits
-from .measure import measure_all
+from .measure import bins_at, compared, given_scalings, measure_all, scaling_of
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -51,13 +64,19 @@ class Memory:
 
     Attributes:
         weights: The fingerprint of the weights that `known` was computed from.
-        known: Embeddings of the validation set and of the classes.
+        known: Embeddings of the validation set, its perturbed copies, the bank and the classes.
         warned_of_bound: A temperature at a bound has been warned of.
+        said: Which perturbed copies are kept has been said.
+        calibrator: Of :meth:`Evaluator.calibrate`, by the method "density".
+        method: Of the latest calibration.
     """
 
     weights: str = ""
     known: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     warned_of_bound: bool = False
+    said: bool = False
+    calibrator: DensityCalibrator | None = None
+    method: str = "temperature"
 
 
 class Evaluator:
@@ -74,6 +93,10 @@ class Evaluator:
         device: Where the model is put; ``None``: where it is.
         criterion: What a temperature minimises: "nll" or, with a softmax, "ece".
         bounds: Lowest and highest temperature; ``None``: those that are usual for the link.
+        method: What :meth:`evaluate` measures beside the plain figures: "temperature", fitted on the validation set
+            (``_ts``); "perturbed", which adds one that is fitted on perturbed copies of it, too (``_pts``); "density",
+            which adds a temperature for each image (``_dts``).
+        train: Images of the training, of which "density" keeps a bank; ``None``: the suite's.
         captions: The suite's captions in the model's tokens; ``None``: made when they are needed.
         embedder: Embeds images; ``None``: made of the rest.
         memory: What is kept between calls; ``None``: a new one.
@@ -94,12 +117,15 @@ class Evaluator:
         device: str | torch.device | None = None,
         criterion: str = "nll",
         bounds: Sequence[float] | None = None,
+        method: str = "temperature",
+        train: ShiftSet | None = None,
         captions: CaptionTable | None = None,
         embedder: Embedder | None = None,
         memory: Memory | None = None,
     ) -> None:
         self.model, self.processor, self.suite, self.n_bins = model, processor, suite, n_bins
-        self.criterion, self.bounds = criterion, bounds
+        self.criterion, self.bounds, self.method = criterion, bounds, check_calibration_method(method)
+        self._train = suite.train if train is None else train
         network = base_model(model)
         if is_backbone(network):
             align_markers(network, processor)
@@ -126,7 +152,7 @@ class Evaluator:
         self,
         sets: Mapping[str, ShiftSet] | Sequence[str] | None = None,
         *,
-        calibrator: float | Mapping[str, float] | None = None,
+        calibrator: float | Mapping[str, float] | DensityCalibrator | None = None,
         n_bootstrap: int = 0,
         own_metrics: OwnMetrics | None = None,
         remember: bool = True,
@@ -136,8 +162,9 @@ class Evaluator:
 
         Args:
             sets: By name, or names of the suite's; ``None``: all of the suite.
-            calibrator: A temperature, or "temperature" and "bias", at which sets are measured, too; ``None``: what is
-                fitted on the validation set, if that is among them.
+            calibrator: A temperature, or "temperature" and "bias", at which sets are measured, too (``_ts``), or a
+                `DensityCalibrator` of these logits (``_dts``); ``None``: what is fitted on the validation set, if that
+                is among them, by the methods up to `method` and the one of the latest :meth:`calibrate`.
             n_bootstrap: Resamples of the 95 % intervals of accuracy and ECE; 0: none.
             own_metrics: Called with logits ``(n, labels)`` and labels of each set; what it returns joins the metrics.
             remember: Use again what was computed of the same weights, and compare with the model without the
@@ -147,34 +174,38 @@ class Evaluator:
             ValueError: If there is no such set, or one without labels.
         """
         chosen = self._chosen(sets)
-        missing = [data.name for data in chosen.values() if data.label_column is None]
-        if missing:
+        if missing := [data.name for data in chosen.values() if data.label_column is None]:
             raise ValueError(f"Expected labels in every set, got none in {missing}. Use `predict` for those.")
         parts = self.embed(chosen, title)
         known = self._known_of_weights() if remember else {}
         if chosen.get("validation") is self.suite.validation:
             known["validation"] = (self.suite.validation, self.embedder.collator, *parts["validation"])
         logits, labels = self._logits(chosen, parts, self.head(known))
-        scaling: dict[str, float] | None = None
-        if calibrator is not None:
-            scaling = dict(calibrator) if isinstance(calibrator, Mapping) else {"temperature": float(calibrator)}
-        elif "validation" in chosen:
-            scaling = self.fit(logits["validation"], labels["validation"], warn=remember)
+        scalings = given_scalings(calibrator)
+        if calibrator is None and "validation" in chosen:
+            scalings["ts"] = self.fit(logits["validation"], labels["validation"], warn=remember)
+            scalings |= self._fitted_at_home(known, scalings["ts"]) if remember else {}
         record = calibration_record(base_model(self.model)) if remember else None
-        common: dict[str, Any] = {"n_bins": self.n_bins, "link": self.link, "n_bootstrap": n_bootstrap}
-        common["inverse"] = None if record is None else inverse_of(record)
-        options = {name: {**common, "scaling": None if name == "validation" else scaling} for name in chosen}
+        inverse = None if record is None else inverse_of(record)
+        common = {"n_bins": self.n_bins, "link": self.link, "n_bootstrap": n_bootstrap, "inverse": inverse}
+        options: dict[str, dict[str, Any]] = {name: {**common, "scalings": {}} for name in chosen}
+        for name in options.keys() - {"validation"}:
+            for end, item in scalings.items():
+                made = partial(scaling_of, item, scalings.get("ts"), parts[name][0], self.link)
+                options[name]["scalings"][end] = made
         found = measure_all({name: (logits[name], labels[name]) for name in chosen}, options)
         if own_metrics is not None:
             for name, part in found.items():
                 part.metrics.update(own_metrics(logits[name].whole(), labels[name]))
         return Evaluation(
-            metrics=with_aggregates({name: part.metrics for name, part in found.items()}, self.suite),
+            metrics=with_aggregates({name: part.metrics for name, part in found.items()}, self.suite, scalings),
             bins={name: part.bins for name, part in found.items()},
-            bins_ts={name: part.bins_ts for name, part in found.items() if part.bins_ts is not None},
-            scaling=scaling or {},
+            bins_ts=bins_at("ts", found),
+            bins_pts=bins_at("pts", found),
+            bins_dts=bins_at("dts", found),
+            scaling=scalings.get("ts", {}),
             sizes={name: len(part) for name, part in labels.items()},
-            comparison=self._compared(found, record, scaling) if remember else Comparison(),
+            comparison=compared(self.model, found, record, scalings, self.suite) if remember else Comparison(),
             intervals={name: part.intervals for name, part in found.items() if part.intervals},
         )
 
@@ -192,28 +223,35 @@ class Evaluator:
         head = self.head(self._known_of_weights() if remember else None)
         return SetLogits(embeds, head, data).whole().cpu(), labels
 
-    def calibrate(self) -> dict[str, Any]:
+    def calibrate(self, method: str | None = None) -> dict[str, Any]:
         """Fit the temperature on the validation set and put it into the model's weights; accuracy stays.
 
         After an :meth:`evaluate` of the same weights no image and no caption is embedded again.
 
+        Args:
+            method: "temperature": the best one for the validation set; where data shift it is too low. "perturbed": one
+                for it and for perturbed copies of its images. "density": that of "temperature", and `calibrator`,
+                which divides the logits of each image once more; ``None``: the evaluator's own.
+
         Returns:
             The record that is kept in ``config.calibration``: temperature, bias (SigLIP), split, size, criterion,
-            bounds and whether the temperature is at one, templates, and ``nll`` and ``ece`` of the split before and
-            after.
+            bounds and whether the temperature is at one, templates, method, which perturbed copies it has seen, and
+            ``nll`` and ``ece`` of the split before and after.
         Raises:
             RuntimeError: If the model is calibrated already.
             ValueError: If it is in half precision.
         """
         network, data = base_model(self.model), self.suite.validation
+        method = self.method if method is None else check_calibration_method(method)
         check_not_baked(network)
         check_width(network)  # before any work
         known = self._known_of_weights()
-        if known.get("validation", ())[:2] != (data, self.embedder.collator):
-            known["validation"] = (data, self.embedder.collator, *self.embed({"": data}, "Calibration")[""])
-        embeds, labels = known["validation"][2:]
+        embeds, labels = self._embedded("validation", data, known, "Calibration")
         logits = SetLogits(embeds, self.head(known), data)
         scaling = self.fit(logits, labels)
+        further = self._fitted_at_home(known, scaling, method)
+        scaling = further["pts"] if method == "perturbed" else scaling
+        self._memory.calibrator, self._memory.method = further.get("dts"), method
         bounds = scaling_bounds(self.bounds, self.link)
         if len(labels) < FEW_ROWS:
             self._warn_of_few(logits, labels, scaling["temperature"])
@@ -226,7 +264,10 @@ class Evaluator:
             "bounds": list(bounds),
             "at_bound": scaling["temperature"] in bounds,
             "templates": list(self.suite.templates),
+            "method": method,
         }
+        if method != "temperature":
+            record["kept"] = sorted(self._home_rows(known).kept)
         for when, part in seen.items():
             measured = part.metrics(["nll", "ece"])
             record |= {f"{name}_{when}": value for name, value in measured.items()}
@@ -258,6 +299,57 @@ class Evaluator:
                 high,
             )
         return fitted
+
+    @property
+    def calibrator(self) -> DensityCalibrator | None:
+        """Of the latest :meth:`calibrate` by the method "density": of the logits as the weights give them now."""
+        return self._memory.calibrator
+
+    def _fitted_at_home(
+        self, known: dict[str, tuple[Any, ...]], home: Mapping[str, float], method: str | None = None
+    ) -> dict[str, Any]:
+        """What further methods find, up to one of them, beside the temperature of the validation set."""
+        wanted = [self.method, self._memory.method] if method is None else [method]
+        method = max(wanted, key=list(METHODS).index)
+        if method == "temperature":
+            return {}
+        rows = self._home_rows(known)
+        train = self._train
+        bank = None if method != "density" else self._embedded("bank", train, known, "Bank", bank_of(train))[0]
+        bounds = scaling_bounds(self.bounds, self.link)
+
+        def work() -> dict[str, Any]:
+            found: dict[str, Any] = {"pts": fit_perturbed(rows, link=self.link, bounds=bounds)}
+            if bank is not None:
+                found["dts"] = fit_relative_density(rows, bank, home, link=self.link)
+            return found
+
+        return done_by_first(work)
+
+    def _home_rows(self, known: dict[str, tuple[Any, ...]]) -> HomeRows:
+        """Embeddings of held-out images and of perturbed copies, each made once of the same weights."""
+        data, collator = self.suite.validation, self.embedder.collator
+        embeds, labels = self._embedded("validation", data, known, "Calibration")
+        rows = drawn_rows(data, MOST_PERTURBED)
+        if known.get("copies", ())[:2] != (data, collator):
+            part = data if rows is None else data.subset(rows, data.name)
+            sets = perturbed_sets(part, side=short_side(self.embedder.transform))
+            known["copies"] = (data, collator, self.embed(sets, "Perturbed copies"))
+        clean = (embeds, labels) if rows is None else (embeds[rows], labels[rows])
+        found = home_rows(clean, known["copies"][2], self.head(known), data)
+        if not self._memory.said:
+            self._memory.said = True
+            logger.info("Perturbed copies that are recognised (accuracy %.3f without): %s", found.accuracy, found.kept)
+        return found
+
+    def _embedded(
+        self, key: str, data: ShiftSet, known: dict[str, tuple[Any, ...]], title: str, part: ShiftSet | None = None
+    ) -> Any:
+        """Embeddings and labels of a set, or of a part that stands for it, made once of the same weights."""
+        if known.get(key, ())[:2] != (data, self.embedder.collator):
+            found = self.embed({"": data if part is None else part}, title)[""]
+            known[key] = (data, self.embedder.collator, *found)
+        return known[key][2:]
 
     def embed(self, sets: Mapping[str, ShiftSet], title: str = "Evaluation") -> dict[str, Embedded]:
         """Embed the images of sets: ``(n, D)`` of length 1, at least float32, and labels ``(n,)``, on the CPU."""
@@ -313,29 +405,6 @@ class Evaluator:
         if any(part is None for part in labels.values()):
             raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
         return {name: SetLogits(parts[name][0], head, data) for name, data in sets.items()}, labels
-
-    def _compared(
-        self, found: Mapping[str, Any], record: Mapping[str, Any] | None, scaling: Mapping[str, float] | None
-    ) -> Comparison:
-        """The metrics without a temperature beside those with it, also where it is in the weights already."""
-        metrics = {name: part.metrics for name, part in found.items()}
-        bins = {name: part.bins for name, part in found.items()}
-        bins_ts = {name: part.bins_ts for name, part in found.items() if part.bins_ts is not None}
-        temperature = (scaling or {}).get("temperature")
-        if record is not None:
-            temperature = float(record["temperature"])
-            bins_ts = {name: table for name, table in bins.items() if name != "validation"}
-            bins = {name: part.plain_bins for name, part in found.items()}
-            metrics = {
-                name: {
-                    **part.plain,
-                    **{f"{key}_ts": metrics[name][key] for key in scaled_metrics() if name in bins_ts},
-                }
-                for name, part in found.items()
-            }
-        named = with_aggregates(metrics, self.suite)
-        flat = {name.removeprefix("_"): value for name, value in flat_names(named, "").items()}
-        return Comparison(self.model, flat, temperature, bins, bins_ts)
 
     def _warn_of_few(self, logits: SetLogits, labels: Tensor, temperature: float) -> None:
         """Say how little is known of a temperature that was fitted on few rows."""

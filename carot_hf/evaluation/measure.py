@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..basics.processes import place, said_by_all
+from ..calibration.density import DensityCalibrator
 from ..calibration.metrics import Scaling, Seen, read_set, scaled_metrics
 from ..calibration.rows import Logits
+from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
+from .evaluation import Comparison, flat_names, with_aggregates
 from .intervals import intervals_of
 
 Metrics = dict[str, float]
@@ -22,9 +25,9 @@ class Measured:
     """What was measured of one set.
 
     Attributes:
-        metrics: As the logits are, with ``<metric>_ts`` at the fitted temperature.
+        metrics: As the logits are, with ``<metric>_<ending>`` at each scaling.
         bins: As the logits are.
-        bins_ts: At the fitted temperature.
+        scaled_bins: By the ending of a scaling.
         plain: With the temperature taken out that is in the weights.
         plain_bins: So, too.
         intervals: By metric, where asked for.
@@ -32,7 +35,7 @@ class Measured:
 
     metrics: Metrics
     bins: CalibrationBins
-    bins_ts: CalibrationBins | None = None
+    scaled_bins: dict[str, CalibrationBins] = field(default_factory=dict)
     plain: Metrics | None = None
     plain_bins: CalibrationBins | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -44,7 +47,7 @@ def measure(
     *,
     n_bins: int,
     link: str,
-    scaling: Scaling | None = None,
+    scalings: Mapping[str, Callable[[], Scaling]] | None = None,
     inverse: Scaling | None = None,
     n_bootstrap: int = 0,
 ) -> Measured:
@@ -55,22 +58,23 @@ def measure(
         labels: ``(n,)`` int64.
         n_bins: Confidence bins.
         link: "softmax" or "sigmoid".
-        scaling: Temperature (and bias) that was fitted on held-out data; adds ``<metric>_ts`` and ``bins_ts``.
+        scalings: By ending ("ts", ...), what makes a temperature (and bias, and temperatures of the rows) that was
+            fitted on held-out data; adds ``<metric>_<ending>`` and ``scaled_bins``.
         inverse: What takes a temperature out that is in the weights; adds ``plain``.
         n_bootstrap: Resamples of the intervals; 0: none.
     """
     wanted: dict[str, tuple[Scaling, list[str] | None]] = {"": ({}, None)}
-    if scaling is not None:
-        wanted["ts"] = scaling, scaled_metrics()
+    scalings = scalings or {}
+    wanted |= {ending: (make(), scaled_metrics()) for ending, make in scalings.items()}
     if inverse is not None:
         wanted["plain"] = inverse, None
     seen, _ = read_set(logits, labels, wanted, n_bins=n_bins, link=link)
     found = {name: _found(seen[name], names) for name, (_, names) in wanted.items()}
     metrics, bins = found[""]
     measured = Measured(dict(metrics), bins)
-    if scaling is not None:
-        scaled, measured.bins_ts = found["ts"]
-        measured.metrics |= {f"{name}_ts": value for name, value in scaled.items()}
+    for ending in scalings:
+        scaled, measured.scaled_bins[ending] = found[ending]
+        measured.metrics |= {f"{name}_{ending}": value for name, value in scaled.items()}
     if inverse is not None:
         measured.plain, measured.plain_bins = found["plain"]
     if n_bootstrap:
@@ -105,3 +109,64 @@ def measure_all(
 
 def _found(seen: Seen, names: list[str] | None) -> tuple[Metrics, CalibrationBins]:
     return seen.metrics(names), seen.bins
+
+
+def given_scalings(calibrator: Any) -> dict[str, Any]:
+    """What somebody passed as a calibrator, by ending; ``None``: nothing."""
+    if calibrator is None:
+        return {}
+    if isinstance(calibrator, DensityCalibrator):
+        return {"dts": calibrator}
+    return {"ts": dict(calibrator) if isinstance(calibrator, Mapping) else {"temperature": float(calibrator)}}
+
+
+def scaling_of(item: Any, home: Mapping[str, float] | None, embeds: Tensor, link: str) -> Mapping[str, Any]:
+    """What a set's logits are divided by: a temperature and a bias, or with a density one for each row."""
+    if not isinstance(item, DensityCalibrator):
+        found: Mapping[str, Any] = item
+        return found
+    if item.link != link:
+        raise ValueError(f"Expected a calibrator of the {link}, got one of the {item.link}. It is another model's.")
+    return {**(home or {}), "row_temperature": item.temperature(embeds)}
+
+
+def bins_at(ending: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Bin tables by set at a scaling."""
+    return {name: part.scaled_bins[ending] for name, part in found.items() if ending in part.scaled_bins}
+
+
+def compared(
+    model: Any,
+    found: Mapping[str, Measured],
+    record: Mapping[str, Any] | None,
+    scalings: Mapping[str, Any],
+    suite: ShiftSuite,
+) -> Comparison:
+    """Put the metrics without a temperature beside those with it, also where it is in the weights already.
+
+    Args:
+        model: That was measured.
+        found: By set.
+        record: Of the temperature that is in the weights; ``None``: there is none.
+        scalings: By ending.
+        suite: Of the sets.
+    """
+    metrics: dict[str, Any] = {name: part.metrics for name, part in found.items()}
+    bins: dict[str, Any] = {name: part.bins for name, part in found.items()}
+    bins_ts = bins_at("ts", found)
+    temperature = (scalings.get("ts") or {}).get("temperature")
+    if record is not None:
+        temperature = float(record["temperature"])
+        bins_ts = {name: table for name, table in bins.items() if name != "validation"}
+        bins = {name: part.plain_bins for name, part in found.items()}
+        metrics = {
+            name: {
+                **(part.plain or {}),
+                **{f"{key}_ts": metrics[name][key] for key in scaled_metrics() if name in bins_ts},
+                **{key: value for key, value in metrics[name].items() if key.endswith(("_pts", "_dts"))},
+            }
+            for name, part in found.items()
+        }
+    named = with_aggregates(metrics, suite, scalings)
+    flat = {name.removeprefix("_"): value for name, value in flat_names(named, "").items()}
+    return Comparison(model, flat, temperature, bins, bins_ts)

@@ -18,8 +18,9 @@ from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize, sp
 from transformers.utils import logging
 
 from ..basics.escape import guarded
+from ..calibration.density import DensityCalibrator
 from ..calibration.metrics import read_set
-from ..calibration.record import check_not_baked
+from ..calibration.record import calibrated_by, check_not_baked
 from ..data.bad_images import BadImages
 from ..data.captions import CaptionTable
 from ..data.loaders import evaluation_loader, loader_options
@@ -42,7 +43,8 @@ class EvaluatingTrainer(Trainer, ABC):
     Attributes:
         suite: The sets.
         captions: Its captions in the model's tokens.
-        bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature.
+        bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature,
+            ``bins_pts`` and ``bins_dts`` those of the methods "perturbed" and "density".
         latest: The latest evaluation of the whole suite, for a card.
     """
 
@@ -58,6 +60,8 @@ class EvaluatingTrainer(Trainer, ABC):
     def __init__(self, **kwargs: Any) -> None:
         self.bins: dict[str, CalibrationBins] = {}
         self.bins_ts: dict[str, CalibrationBins] = {}
+        self.bins_pts: dict[str, CalibrationBins] = {}
+        self.bins_dts: dict[str, CalibrationBins] = {}
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
         self.forget()
         super().__init__(**kwargs)
@@ -75,6 +79,10 @@ class EvaluatingTrainer(Trainer, ABC):
         Raises:
             ValueError: If there is none.
         """
+
+    def training_set(self) -> ShiftSet:
+        """The set that is trained on."""
+        return self.suite.train
 
     # ---- sets ----
 
@@ -122,8 +130,9 @@ class EvaluatingTrainer(Trainer, ABC):
             Metrics by name: those of :func:`~carot_hf.calibration_metrics` for each set, ``eval_id_*`` (the test
             set) and ``eval_ood_*`` (unweighted mean over the shifted sets). When the validation set is among them
             also ``eval_temperature``, fitted on it, and ``*_ece_ts`` and ``*_nll_ts`` of the other sets with that
-            temperature. (For SigLIP also ``eval_bias``; ``*_ts`` are with both.) Accuracies and errors are
-            fractions, ``nll`` is in nats.
+            temperature. (For SigLIP also ``eval_bias``; ``*_ts`` are with both.) With
+            ``args.calibration_method`` "perturbed" or "density", or after such a :meth:`calibrate`, also ``*_pts`` and
+            ``*_dts``. Accuracies and errors are fractions, ``nll`` is in nats.
         Raises:
             ValueError: If there is no such set, or it has no labels; if there is no teacher.
         """
@@ -142,6 +151,7 @@ class EvaluatingTrainer(Trainer, ABC):
         evaluator, final = self.evaluator, not self.is_in_train
         found = evaluator.evaluate(sets, own_metrics=self._own_metrics, remember=final)
         self.bins, self.bins_ts = dict(found.bins), dict(found.bins_ts)
+        self.bins_pts, self.bins_dts = dict(found.bins_pts), dict(found.bins_dts)
         one = {f"{prefix}_{name}": value for name, value in found.metrics.get("set", {}).items()}
         flat = found.flat(prefix) if named else one
         compared = found.comparison
@@ -183,6 +193,8 @@ class EvaluatingTrainer(Trainer, ABC):
             n_bins=args.n_bins,
             criterion=args.calibration_criterion,
             bounds=args.calibration_bounds,
+            method=args.calibration_method,
+            train=self.training_set(),
             captions=self.captions,
             embedder=embedder,
             memory=self._memory if self._evaluated is None else None,
@@ -238,13 +250,19 @@ class EvaluatingTrainer(Trainer, ABC):
         ids = None if labels is None else labels.numpy()
         return EvalLoopOutput(predictions=logits.numpy(), label_ids=ids, metrics=named, num_samples=len(logits))
 
-    def calibrate(self) -> dict[str, Any]:
-        """Fit the temperature on the validation set and bake it into the student's ``logit_scale``.
+    def calibrate(self, method: str | None = None) -> dict[str, Any]:
+        """Fit what calibrates the student on held-out home data and bake its temperature into ``logit_scale``.
 
         For SigLIP a bias is fitted with it and goes into ``logit_bias``. Accuracy does not change; the saved model
         gives calibrated probabilities in the stock pipelines. After an :meth:`evaluate` of the same weights no image
         and no caption is embedded again.
 
+        Args:
+            method: "temperature": the best one for the validation set; where the data shift it is too low.
+                "perturbed": one for it and for perturbed copies of its images. "density": that of "temperature", and a
+                further one for each image, by how near it is to the images of the training. It is saved beside the
+                model; :func:`carot_hf.pipeline`, `export_classifier` and ONNX files apply it. ``None``:
+                ``args.calibration_method``.
         Returns:
             The record that is kept in ``config.calibration``; see :meth:`carot_hf.Evaluator.calibrate`.
         Raises:
@@ -254,7 +272,12 @@ class EvaluatingTrainer(Trainer, ABC):
         if self.model.dtype == torch.bfloat16:
             logger.info("The model is brought to float32: a temperature baked into bfloat16 may be off by 1.6 %%.")
             self.model.float()
-        return self.evaluator.calibrate()
+        return self.evaluator.calibrate(method)
+
+    @property
+    def calibrator(self) -> DensityCalibrator | None:
+        """Of :meth:`calibrate` by the method "density": divides the logits of each image once more."""
+        return self._memory.calibrator if calibrated_by(self.model) == "density" else None
 
     def draws(self) -> bool:
         """Whether this process draws reliability diagrams."""

@@ -27,6 +27,7 @@ _OF_EVALUATION = (
     "n_bins",
     "calibration_criterion",
     "calibration_bounds",
+    "calibration_method",
     "reliability_diagrams",
     "overwrite_output_dir",
 )

@@ -410,7 +410,7 @@ def test_metrics_and_temperature_never_hold_the_whole_matrix():
     whole = embeds @ head[0].T + head[1]
     labels = torch.multinomial((whole / 2).softmax(1), 1, generator=generator)[:, 0]
     data = ShiftSet([0] * 4000, name="far", num_classes=1000)
-    options = {"n_bins": 10, "link": "softmax", "scaling": {"temperature": 1.7}}
+    options = {"n_bins": 10, "link": "softmax", "scalings": {"ts": lambda: {"temperature": 1.7}}}
     expected = measure(whole, labels, **options).metrics
     fitted = {name: fit_temperature(whole, labels, criterion=name) for name in ("nll", "ece")}
     with LargestTensor() as largest:
@@ -420,7 +420,7 @@ def test_metrics_and_temperature_never_hold_the_whole_matrix():
     assert largest.values <= 131_072
     assert measured.metrics == pytest.approx(expected, rel=EXACT)
     assert temperatures == pytest.approx(fitted, rel=EXACT)
-    assert measured.bins.n == measured.bins_ts.n == 4000
+    assert measured.bins.n == measured.scaled_bins["ts"].n == 4000
 
 
 def test_columns_are_taken_row_by_row_as_from_the_whole_matrix():

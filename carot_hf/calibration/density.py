@@ -1,0 +1,209 @@
+"""A temperature for each image: the less of the training data lies near its embedding, the higher."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..basics.precision import at_least_float32
+from ..ece.binning import checked_weights
+from .links import check_link
+from .rows import LogitRows, Logits, check_temperature, checked_rows, row_chunks
+
+K = 10  # nearest images of the bank
+_OFFSET = 1.0001  # above the largest cosine there is
+_PENALTY = 1e-3  # of b^2
+_STEPS = 100  # of Newton's method; 10 are usual
+_SMALL = 1e-13  # decrement below which there is nothing left to gain
+_FARTHEST = 2.0  # that a step may move the logarithm of a temperature
+_ROWS, _BLOCK = 4096, 2048  # embeddings, and images of the bank, worked on at a time
+
+
+@dataclass(frozen=True, eq=False)
+class DensityCalibrator:
+    r"""Divides the logits of an image by :math:`T(x) = \exp(a + b (d(x) - \mu) / \sigma)`; `fit_density` makes one.
+
+    Accuracy and the ranking of the classes never change.
+
+    Attributes:
+        bank: ``(M, D)`` float16, embeddings of length 1 of images of the training.
+        k: How many of them count, the nearest ones.
+        mu: Mean of ``d`` over the rows of the fit.
+        sigma: Their standard deviation; 0: all are alike, and ``d`` plays no part.
+        a: Logarithm of the temperature where ``d`` is ``mu``.
+        b: By how much it rises with a standard deviation of ``d``.
+        link: "softmax" or "sigmoid".
+    """
+
+    bank: Tensor
+    k: int
+    mu: float
+    sigma: float
+    a: float
+    b: float
+    link: str = "softmax"
+
+    def temperature(self, embeds: Tensor | NDArray[Any]) -> Tensor:
+        """Return ``T(x)`` of each image: ``(N,)``, at least float32, where the embeddings are.
+
+        Args:
+            embeds: ``(N, D)`` float, image embeddings; only their direction counts.
+        Raises:
+            ValueError: If they are of another size than those of the bank, or not finite.
+        """
+        rows = _embeddings(embeds, "embeds", self.bank.shape[1])
+        return (self.a + self.b * self.standardised(density(rows, self.bank, self.k))).exp()
+
+    def standardised(self, distances: Tensor) -> Tensor:
+        """Return ``d`` in standard deviations from the mean of the fit."""
+        return (distances - self.mu) / self.sigma if self.sigma > 0 else torch.zeros_like(distances)
+
+    def relative_to(self, temperature: float) -> DensityCalibrator:
+        """Return the calibrator of logits that are divided by a temperature already."""
+        check_temperature(temperature)
+        return replace(self, a=self.a - math.log(temperature))
+
+
+def density(embeds: Tensor, bank: Tensor, k: int) -> Tensor:
+    r"""How far images are from the bank: :math:`d(x) = \ln(1.0001 - c)`, ``c`` the mean of the ``k`` largest cosines.
+
+    It is high where the bank is thin. The order of the bank does not matter. Memory beside the inputs: some 60 MB.
+
+    Args:
+        embeds: ``(N, D)`` float; only directions count.
+        bank: ``(M, D)`` float, ``M >= k``; likewise.
+        k: Nearest images that count.
+    Returns:
+        ``(N,)``, float64 of float64 embeddings, otherwise float32, on their device.
+    """
+    dtype = torch.float64 if embeds.dtype == torch.float64 else torch.float32
+    best = torch.full((len(embeds), k), -torch.inf, dtype=dtype, device=embeds.device)
+    for first in range(0, len(bank), _BLOCK):
+        block = F.normalize(bank[first : first + _BLOCK].to(embeds.device, dtype), dim=1).T
+        for start in range(0, len(embeds), _ROWS):
+            rows = slice(start, start + _ROWS)
+            cosines = F.normalize(embeds[rows].to(dtype), dim=1) @ block  # (n, m)
+            nearest = cosines.topk(min(k, cosines.shape[1]), dim=1, sorted=False).values
+            best[rows] = torch.cat([best[rows], nearest], dim=1).topk(k, dim=1).values
+    return (_OFFSET - best.mean(dim=1).clamp(max=1.0)).log()
+
+
+def fit_density(
+    logits: Logits,
+    embeds: Tensor | NDArray[Any],
+    labels: Tensor | NDArray[Any],
+    bank: Tensor | NDArray[Any],
+    *,
+    k: int = K,
+    sample_weight: Tensor | NDArray[Any] | None = None,
+    link: str = "softmax",
+    start: float = 1.0,
+) -> DensityCalibrator:
+    r"""Fit a temperature that depends on how near an image is to those of the training.
+
+    Minimises :math:`\sum_i w_i \, NLL(z_i / T(x_i), y_i) / \sum_i w_i + 10^{-3} b^2` over ``a`` and ``b`` by Newton
+    steps in float64, from ``(ln start, 0)``. Rows of one density alone cannot tell ``b``: pass held-out images and
+    perturbed copies of them (:mod:`carot_hf.data.perturbations`).
+
+    Args:
+        logits: ``(N, K)`` float, before the link, of rows held out of training.
+        embeds: ``(N, D)`` float, the images' embeddings.
+        labels: ``(N,)`` integer class indices in ``[0, K)``.
+        bank: ``(M, D)`` float, embeddings of images of the training, none of them among the rows; kept in float16.
+        k: How many of the bank count, the nearest ones; at most ``M``.
+        sample_weight: ``(N,)`` weights >= 0; None: 1 each.
+        link: ``"softmax"`` or ``"sigmoid"``, whose bias is in the logits already.
+        start: Temperature to begin with.
+    Raises:
+        ValueError: If a shape or range above does not hold, or a number is not finite.
+    Source:
+        After Tomani et al., ICML 2023 (arXiv 2302.05118), in one layer, with the cosine of CLIP's own embeddings.
+    """
+    check_temperature(start)
+    kept = F.normalize(_embeddings(bank, "bank"), dim=1).to(torch.float16)
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(kept):
+        raise ValueError(
+            f"Expected `k` as a whole number from 1 to {len(kept)}, the images of the bank, got {k!r}. Lower it, or "
+            "pass more images."
+        )
+    rows, targets = checked_rows(logits, labels)
+    points = _embeddings(embeds, "embeds", kept.shape[1])
+    if len(points) != len(rows):
+        raise ValueError(f"Expected `embeds` of {len(rows)} rows, one for each of `logits`, got {len(points)}.")
+    weights = checked_weights(sample_weight, len(rows))
+    distances = density(points, kept, int(k)).double()
+    mu, sigma = float(distances.mean()), float(distances.std(correction=0))
+    if sigma <= 1e-9 * max(1.0, abs(mu)):
+        sigma = 0.0
+    made = DensityCalibrator(kept, int(k), mu, sigma, math.log(start), 0.0, link)
+    shares = torch.ones(len(rows)) if weights is None else torch.from_numpy(weights)
+    shares = (shares.double() / shares.sum()).to(rows.device)
+    a, b = _fitted(rows, targets, made.standardised(distances).to(rows.device), shares, made)
+    return replace(made, a=a, b=b)
+
+
+def _fitted(
+    rows: Tensor | LogitRows, targets: Tensor, points: Tensor, shares: Tensor, made: DensityCalibrator
+) -> tuple[float, float]:
+    """``a`` and ``b`` at the optimum."""
+    slope = check_link(made.link).slope
+
+    def derivatives(a: float, b: float) -> tuple[float, Tensor, Tensor, Tensor]:
+        """Objective, gradient, curvature, and that part of it which is never negative."""
+        sums = torch.zeros(4, 3, dtype=torch.float64)
+        for start, part, labels in row_chunks(rows, targets):
+            at = slice(start, start + len(part))
+            x, w = points[at], shares[at]
+            nll, first, second = slope(part.double(), labels, (-(a + b * x)).exp())
+            whole = second + first  # of the logarithm of 1 / T
+            powers = torch.stack([w, w * x, w * x * x])  # (3, n)
+            sums += torch.stack([powers @ nll, -(powers @ first), powers @ whole, powers @ second]).cpu()
+        value = float(sums[0, 0]) + _PENALTY * b * b
+        gradient = sums[1, :2] + torch.tensor([0.0, 2 * _PENALTY * b])
+        curvatures = [
+            torch.stack([row[:2], row[1:]]) + torch.tensor([[0.0, 0.0], [0.0, 2 * _PENALTY]]) for row in sums[2:]
+        ]
+        return value, gradient, curvatures[0], curvatures[1]
+
+    at = torch.tensor([made.a, made.b], dtype=torch.float64)
+    value, gradient, curvature, positive = derivatives(*at.tolist())
+    for _ in range(_STEPS):
+        convex = float(curvature.det()) > 0 and float(curvature[0, 0]) > 0
+        step = -torch.linalg.lstsq(curvature if convex else positive + 1e-12 * torch.eye(2), gradient[:, None])[0][:, 0]
+        if -float(step @ gradient) <= _SMALL:  # below the rounding of the sums; one step more squares the error
+            at = at + step
+            break
+        size = min(1.0, _FARTHEST / max(1e-300, float(step.abs().sum())))
+        found = derivatives(*(at + size * step).tolist())
+        while found[0] > value and size > 1e-12:
+            size /= 2
+            found = derivatives(*(at + size * step).tolist())
+        if found[0] > value:
+            break
+        at, (value, gradient, curvature, positive) = at + size * step, found
+    return float(at[0]), float(at[1])
+
+
+def _embeddings(values: Any, name: str, size: int | None = None) -> Tensor:
+    """A finite matrix of at least float32 without gradient, or a ValueError."""
+    rows = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    if rows.dim() != 2 or len(rows) < 1 or not rows.is_floating_point():
+        raise ValueError(
+            f"Expected `{name}` of a float dtype and shape (N, D) with N >= 1, got {rows.dtype} of shape "
+            f"{tuple(rows.shape)}. Pass one image embedding a row."
+        )
+    if size is not None and rows.shape[1] != size:
+        raise ValueError(
+            f"Expected `{name}` of {size} numbers a row, as in the bank, got {rows.shape[1]}. Pass embeddings of the "
+            "model that the bank was made with."
+        )
+    if not math.isfinite(rows.sum()) and not bool(rows.isfinite().all()):
+        raise ValueError(f"Expected finite `{name}`, got nan or inf. Find out where the model diverged.")
+    return at_least_float32(rows)
