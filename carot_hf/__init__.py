@@ -11,6 +11,10 @@ _HOMES = {
     "CLIPClassifier": "models.classifier",
     "CaRotTrainer": "trainer",
     "CaRotTrainingArguments": "training_args",
+    "CalibratedZeroShotPipeline": "models.pipeline",
+    "Comparison": "evaluation.compare",
+    "ConformalSets": "calibration.conformal",
+    "DensityCalibrator": "calibration.density",
     "Evaluation": "evaluation.evaluation",
     "Evaluator": "evaluation.evaluator",
     "ShiftSet": "data.shift_set",
@@ -21,26 +25,35 @@ _HOMES = {
     "bake_temperature": "calibration.record",
     "calibration_metrics": "calibration.metrics",
     "clip_from_state_dict": "models.convert",
+    "compare": "evaluation.compare",
     "confidence_histogram": "evaluation.plots",
+    "estimate_accuracy": "calibration.estimate",
     "export_classifier": "models.classifier",
     "export_onnx": "models.onnx",
+    "fit_conformal": "calibration.conformal",
+    "fit_density": "calibration.density",
     "fit_temperature": "calibration.temperature",
     "greedy_soup": "models.merging",
     "interpolate": "models.merging",
     "load_clip_checkpoint": "models.convert",
     "load_ece": "metric",
     "load_suite": "suites.load",
+    "pipeline": "models.pipeline",
     "reliability_diagram": "evaluation.plots",
     "unbake_temperature": "calibration.record",
     "uniform_soup": "models.merging",
 }
 
 if TYPE_CHECKING:
+    from .calibration.conformal import ConformalSets, fit_conformal
+    from .calibration.density import DensityCalibrator, fit_density
+    from .calibration.estimate import estimate_accuracy
     from .calibration.metrics import calibration_metrics
     from .calibration.record import bake_temperature, unbake_temperature
     from .calibration.temperature import fit_temperature
     from .data.shift_set import ShiftSet
     from .data.suite import ShiftSuite
+    from .evaluation.compare import Comparison, compare
     from .evaluation.evaluation import Evaluation
     from .evaluation.evaluator import Evaluator
     from .evaluation.plots import confidence_histogram, reliability_diagram
@@ -49,6 +62,7 @@ if TYPE_CHECKING:
     from .models.convert import clip_from_state_dict, load_clip_checkpoint
     from .models.merging import alpha_sweep, greedy_soup, interpolate, uniform_soup
     from .models.onnx import export_onnx
+    from .models.pipeline import CalibratedZeroShotPipeline, pipeline
     from .suites.load import load_suite
     from .teacher.average import Teacher
     from .teacher.callback import TeacherCallback
@@ -59,6 +73,10 @@ __all__ = [
     "CLIPClassifier",
     "CaRotTrainer",
     "CaRotTrainingArguments",
+    "CalibratedZeroShotPipeline",
+    "Comparison",
+    "ConformalSets",
+    "DensityCalibrator",
     "Evaluation",
     "Evaluator",
     "ShiftSet",
@@ -70,15 +88,20 @@ __all__ = [
     "bake_temperature",
     "calibration_metrics",
     "clip_from_state_dict",
+    "compare",
     "confidence_histogram",
+    "estimate_accuracy",
     "export_classifier",
     "export_onnx",
+    "fit_conformal",
+    "fit_density",
     "fit_temperature",
     "greedy_soup",
     "interpolate",
     "load_clip_checkpoint",
     "load_ece",
     "load_suite",
+    "pipeline",
     "reliability_diagram",
     "unbake_temperature",
     "uniform_soup",

@@ -17,6 +17,7 @@ from transformers import CLIPModel, EarlyStoppingCallback
 from transformers.utils import logging
 
 from .basics.escape import guarded
+from .basics.fingerprint import tower_fingerprint
 from .basics.precision import at_least_float32
 from .basics.whole_file import files_below, whole_files
 from .calibration.names import chosen_by
@@ -29,7 +30,7 @@ from .data.suite import ShiftSuite
 from .data.survey import survey
 from .data.transforms import check_image_size, float_pixels, image_transform
 from .evaluation.diagrams import diagram_tables, diagrams_path, keep_diagrams
-from .evaluation.evaluation import Comparison
+from .evaluation.evaluation import Reported
 from .evaluation.trainer import EvaluatingTrainer
 from .hub.card import TEACHER_FOLDER, CardFacts
 from .hub.facts import run_facts_for_card
@@ -338,9 +339,17 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         """Return the model as a classifier of the suite's classes, with its head and its temperature.
 
         It gives the probabilities that :meth:`predict` gives, needs no text tower, and works in the stock pipeline
-        "image-classification".
+        "image-classification". After a calibration by density it carries the bank, and divides by its temperature.
         """
-        return classifier_of(self.accelerator.unwrap_model(self.model), self.suite, self.captions)
+        made = classifier_of(self.accelerator.unwrap_model(self.model), self.suite, self.captions)
+        if self.calibrator is not None:
+            made.attach_density(self.calibrator)
+        return made
+
+    def write_beside(self, folder: Path, model: nn.Module) -> None:
+        """Write the density calibrator, if there is one, into the folder that the model is saved in."""
+        if self.calibrator is not None:
+            replace(self.calibrator, tower=tower_fingerprint(model)).save_pretrained(folder)
 
     def save_teacher(self, output_dir: str | Path) -> None:
         """Save the teacher as a model of its own, with the processor; load it with ``CLIPModel.from_pretrained``.
@@ -406,7 +415,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
     def card_facts(self, given: Mapping[str, Any]) -> CardFacts:
         """What the card says, from the latest :meth:`evaluate` of the whole suite; its picture is drawn anew."""
         self.owns_output = True
-        latest = self.latest if self.latest.model is self.model else Comparison()
+        latest = self.latest if self.latest.model is self.model else Reported()
         diagram = diagrams_path(str(self.args.output_dir), "eval") if latest.bins and self.draws() else None
         if diagram is not None:  # the file of that name may be of some other evaluation
             keep_diagrams(diagram, diagram_tables(latest.bins, latest.bins_ts, latest.temperature))

@@ -41,7 +41,7 @@ THIRD_PARTY = {
     "ece": {"numpy", "datasets", "evaluate"},
     "metric": {"evaluate"},
     "basics": {"numpy", "safetensors", "torch", "yaml"},
-    "calibration": {"numpy", "torch"},
+    "calibration": {"huggingface_hub", "numpy", "safetensors", "torch"},
     "data": {"accelerate", "datasets", "numpy", "PIL", "pyarrow", "torch"},
     "objective": {"torch"},
     "teacher": {"safetensors", "torch", "transformers"},

@@ -9,6 +9,22 @@ import torch
 from torch import nn
 
 
+def tower_fingerprint(model: nn.Module) -> str:
+    """Hash the parameters of the image tower and its projection, as float32: equal for a model and its classifier.
+
+    Args:
+        model: Of CLIP's kind; whatever belongs to texts, logits or a head does not count.
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if not name.startswith(("text_", "logit_", "head.")):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
 def fingerprint(model: nn.Module, leave_out: Sequence[str] = ()) -> str:
     """Hash names, shapes, dtypes and all values of the parameters and buffers.
 

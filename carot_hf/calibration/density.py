@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class DensityCalibrator:
         a: Logarithm of the temperature where ``d`` is ``mu``.
         b: By how much it rises with a standard deviation of ``d``.
         link: "softmax" or "sigmoid".
+        tower: Checksum of the image tower that the embeddings come from; None: it is not known.
     """
 
     bank: Tensor
@@ -49,6 +51,7 @@ class DensityCalibrator:
     a: float
     b: float
     link: str = "softmax"
+    tower: str | None = None
 
     def temperature(self, embeds: Tensor | NDArray[Any]) -> Tensor:
         """Return ``T(x)`` of each image: ``(N,)``, at least float32, where the embeddings are.
@@ -61,9 +64,34 @@ class DensityCalibrator:
         rows = _embeddings(embeds, "embeds", self.bank.shape[1])
         return (self.a + self.b * self.standardised(density(rows, self.bank, self.k))).exp()
 
+    def divisor(self, embeds: Tensor) -> Tensor:
+        """Return the same ``(N, 1)`` for few rows, as one product that can be traced; both are of length 1 already."""
+        return (self.a + self.b * self.standardised(near_density(embeds, self.bank, self.k))).exp()[:, None]
+
     def standardised(self, distances: Tensor) -> Tensor:
         """Return ``d`` in standard deviations from the mean of the fit."""
         return (distances - self.mu) / self.sigma if self.sigma > 0 else torch.zeros_like(distances)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``calibrator.json`` and ``calibrator.safetensors`` into a folder, beside the model."""
+        from .density_file import save_calibrator
+
+        save_calibrator(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> DensityCalibrator:
+        """Read what `save_pretrained` wrote, from a folder or a repository on the Hub.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If a file is none of a calibrator.
+        """
+        from .density_file import load_calibrator
+
+        found: DensityCalibrator = load_calibrator(name, revision=revision, token=token)
+        return found
 
     def relative_to(self, temperature: float) -> DensityCalibrator:
         """Return the calibrator of logits that are divided by a temperature already."""
@@ -93,6 +121,12 @@ def density(embeds: Tensor, bank: Tensor, k: int) -> Tensor:
             nearest = cosines.topk(min(k, cosines.shape[1]), dim=1, sorted=False).values
             best[rows] = torch.cat([best[rows], nearest], dim=1).topk(k, dim=1).values
     return (_OFFSET - best.mean(dim=1).clamp(max=1.0)).log()
+
+
+def near_density(embeds: Tensor, bank: Tensor, k: int) -> Tensor:
+    """Return the same for few images: ``(N,)``, with all cosines at once and nothing that depends on ``N``."""
+    cosines = F.normalize(embeds, dim=1) @ F.normalize(bank.to(embeds.dtype), dim=1).T
+    return (_OFFSET - cosines.topk(k, dim=1).values.mean(dim=1).clamp(max=1.0)).log()
 
 
 def fit_density(

@@ -164,6 +164,9 @@ def unbake_temperature(model: nn.Module) -> None:
             "There is nothing to undo; call `bake_temperature` first."
         )
     temperature = float(calibration["temperature"])
+    if getattr(config, "density", None) is not None:
+        drop: Any = model.drop_density
+        drop()  # it divides calibrated logits
     with torch.no_grad():
         if isinstance(target, nn.Parameter):
             before = calibration.get("logit_scale_before", math.nan)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..basics.escape import printable, table
 from ..data.perturbed_set import is_seen
@@ -16,6 +17,7 @@ from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
 
 Metrics = dict[str, float]
+Rows = tuple[NDArray[Any], NDArray[np.bool_]]  # (n,) confidences and (n,) hits
 COLUMNS = (
     ("accuracy", "accuracy"),
     ("ECE", "ece"),
@@ -26,7 +28,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Reported:
     """One model on all sets of a suite, without and with a temperature: what a card reports.
 
     Attributes:
@@ -55,6 +57,7 @@ class Evaluation:
         bins_ts: Those with the temperature; the split that it was fitted on has none.
         bins_pts: Those with the one that has seen perturbed copies, too, where that was asked for.
         bins_dts: Those with a temperature for each image, where that was asked for.
+        rows: By set confidence and hit of each image, as the logits are; for :func:`~carot_hf.compare`.
         scaling: What was fitted on the validation split or given: "temperature" and, for SigLIP, "bias"; empty: none.
         sizes: Rows by set.
         comparison: The same without any temperature beside it with one, also where one is in the weights.
@@ -66,10 +69,11 @@ class Evaluation:
     bins_ts: Mapping[str, CalibrationBins]
     scaling: Mapping[str, float]
     sizes: Mapping[str, int]
-    comparison: Comparison = field(default_factory=Comparison)
+    comparison: Reported = field(default_factory=Reported)
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     bins_pts: Mapping[str, CalibrationBins] = field(default_factory=dict)
     bins_dts: Mapping[str, CalibrationBins] = field(default_factory=dict)
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     def flat(self, prefix: str = "eval") -> dict[str, float]:
         """Return one dict of ``<prefix>_<set>_<metric>``, with ``<prefix>_temperature``."""

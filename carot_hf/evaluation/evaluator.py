@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..basics.escape import guarded
-from ..basics.fingerprint import fingerprint
+from ..basics.fingerprint import fingerprint, tower_fingerprint
 from ..basics.precision import at_least_float32
 from ..basics.processes import done_by_first, place
 from ..calibration.density import DensityCalibrator
@@ -36,7 +36,7 @@ from ..models.classifier import CLIPClassifier
 from ..models.lora import base_model
 from ..models.prepare import align_markers, captions_of
 from .embed import Embedded, Embedder
-from .evaluation import Comparison, Evaluation, with_aggregates
+from .evaluation import Evaluation, Reported, with_aggregates
 from .home import (
     METHODS,
     MOST_PERTURBED,
@@ -181,8 +181,8 @@ class Evaluator:
         if chosen.get("validation") is self.suite.validation:
             known["validation"] = (self.suite.validation, self.embedder.collator, *parts["validation"])
         logits, labels = self._logits(chosen, parts, self.head(known))
-        scalings = given_scalings(calibrator)
-        if calibrator is None and "validation" in chosen:
+        scalings = given_scalings(calibrator, getattr(base_model(self.model), "density", None))
+        if not scalings and "validation" in chosen:
             scalings["ts"] = self.fit(logits["validation"], labels["validation"], warn=remember)
             scalings |= self._fitted_at_home(known, scalings["ts"]) if remember else {}
         record = calibration_record(base_model(self.model)) if remember else None
@@ -205,8 +205,9 @@ class Evaluator:
             bins_dts=bins_at("dts", found),
             scaling=scalings.get("ts", {}),
             sizes={name: len(part) for name, part in labels.items()},
-            comparison=compared(self.model, found, record, scalings, self.suite) if remember else Comparison(),
+            comparison=compared(self.model, found, record, scalings, self.suite) if remember else Reported(),
             intervals={name: part.intervals for name, part in found.items() if part.intervals},
+            rows={name: part.rows for name, part in found.items() if part.rows is not None},
         )
 
     def predict(
@@ -252,6 +253,9 @@ class Evaluator:
         further = self._fitted_at_home(known, scaling, method)
         scaling = further["pts"] if method == "perturbed" else scaling
         self._memory.calibrator, self._memory.method = further.get("dts"), method
+        if method == "density":
+            tower = tower_fingerprint(network)
+            self._memory.calibrator = replace(further["dts"], tower=tower)
         bounds = scaling_bounds(self.bounds, self.link)
         if len(labels) < FEW_ROWS:
             self._warn_of_few(logits, labels, scaling["temperature"])

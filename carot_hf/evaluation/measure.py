@@ -14,7 +14,7 @@ from ..calibration.metrics import Scaling, Seen, read_set, scaled_metrics
 from ..calibration.rows import Logits
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
-from .evaluation import Comparison, flat_names, with_aggregates
+from .evaluation import Reported, Rows, flat_names, with_aggregates
 from .intervals import intervals_of
 
 Metrics = dict[str, float]
@@ -31,6 +31,7 @@ class Measured:
         plain: With the temperature taken out that is in the weights.
         plain_bins: So, too.
         intervals: By metric, where asked for.
+        rows: Confidence and hit of each row, as the logits are.
     """
 
     metrics: Metrics
@@ -39,6 +40,7 @@ class Measured:
     plain: Metrics | None = None
     plain_bins: CalibrationBins | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rows: Rows | None = None
 
 
 def measure(
@@ -71,7 +73,7 @@ def measure(
     seen, _ = read_set(logits, labels, wanted, n_bins=n_bins, link=link)
     found = {name: _found(seen[name], names) for name, (_, names) in wanted.items()}
     metrics, bins = found[""]
-    measured = Measured(dict(metrics), bins)
+    measured = Measured(dict(metrics), bins, rows=(seen[""].confidences, seen[""].correct))
     for ending in scalings:
         scaled, measured.scaled_bins[ending] = found[ending]
         measured.metrics |= {f"{name}_{ending}": value for name, value in scaled.items()}
@@ -111,8 +113,9 @@ def _found(seen: Seen, names: list[str] | None) -> tuple[Metrics, CalibrationBin
     return seen.metrics(names), seen.bins
 
 
-def given_scalings(calibrator: Any) -> dict[str, Any]:
-    """What somebody passed as a calibrator, by ending; ``None``: nothing."""
+def given_scalings(calibrator: Any, own: DensityCalibrator | None = None) -> dict[str, Any]:
+    """What somebody passed as a calibrator, by ending; ``None``: the one in the model, if there is one."""
+    calibrator = own if calibrator is None else calibrator
     if calibrator is None:
         return {}
     if isinstance(calibrator, DensityCalibrator):
@@ -141,7 +144,7 @@ def compared(
     record: Mapping[str, Any] | None,
     scalings: Mapping[str, Any],
     suite: ShiftSuite,
-) -> Comparison:
+) -> Reported:
     """Put the metrics without a temperature beside those with it, also where it is in the weights already.
 
     Args:
@@ -169,4 +172,4 @@ def compared(
         }
     named = with_aggregates(metrics, suite, scalings)
     flat = {name.removeprefix("_"): value for name, value in flat_names(named, "").items()}
-    return Comparison(model, flat, temperature, bins, bins_ts)
+    return Reported(model, flat, temperature, bins, bins_ts)

@@ -31,7 +31,7 @@ from ..data.transforms import image_transform
 from ..ece.binning import CalibrationBins
 from .diagrams import can_draw, diagram_tables, diagrams_path, keep_diagrams, send_diagrams
 from .embed import Embedder
-from .evaluation import Comparison
+from .evaluation import Reported
 from .evaluator import Evaluator, Memory
 
 logger = guarded(logging.get_logger(__name__))
@@ -68,7 +68,7 @@ class EvaluatingTrainer(Trainer, ABC):
 
     def forget(self) -> None:
         """Forget what was measured: the weights will be others."""
-        self.latest, self._memory = Comparison(), Memory()
+        self.latest, self._memory = Reported(), Memory()
 
     # ---- what a subclass says ----
 

@@ -30,7 +30,7 @@ def run_facts_for_card(
         suite: The suite.
         given: What a user says: ``model_name``, ``finetuned_from``, ``license``, ``language``, ``tags``, ``dataset``.
         start: Where the model was loaded from.
-        measured: Of the latest evaluation, a ``Comparison``.
+        measured: Of the latest evaluation, a ``Reported``.
         arguments: That are not their defaults.
         changes: Since the run was resumed.
         **rest: Further fields of the card.

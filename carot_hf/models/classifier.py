@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,10 +28,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from ..basics.escape import guarded
+from ..basics.fingerprint import tower_fingerprint
 from ..basics.precision import at_least_float32, wide_dtype
+from ..calibration.density import DensityCalibrator
 
 logger = guarded(logging.getLogger(__name__))
 
+_LARGEST = 1e6  # of a number of a density calibrator
 _LENGTH_TOLERANCE = 1e-3  # of rows of length 1; rounding to bfloat16 stays below it
 
 
@@ -42,6 +45,7 @@ class CLIPClassifierConfig(PreTrainedConfig):
         vision_config: The image tower's ``CLIPVisionConfig``, or its dict; ``None``: the default one.
         projection_dim: ``D``, size of the projected features.
         initializer_factor: Multiplies the spread of random weights, as in ``CLIPConfig``.
+        density: Numbers of a density calibrator whose bank the model holds; ``None``: it has none.
         **kwargs: As for ``PreTrainedConfig``; ``num_labels`` or ``id2label`` says how many classes there are.
     Raises:
         ValueError: If there are fewer than two labels, or the problem is not one label an image.
@@ -54,6 +58,7 @@ class CLIPClassifierConfig(PreTrainedConfig):
     vision_config: dict[str, Any] | CLIPVisionConfig | None = None
     projection_dim: int = 512
     initializer_factor: float = 1.0
+    density: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vision_config, CLIPVisionConfig):
@@ -61,6 +66,7 @@ class CLIPClassifierConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.num_labels < 2:
             raise ValueError(f"Expected at least 2 labels, got {self.num_labels}. Set `num_labels` or `id2label`.")
+        _check_density(self.density)
         if self.problem_type not in (None, "single_label_classification"):
             raise ValueError(
                 f"Expected `problem_type` None or 'single_label_classification', got {self.problem_type!r}. "
@@ -80,6 +86,8 @@ class CLIPClassifier(CLIPPreTrainedModel):
         vision_model: The ``CLIPVisionModel``.
         visual_projection: Linear without bias, width to ``D``.
         head: Linear, ``D`` to ``K`` classes. ``config.id2label`` names them.
+        density_bank: ``(M, D)``, of a density calibrator; its temperature of each image divides the logits. ``None``
+            unless :meth:`attach_density` was called.
     Source:
         The FT baseline of CaRot (2023), appendix A.1, and WiSE-FT (arXiv 2109.01903).
     """
@@ -91,7 +99,8 @@ class CLIPClassifier(CLIPPreTrainedModel):
     input_modalities = ("image",)
     accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides it by the accumulation steps
     _no_split_modules = ("CLIPVisionEmbeddings", "CLIPEncoderLayer")
-    _keep_in_fp32_modules_strict = ("head",)
+    _keep_in_fp32_modules_strict = ("head", "density_bank")
+    density_bank: Tensor | None
 
     def __init__(self, config: CLIPClassifierConfig) -> None:
         super().__init__(config)
@@ -99,6 +108,8 @@ class CLIPClassifier(CLIPPreTrainedModel):
         self.vision_model = CLIPVisionModel._from_config(vision_config)
         self.visual_projection = nn.Linear(vision_config.hidden_size, config.projection_dim, bias=False)
         self.head = _WideLinear(config.projection_dim, config.num_labels)
+        rows = None if config.density is None else int(config.density["rows"])
+        self.register_buffer("density_bank", None if rows is None else torch.zeros(rows, config.projection_dim))
         self.post_init()
 
     @classmethod
@@ -153,6 +164,33 @@ class CLIPClassifier(CLIPPreTrainedModel):
             classifier.head.bias.zero_()
         placed: CLIPClassifier = classifier.to(model.device).train(model.training)
         return placed
+
+    def attach_density(self, calibrator: DensityCalibrator) -> None:
+        """Let a temperature of each image divide the logits; the bank goes along when the model is saved or exported.
+
+        Args:
+            calibrator: Of the logits as they are now.
+        Raises:
+            ValueError: If it is of another image tower, or of a sigmoid.
+        """
+        check_tower(calibrator, self, self.config.projection_dim)
+        if calibrator.link != "softmax":
+            raise ValueError(f"Expected a calibrator of a softmax, got one of the {calibrator.link}. It is another's.")
+        self.density_bank = calibrator.bank.to(self.head.weight.device, torch.float32)
+        numbers = {name: getattr(calibrator, name) for name in ("k", "mu", "sigma", "a", "b")}
+        self.config.density = {"rows": len(calibrator.bank), **numbers}
+
+    def drop_density(self) -> None:
+        """Take out what :meth:`attach_density` put in."""
+        self.density_bank = self.config.density = None
+
+    @property
+    def density(self) -> DensityCalibrator | None:
+        """The calibrator that divides the logits, if there is one."""
+        if self.config.density is None or self.density_bank is None:
+            return None
+        numbers = {name: self.config.density[name] for name in ("k", "mu", "sigma", "a", "b")}
+        return DensityCalibrator(bank=self.density_bank, **numbers)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the patch embedding."""
@@ -225,7 +263,11 @@ class CLIPClassifier(CLIPPreTrainedModel):
         outputs: Any = self.get_image_features(
             pixel_values, interpolate_pos_encoding, output_hidden_states, output_attentions, return_dict=True
         )
-        logits = self.head(F.normalize(at_least_float32(outputs.pooler_output), dim=-1))  # (b, K)
+        embeds = F.normalize(at_least_float32(outputs.pooler_output), dim=-1)
+        logits = self.head(embeds)  # (b, K)
+        if self.density is not None:
+            with torch.autocast(logits.device.type, enabled=False):
+                logits = logits / self.density.divisor(embeds)
         loss = None
         if labels is not None:
             check_labels(labels, len(logits))
@@ -266,6 +308,39 @@ def export_classifier(
         record = {key: value for key, value in record.items() if key != "logit_scale_before"}
         classifier.config.calibration = copy.deepcopy(record)
     return classifier
+
+
+def _check_density(numbers: Any) -> None:
+    """Refuse numbers of a density calibrator that are none: they may come out of a stranger's ``config.json``."""
+    if numbers is None:
+        return
+    given = dict(numbers) if isinstance(numbers, Mapping) else {}
+    wanted: dict[str, Any] = {"rows": int, "k": int, **dict.fromkeys(("mu", "sigma", "a", "b"), (int, float))}
+    for name, kind in wanted.items():
+        value: Any = given.get(name)
+        small = isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        if not small or (name in ("rows", "k", "sigma") and value < (0 if name == "sigma" else 1)):
+            raise ValueError(f"Expected a number as `{name}` in `density` of config.json, got {value!r:.80}. Mend it.")
+    if given["k"] > given["rows"]:
+        raise ValueError(f"Expected `k` of at most `rows` in `density` of config.json, got {given!r:.200}. Mend it.")
+
+
+def check_tower(calibrator: DensityCalibrator, model: Any, size: int) -> None:
+    """Refuse a density calibrator of another image tower.
+
+    Raises:
+        ValueError: Then.
+    """
+    if calibrator.bank.shape[1] != size:
+        raise ValueError(
+            f"Expected a calibrator with a bank of {size} numbers an image, as the model embeds them, got "
+            f"{calibrator.bank.shape[1]}. It is another model's: calibrate this one with `calibrate('density')`."
+        )
+    if calibrator.tower is not None and calibrator.tower != tower_fingerprint(model):
+        raise ValueError(
+            "Expected a calibrator of this model's image tower, got one of other weights. The model was trained on, or "
+            "merged, since: calibrate it with `calibrate('density')`."
+        )
 
 
 def label_names(class_names: Sequence[str]) -> list[str]:

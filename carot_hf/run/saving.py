@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..basics.whole_file import files_below, whole_files
+from ..calibration.density_file import BANK_NAME, NUMBERS_NAME
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -34,8 +35,9 @@ def drop_pickle(folder: Path) -> None:
 
 
 def _drop_stale_weights(folder: Path, written: Sequence[str]) -> None:
-    """Delete weights of an earlier model that was kept in another number of files: they would be loaded."""
+    """Delete weights of an earlier model that was kept in another number of files, and its calibrator."""
     if any(_WEIGHTS.fullmatch(name) for name in written):
         for path in folder.iterdir():
-            if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+            stale = _WEIGHTS.fullmatch(path.name) or path.name in (NUMBERS_NAME, BANK_NAME)
+            if stale and path.name not in written:
                 path.unlink()
