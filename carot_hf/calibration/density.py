@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ..basics.precision import at_least_float32
 from ..ece.binning import checked_weights
+from .density_file import read_calibrator, write_calibrator
 from .links import check_link
+from .nearest import density, near_density
 from .rows import LogitRows, Logits, check_temperature, checked_rows, row_chunks
 
 K = 10  # nearest images of the bank
-_OFFSET = 1.0001  # above the largest cosine there is
 _PENALTY = 1e-3  # of b^2
 _STEPS = 100  # of Newton's method; 10 are usual
 _SMALL = 1e-13  # decrement below which there is nothing left to gain
 _FARTHEST = 2.0  # that a step may move the logarithm of a temperature
-_ROWS, _BLOCK = 4096, 2048  # embeddings, and images of the bank, worked on at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +74,8 @@ class DensityCalibrator:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``calibrator.json`` and ``calibrator.safetensors`` into a folder, beside the model."""
-        from .density_file import save_calibrator
-
-        save_calibrator(self, folder)
+        names = ("k", "mu", "sigma", "a", "b", "link", "tower")
+        write_calibrator(folder, self.bank, {name: getattr(self, name) for name in names})
 
     @classmethod
     def from_pretrained(
@@ -88,45 +87,13 @@ class DensityCalibrator:
             FileNotFoundError: If there is none.
             ValueError: If a file is none of a calibrator.
         """
-        from .density_file import load_calibrator
-
-        found: DensityCalibrator = load_calibrator(name, revision=revision, token=token)
-        return found
+        bank, numbers = read_calibrator(name, revision=revision, token=token)
+        return cls(bank=bank, **numbers)
 
     def relative_to(self, temperature: float) -> DensityCalibrator:
         """Return the calibrator of logits that are divided by a temperature already."""
         check_temperature(temperature)
         return replace(self, a=self.a - math.log(temperature))
-
-
-def density(embeds: Tensor, bank: Tensor, k: int) -> Tensor:
-    r"""How far images are from the bank: :math:`d(x) = \ln(1.0001 - c)`, ``c`` the mean of the ``k`` largest cosines.
-
-    It is high where the bank is thin. The order of the bank does not matter. Memory beside the inputs: some 60 MB.
-
-    Args:
-        embeds: ``(N, D)`` float; only directions count.
-        bank: ``(M, D)`` float, ``M >= k``; likewise.
-        k: Nearest images that count.
-    Returns:
-        ``(N,)``, float64 of float64 embeddings, otherwise float32, on their device.
-    """
-    dtype = torch.float64 if embeds.dtype == torch.float64 else torch.float32
-    best = torch.full((len(embeds), k), -torch.inf, dtype=dtype, device=embeds.device)
-    for first in range(0, len(bank), _BLOCK):
-        block = F.normalize(bank[first : first + _BLOCK].to(embeds.device, dtype), dim=1).T
-        for start in range(0, len(embeds), _ROWS):
-            rows = slice(start, start + _ROWS)
-            cosines = F.normalize(embeds[rows].to(dtype), dim=1) @ block  # (n, m)
-            nearest = cosines.topk(min(k, cosines.shape[1]), dim=1, sorted=False).values
-            best[rows] = torch.cat([best[rows], nearest], dim=1).topk(k, dim=1).values
-    return (_OFFSET - best.mean(dim=1).clamp(max=1.0)).log()
-
-
-def near_density(embeds: Tensor, bank: Tensor, k: int) -> Tensor:
-    """Return the same for few images: ``(N,)``, with all cosines at once and nothing that depends on ``N``."""
-    cosines = F.normalize(embeds, dim=1) @ F.normalize(bank.to(embeds.dtype), dim=1).T
-    return (_OFFSET - cosines.topk(k, dim=1).values.mean(dim=1).clamp(max=1.0)).log()
 
 
 def fit_density(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..basics.escape import shortened
 from ..basics.tensor_files import tensors_flaw
 from ..basics.whole_file import whole_file, write_whole
-from .density import DensityCalibrator
 from .links import LINKS
 
 NUMBERS_NAME, BANK_NAME = "calibrator.json", "calibrator.safetensors"
@@ -20,23 +21,25 @@ _FORMAT = 1
 _LARGEST = 1e6  # of a number in the file
 
 
-def save_calibrator(calibrator: DensityCalibrator, folder: str | Path) -> None:
+def write_calibrator(folder: str | Path, bank: Tensor, numbers: Mapping[str, Any]) -> None:
     """Write both files, each whole or not at all; the numbers last.
 
     Args:
-        calibrator: It is that of the model in the folder.
         folder: It is made if it is not there.
+        bank: ``(M, D)`` float16.
+        numbers: JSON values.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     with whole_file(place / BANK_NAME) as beside:
-        save_file({"bank": calibrator.bank.cpu().contiguous()}, str(beside), {"format": "pt"})
-    numbers = {name: getattr(calibrator, name) for name in ("k", "mu", "sigma", "a", "b", "link", "tower")}
+        save_file({"bank": bank.cpu().contiguous()}, str(beside), {"format": "pt"})
     write_whole(place / NUMBERS_NAME, json.dumps({"format": _FORMAT, **numbers}, indent=2) + "\n")
 
 
-def load_calibrator(name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Any:
-    """Read a calibrator, which may be a stranger's: it holds numbers, nothing of it is run.
+def read_calibrator(
+    name: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Read bank and numbers, which may be a stranger's: nothing of them is run.
 
     Args:
         name: A folder, or the id of a model on the Hub.
@@ -58,10 +61,10 @@ def load_calibrator(name: str | Path, *, revision: str | None = None, token: str
                 "save the model after it."
             )
     flaw = tensors_flaw(files[1], None)
-    bank = {} if flaw else load_file(files[1])
-    if flaw or set(bank) != {"bank"} or bank["bank"].dim() != 2 or bank["bank"].dtype != torch.float16:
+    found = {} if flaw else load_file(files[1])
+    if flaw or set(found) != {"bank"} or found["bank"].dim() != 2 or found["bank"].dtype != torch.float16:
         raise _damaged(name, flaw or f"{BANK_NAME} holds something else than a float16 matrix `bank`")
-    return DensityCalibrator(bank=bank["bank"], **_numbers(name, files[0], len(bank["bank"])))
+    return found["bank"], _numbers(name, files[0], len(found["bank"]))
 
 
 def _downloaded(repo: str, file: str, revision: str | None, token: str | bool | None) -> Path:

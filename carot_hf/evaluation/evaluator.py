@@ -167,8 +167,7 @@ class Evaluator:
                 is among them, by the methods up to `method` and the one of the latest :meth:`calibrate`.
             n_bootstrap: Resamples of the 95 % intervals of accuracy and ECE; 0: none.
             own_metrics: Called with logits ``(n, labels)`` and labels of each set; what it returns joins the metrics.
-            remember: Use again what was computed of the same weights, and compare with the model without the
-                temperature that is in its weights. ``False`` in a training.
+            remember: Use again what was computed of the same weights, and measure without a baked temperature, too.
             title: Of the bar.
         Raises:
             ValueError: If there is no such set, or one without labels.

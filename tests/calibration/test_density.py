@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from tolerances import EXACT, float32_bound
 
 from carot_hf import DensityCalibrator, calibration_metrics, fit_density, fit_temperature
-from carot_hf.calibration.density import density, near_density
 from carot_hf.calibration.metrics import read_set
+from carot_hf.calibration.nearest import density, near_density
 from carot_hf.calibration.sigmoid import fit_sigmoid
 
 DOUBLE = {"dtype": torch.float64}

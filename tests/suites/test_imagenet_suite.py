@@ -17,7 +17,7 @@ import pytest
 import torch
 from dataset_hub import DatasetHub
 from layouts import content, folders, parquet, picture, tars
-from toys import ROOT
+from toys import ROOT, SUPPORT
 from transformers import CLIPModel
 
 import carot_hf.data.shift_set
@@ -205,7 +205,7 @@ print(len(held), len(held | trained), len(held & trained))
 def test_so_it_is_over_http(tmp_path):
     """The clients of `datasets` and huggingface_hub themselves; the second commit has the files in another order."""
     environment = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    environment = {**os.environ, **environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = {**os.environ, **environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
     parquet(tmp_path / "copy", "train", np.random.default_rng(1).permutation(TRAIN), files=3)
     parquet(tmp_path / "copy", "validation", TRAIN[:1])
     paths = sorted((tmp_path / "copy").rglob("*.parquet"))

@@ -219,7 +219,8 @@ sys.path[:0] = {tests!r}
 from pathlib import Path
 import datasets
 datasets.config.HF_DATASETS_CACHE = Path({out!r}) / "cache"
-from toys import *
+from toys import tiny_clip, tiny_processor
+from carot_hf import CaRotTrainer, CaRotTrainingArguments
 from test_streaming import make_suite
 processor = tiny_processor()
 args = CaRotTrainingArguments.from_preset(
