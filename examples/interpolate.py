@@ -35,6 +35,7 @@ from carot_hf import Evaluator, ShiftSuite, load_suite, unbake_temperature
 from carot_hf.basics.redaction import HIDDEN, public_words
 from carot_hf.basics.whole_file import whole_file, whole_files, write_whole
 from carot_hf.evaluation.evaluation import comparison_table
+from carot_hf.evaluation.home import METHODS
 from carot_hf.models.backbones import BACKBONES
 from carot_hf.models.classifier import CLIPClassifier
 from carot_hf.models.merging import SWEEP, alpha_sweep, interpolate
@@ -43,7 +44,12 @@ from carot_hf.run.header import refuse_finished
 from carot_hf.run.lock import locked
 
 KINDS = {**dict.fromkeys(BACKBONES, AutoModel), "clip_classifier": CLIPClassifier}
-TABLE = [*COLUMNS, ("T", "eval_temperature")]
+TABLE = [
+    *COLUMNS,
+    ("OOD ECE, perturbed", "eval_ood_ece_pts"),
+    ("OOD ECE, density", "eval_ood_ece_dts"),
+    ("T", "eval_temperature"),
+]
 
 
 def main(argv: Sequence[str]) -> list[dict[str, float]]:
@@ -72,10 +78,13 @@ def sweep(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, fl
     print(f"\nSaved to {options.output_dir}")
     if options.save:
         merged = interpolate(zero_shot, fine_tuned, options.alpha)
-        record = evaluator_of(merged, suite, processor, options).calibrate()
+        evaluator = evaluator_of(merged, suite, processor, options)
+        record = evaluator.calibrate()
         with whole_files(options.output_dir / "model") as beside:
             merged.save_pretrained(beside)
             processor.save_pretrained(beside)
+            if evaluator.calibrator is not None:
+                evaluator.calibrator.save_pretrained(beside)
         print(f"The model of alpha {options.alpha:g}, temperature {record['temperature']:.3f}, is in model/")
     return rows
 
@@ -93,6 +102,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--alpha", type=weight, default=0.5, help="of the model that --save keeps")
     parser.add_argument("--save", action="store_true", help="save the model of --alpha, calibrated")
     parser.add_argument("--criterion", default="nll", choices=["nll", "ece"], help="what the temperature minimises")
+    parser.add_argument(
+        "--calibration_method",
+        default="temperature",
+        choices=METHODS,
+        help="see docs/explanations/calibrated_under_shift",
+    )
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time")
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier sweep or model there")
@@ -146,7 +161,8 @@ def load_end(name: str) -> Any:
 def evaluator_of(model: Any, suite: ShiftSuite, processor: Any, options: argparse.Namespace) -> Evaluator:
     """Make an evaluator of a mixture, on the accelerator that there is."""
     device = PartialState(cpu=options.use_cpu).device
-    return Evaluator(model, processor, suite, batch_size=options.batch_size, device=device, criterion=options.criterion)
+    chosen = {"criterion": options.criterion, "method": options.calibration_method}
+    return Evaluator(model, processor, suite, batch_size=options.batch_size, device=device, **chosen)
 
 
 def write(rows: Sequence[dict[str, float]], argv: Sequence[str], folder: Path) -> None:
