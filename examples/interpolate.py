@@ -106,7 +106,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--calibration_method",
         default="temperature",
         choices=METHODS,
-        help="see docs/explanations/calibrated_under_shift",
+        help="see docs/explanations",
     )
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time")
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
