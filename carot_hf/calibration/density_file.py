@@ -72,7 +72,7 @@ def _downloaded(repo: str, file: str, revision: str | None, token: str | bool | 
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, file, revision=revision, token=token))  # nosec B615  # numbers only
+        return Path(hf_hub_download(repo, file, revision=revision, token=token))  # numbers only
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"Expected a calibrator in {repo}, found no {file}: {error}") from error
 
