@@ -36,6 +36,7 @@ from ..models.classifier import CLIPClassifier
 from ..models.lora import base_model
 from ..models.prepare import align_markers, captions_of
 from .embed import Embedded, Embedder
+from .estimated import estimated
 from .evaluation import Evaluation, Reported, with_aggregates
 from .home import (
     METHODS,
@@ -222,6 +223,23 @@ class Evaluator:
         embeds, labels = self.embed({"": data}, title)[""]
         head = self.head(self._known_of_weights() if remember else None)
         return SetLogits(embeds, head, data).whole().cpu(), labels
+
+    def estimate(self, data: ShiftSet, title: str = "Estimate") -> dict[str, float]:
+        """Estimate the accuracy on images without labels; see :func:`~carot_hf.evaluation.estimated.estimated`.
+
+        The confidences are those of the model as it is, divided by the calibrator's temperatures if there is one:
+        calibrate it first. Under shift an estimate can be wrong; its interval says how far it depends on the draw.
+        """
+        known, validation = self._known_of_weights(), self.suite.validation
+        embeds, labels = self._embedded("validation", validation, known, "Validation")
+        head, away = self.head(known), self.embed({"": data}, title)[""][0]
+        own = getattr(base_model(self.model), "density", None)
+        return estimated(
+            (SetLogits(embeds, head, validation), embeds, labels),
+            (SetLogits(away, head, data), away),
+            self.calibrator if own is None else own,
+            link=self.link,
+        )
 
     def calibrate(self, method: str | None = None) -> dict[str, Any]:
         """Fit the temperature on the validation set and put it into the model's weights; accuracy stays.

@@ -274,6 +274,16 @@ class EvaluatingTrainer(Trainer, ABC):
             self.model.float()
         return self.evaluator.calibrate(method)
 
+    def estimate(self, images: Any) -> dict[str, float]:
+        """Estimate the accuracy on images without labels, with intervals, and how far they are from home.
+
+        Args:
+            images: A set, or rows with images; labels are not read.
+        Returns:
+            See :func:`~carot_hf.evaluation.estimated.estimated`.
+        """
+        return self.evaluator.estimate(self.as_set("prediction", images))
+
     @property
     def calibrator(self) -> DensityCalibrator | None:
         """Of :meth:`calibrate` by the method "density": divides the logits of each image once more."""

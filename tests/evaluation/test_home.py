@@ -323,3 +323,27 @@ def test_logits_of_large_sets_are_read_in_parts(monkeypatch, suite, processor):
     assert math.isfinite(whole.metrics["ood"]["nll_dts"])
     assert SetLogits(torch.ones(1, 12), (torch.ones(4, 12), torch.zeros(4)), suite.test)[:].shape == (1, 4)
     assert EXACT < 1e-5
+
+
+@pytest.mark.parametrize("method", ["temperature", "density"])
+def test_accuracy_is_estimated_without_labels(make_trainer, suite, method):
+    """From the calibrated confidences, by hand; the labels of the images are not read."""
+    trainer = make_trainer(calibration_method=method)
+    trainer.train()
+    trainer.calibrate()
+    sets = {"far": suite.shifts["far"], "held": suite.validation}
+    logits = {name: torch.from_numpy(trainer.predict(data).predictions) for name, data in sets.items()}
+    if method == "density":
+        for name, data in sets.items():
+            embeds = trainer.evaluator.embed({"": data})[""][0]
+            logits[name] = logits[name] / trainer.calibrator.temperature(embeds)[:, None]
+    sure = {name: part.softmax(1).amax(1).numpy() for name, part in logits.items()}
+    right = logits["held"].argmax(1).numpy() == suite.validation.labels
+    found = trainer.estimate([{"image": sets["far"][index]["image"]} for index in range(17)])
+    assert found["mean"] == pytest.approx(float(sure["far"].mean()), abs=1e-5)
+    threshold = np.sort(sure["held"])[(~right).sum()]
+    assert found["atc"] == pytest.approx(float((sure["far"] >= threshold).mean()), abs=1 / 17 + 1e-6)
+    for name in ("mean", "atc"):
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+    assert ("beyond" in found) == (method == "density")
+    assert 0.0 <= found.get("beyond", 0.0) <= 1.0
