@@ -69,7 +69,7 @@ def evaluation(rows: int, classes: int) -> tuple[Work, int]:
 
     def work() -> None:
         logits = SetLogits(embeds, (weight, torch.zeros(classes)), data)
-        measure(logits, labels, n_bins=10, link="softmax", scaling={"temperature": 1.5})
+        measure(logits, labels, n_bins=10, link="softmax", scalings={"ts": lambda: {"temperature": 1.5}})
 
     return work, rows * classes
 

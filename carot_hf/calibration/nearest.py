@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _OFFSET = 1.0001  # above the largest cosine there is
-_ROWS, _BLOCK = 1024, 8192  # embeddings, and images of the bank, worked on at a time
+_ROWS, _BLOCK = 1024, 4096  # embeddings, and images of the bank, worked on at a time
 
 
 def density(embeds: Tensor, bank: Tensor, k: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -76,8 +77,8 @@ def test_an_evaluation_works_in_chunks():
         data = ShiftSet(range(rows), name="home", num_classes=200)
         logits = SetLogits(embeds, head, data)
         with Largest() as largest:
-            scaling = {"temperature": fit_temperature(logits, labels)}
-            metrics = measure(logits, labels, n_bins=10, link="softmax", scaling=scaling).metrics
+            scaling = partial(dict, temperature=fit_temperature(logits, labels))
+            metrics = measure(logits, labels, n_bins=10, link="softmax", scalings={"ts": scaling}).metrics
         seen[rows] = largest.elements
         whole = calibration_metrics(F.linear(embeds, *head), labels, n_bins=10)
         assert metrics["ece"] == pytest.approx(whole["ece"], abs=1e-6)
