@@ -225,7 +225,7 @@ def served(classify, images, suite, **options):
     return torch.tensor([[answer[name] for name in suite.class_names] for answer in scores])
 
 
-@pytest.mark.parametrize("preset", ["carot", "ft"])
+@pytest.mark.parametrize("preset", ["carot", pytest.param("ft", marks=pytest.mark.slow)])
 def test_saved_served_and_exported(make_trainer, suite, processor, preset, tmp_path):
     """Pipeline, classifier and ONNX give softmax(logits / T(x)); the stock zero-shot pipeline gives softmax(logits)."""
     teacher = {"teacher_update_every": 2 if preset == "carot" else 0}

@@ -235,6 +235,7 @@ def test_an_optimizer_of_the_plain_model_is_refused(make_trainer, model):
         make_trainer(model, trainer={"optimizers": (optimizer, None)}, **RANK)
 
 
+@pytest.mark.slow
 def test_saving_in_the_middle_changes_nothing(make_trainer, tmp_path):
     class Saver(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -209,6 +209,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
     assert reports[0]["calibration"] == reports[1]["calibration"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_other_seed_other_run(make_trainer, tmp_path, processor):
     one = run(make_trainer, tmp_path / "a", save_strategy="no")
     two = run(make_trainer, tmp_path / "b", save_strategy="no")
