@@ -106,6 +106,44 @@ def test_a_push_arrives_whole_and_works_without_us(tmp_path):
     assert scale.dtype == "float32"
 
 
+SERVE = """
+import json, sys
+import numpy as np, torch
+from PIL import Image
+import carot_hf
+
+image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8))
+labels = ["zero", "one", "two", "three"]
+classify = carot_hf.pipeline("tester/tiny")
+scores = classify(image, candidate_labels=labels, hypothesis_template="the number {}")
+inputs = classify.image_processor(images=[image], return_tensors="pt")
+with torch.no_grad():
+    by = float(classify.calibrator.temperature(classify.model.get_image_features(**inputs).pooler_output))
+print(json.dumps([type(classify).__name__, by, {row["label"]: row["score"] for row in scores}]))
+"""
+
+
+@pytest.mark.slow
+def test_a_calibrator_is_pushed_and_read_back(tmp_path):
+    """With the model, named in its card; the pipeline of the repository's id divides by it."""
+    code = PUSH.replace("push_to_hub=", 'calibration_method="density", push_to_hub=')
+    code = code.format(tests=SUPPORT, out=str(tmp_path / "out"), early=True)
+    with Hub() as hub:
+        result = run(tmp_path, code, hub)
+        assert result.returncode == 0, result.stderr[-3000:]
+        files = hub.repos["tester/tiny"]
+        assert {"calibrator.json", "calibrator.safetensors"} <= files.keys()
+        assert "`calibrator.json` and `calibrator.safetensors` hold" in files["README.md"].decode()
+        temperature = json.loads(files["config.json"])["calibration"]["temperature"]
+        remote = run(tmp_path, SERVE, hub)
+    assert remote.returncode == 0, remote.stderr[-3000:]
+    kind, by, scores = json.loads(remote.stdout.splitlines()[-1])
+    assert kind == "CalibratedZeroShotPipeline"
+    scaled = np.array(json.loads((tmp_path / "logits.json").read_text())) / temperature / by
+    expected = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
+    assert [scores[name] for name in ("zero", "one", "two", "three")] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_a_refused_token_is_an_error_before_the_training(tmp_path):
     with Hub() as hub:
         result = push(tmp_path, hub, token="hf_bad")

@@ -122,6 +122,17 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_calibrate_as_one(tmp_path):
+    """Perturbed copies and the bank are shared out, too: every metric of every method."""
+    options = {"teacher_update_every": 2, "calibration_method": "density"}
+    one, two = launch(tmp_path, 1, 8, "carot", options), launch(tmp_path, 2, 4, "carot", options)
+    names = [name for name in one["metrics"] if name.endswith(("_ts", "_pts", "_dts"))]
+    assert len(names) == 2 * 3 * 4  # ECE and NLL, three methods, of home, far and both means
+    for name in names:
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-6), name
+
+
+@pytest.mark.slow
 def test_two_nodes_equal_one(tmp_path):
     """As in docs/scale.md, over the loopback address: the same weights as two processes of one machine."""
     options = {"teacher_update_every": 2}
