@@ -17,7 +17,6 @@ from transformers import CLIPModel, EarlyStoppingCallback
 from transformers.utils import logging
 
 from .basics.escape import guarded
-from .basics.fingerprint import tower_fingerprint
 from .basics.precision import at_least_float32
 from .basics.whole_file import files_below, whole_files
 from .calibration.names import chosen_by
@@ -195,6 +194,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         if getattr(self.model.config, "calibration", None) is not None:
             logger.info("Training starts from a calibrated model: its scale stays, the record of the temperature goes.")
             del self.model.config.calibration
+        if getattr(self.model.config, "density", None) is not None:
+            self._student.drop_density()
         self.forget()  # what was measured: from here on the weights are others
         self._set_up()
         if self.args.linear_probe and self.resumption.saved is None:
@@ -346,10 +347,10 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             made.attach_density(self.calibrator)
         return made
 
-    def write_beside(self, folder: Path, model: nn.Module) -> None:
+    def write_beside(self, folder: Path) -> None:
         """Write the density calibrator, if there is one, into the folder that the model is saved in."""
-        if self.calibrator is not None:
-            replace(self.calibrator, tower=tower_fingerprint(model)).save_pretrained(folder)
+        if self.calibrator is not None:  # of other weights by now, it says so by its checksum, and is refused
+            self.calibrator.save_pretrained(folder)
 
     def save_teacher(self, output_dir: str | Path) -> None:
         """Save the teacher as a model of its own, with the processor; load it with ``CLIPModel.from_pretrained``.

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ece.inputs import as_array, dtype_name, to_numpy
+from .rows import check_range
 from .selective import in_unit_interval
 
 _BLOCK_VALUES = 1 << 20  # probabilities worked on at a time
@@ -192,12 +194,9 @@ def _checked_labels(labels: Any, n_rows: int, n_classes: int) -> NDArray[np.int6
         )
     if targets.dtype.kind not in "iu":
         raise ValueError(f"Expected `labels` of an integer dtype, got {targets.dtype}. Pass class indices.")
-    for row in np.flatnonzero((targets < 0) | (targets >= n_classes))[:1]:
-        raise ValueError(
-            f"Expected `labels` in [0, {n_classes}), got {targets[row]} in row {row}. "
-            "Leave out rows without a class, and map labels to the columns of `probabilities`."
-        )
-    return targets.astype(np.int64, copy=False)
+    whole = targets.astype(np.int64, copy=False)
+    check_range(torch.from_numpy(whole), n_classes, "the columns of `probabilities`")
+    return whole
 
 
 def _blocks(rows: Any, check_sums: bool) -> Iterator[tuple[int, NDArray[np.float64]]]:

@@ -64,6 +64,11 @@ class DensityCalibrator:
         rows = _embeddings(embeds, "embeds", self.bank.shape[1])
         return (self.a + self.b * self.standardised(density(rows, self.bank, self.k))).exp()
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """``k``, ``mu``, ``sigma``, ``a`` and ``b``."""
+        return {name: getattr(self, name) for name in ("k", "mu", "sigma", "a", "b")}
+
     def divisor(self, embeds: Tensor) -> Tensor:
         """Return the same ``(N, 1)`` for few rows, as one product that can be traced; both are of length 1 already."""
         return (self.a + self.b * self.standardised(near_density(embeds, self.bank, self.k))).exp()[:, None]
@@ -74,8 +79,7 @@ class DensityCalibrator:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``calibrator.json`` and ``calibrator.safetensors`` into a folder, beside the model."""
-        names = ("k", "mu", "sigma", "a", "b", "link", "tower")
-        write_calibrator(folder, self.bank, {name: getattr(self, name) for name in names})
+        write_calibrator(folder, self.bank, {**self.numbers, "link": self.link, "tower": self.tower})
 
     @classmethod
     def from_pretrained(

@@ -84,18 +84,25 @@ def _numbers(name: str | Path, file: Path, rows: int) -> dict[str, Any]:
         raise _damaged(name, f"{file.name} cannot be read ({type(error).__name__})") from error
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
         raise _damaged(name, f"{file.name} is of another format than {_FORMAT}")
-    for key in ("mu", "sigma", "a", "b"):
-        value: Any = found.get(key)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-        if not number or (key == "sigma" and value < 0):
-            raise _damaged(name, f"`{key}` is {shortened(value)}")
-    k: Any = found.get("k")
+    if flaw := numbers_flaw(found, rows):
+        raise _damaged(name, flaw)
     link, tower = found.get("link"), found.get("tower")
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= rows:
-        raise _damaged(name, f"`k` is {shortened(k)} with {rows} rows in the bank")
     if link not in list(LINKS) or not isinstance(tower, str | None):
         raise _damaged(name, f"`link` is {shortened(link)} and `tower` {shortened(tower)}")
     return {key: found[key] for key in ("k", "mu", "sigma", "a", "b", "link", "tower")}
+
+
+def numbers_flaw(numbers: Mapping[str, Any], rows: int) -> str | None:
+    """Return what is wrong with the numbers of a calibrator with a bank of so many rows; ``None`` if nothing is."""
+    for key in ("mu", "sigma", "a", "b"):
+        value: Any = numbers.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        if not number or (key == "sigma" and value < 0):
+            return f"`{key}` is {shortened(value)}"
+    k: Any = numbers.get("k")
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= rows:
+        return f"`k` is {shortened(k)} with {rows} rows in the bank"
+    return None
 
 
 def _damaged(name: str | Path, flaw: str) -> ValueError:

@@ -118,6 +118,11 @@ def inverse_of(record: Mapping[str, Any]) -> dict[str, float]:
 def check_not_baked(model: nn.Module) -> None:
     """Raise a RuntimeError if a temperature is baked into the model: a second one would act on top of it."""
     record = calibration_record(model)
+    if record is None and getattr(getattr(model, "config", None), "density", None) is not None:
+        raise RuntimeError(
+            "Expected a model without a density calibrator, got one that divides its logits already. Call its "
+            "`drop_density()` first."
+        )
     if record is not None:
         raise RuntimeError(
             f"Expected a model without a baked temperature, got one with {record}. "

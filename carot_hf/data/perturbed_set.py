@@ -11,7 +11,9 @@ from PIL import Image
 
 from .perturbations import PERTURBATIONS, all_perturbations, kind_seen, perturbed
 from .shift_set import ShiftSet
+from .stream import StreamedSet
 
+MOST_IN_BANK = 20_000  # images
 SEED = 0  # of what is drawn; all runs share the copies
 _CORRUPTED = re.compile(r"c-([a-z_]+)-\d")  # as the suite of ImageNet calls a corrupted test set
 
@@ -85,6 +87,21 @@ def drawn_rows(data: ShiftSet, size: int) -> NDArray[np.int64] | None:
     if data.labels is not None:
         return class_balanced(data.labels, size)
     return np.sort(np.random.default_rng(SEED).permutation(len(data))[:size])
+
+
+def bank_of(train: ShiftSet) -> ShiftSet:
+    """Return the images of the training that stand for all of them.
+
+    Raises:
+        ValueError: If there is none, or they can be read in order only.
+    """
+    if train is None or isinstance(train, StreamedSet):
+        raise ValueError(
+            f"Expected a training set that can be read by index for the method 'density', got "
+            f"{'none' if train is None else 'a stream'}. Load it without `streaming`, or use 'perturbed'."
+        )
+    rows = drawn_rows(train, MOST_IN_BANK)
+    return train if rows is None else train.subset(rows, train.name)
 
 
 def is_seen(name: str) -> bool:

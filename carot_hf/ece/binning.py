@@ -181,7 +181,7 @@ def calibration_bins(
     for start in range(0, len(values), _CHUNK):
         at = slice(start, start + _CHUNK)
         part = None if weights is None else weights[at]
-        sums += _sums(_bin_index(values[at], edges[1:-1]), values[at], hits[at], len(edges) - 1, part)
+        sums += _sums(bin_index(values[at], edges[1:-1]), values[at], hits[at], len(edges) - 1, part)
     span = None if uniform else (float(values.min()), float(values.max()))
     return _table(edges, sums, weighted=weights is not None, span=span)
 
@@ -211,7 +211,7 @@ class BinSums:
         for start in range(0, len(all_values), _CHUNK):
             at = slice(start, start + _CHUNK)
             values, hits, weights = all_values[at], all_hits[at], None if all_weights is None else all_weights[at]
-            index = _bin_index(values, self._edges[1:-1])
+            index = bin_index(values, self._edges[1:-1])
             self._uniform += _sums(index, values, hits, self._uniform.shape[1], weights)
             self._cells += _sums(_cell(values), values, hits, self._cells.shape[1], weights)
 
@@ -347,7 +347,7 @@ def _sums(
     return np.stack([rows, *(np.bincount(index, weights=column, minlength=size) for column in columns)])
 
 
-def _bin_index(values: NDArray[Any], inner: NDArray[Any]) -> NDArray[Any]:
+def bin_index(values: NDArray[Any], inner: NDArray[Any]) -> NDArray[Any]:
     """``(N,)`` number of inner edges below each value: the index of its bin ``(lo, hi]``; uint8 if there are few."""
     if len(inner) > _FEW_EDGES or values.dtype.itemsize < 4:  # float16 is slow to compare
         return np.searchsorted(inner, values, side="left")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..basics.escape import markdown, table
-from ..ece.binning import calibration_bins
+from ..ece.binning import bin_index, uniform_edges
 from .evaluation import Evaluation, Rows
 
 _LEVEL = 0.95
@@ -101,9 +101,7 @@ def _differences(
 def _sums(rows: Rows, n_bins: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_], int]:
     """Bin of each row, its gap and its hit."""
     confidences, hits = rows
-    edges = calibration_bins(confidences, hits, n_bins).edges
-    inner = edges[1:-1]
-    index = (np.asarray(confidences)[:, None] > inner).sum(axis=1) if len(inner) else np.zeros(len(hits), np.int64)
+    index = bin_index(confidences, uniform_edges(n_bins, confidences.dtype)[1:-1]).astype(np.int64)
     return index, confidences.astype(np.float64) - hits, hits, n_bins
 
 

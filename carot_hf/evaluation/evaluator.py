@@ -27,13 +27,13 @@ from ..calibration.rows import LogitRows
 from ..calibration.temperature import temperature_interval
 from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
-from ..data.perturbed_set import drawn_rows, perturbed_sets
+from ..data.perturbed_set import bank_of, drawn_rows, perturbed_sets
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite
 from ..data.transforms import check_image_size, image_transform, short_side
 from ..models.backbones import backbone_of, is_backbone, logit_head
 from ..models.classifier import CLIPClassifier
-from ..models.lora import base_model
+from ..models.lora import base_model, merged
 from ..models.prepare import align_markers, captions_of
 from .embed import Embedded, Embedder
 from .estimated import estimated
@@ -42,7 +42,6 @@ from .home import (
     METHODS,
     MOST_PERTURBED,
     HomeRows,
-    bank_of,
     check_calibration_method,
     fit_perturbed,
     fit_relative_density,
@@ -271,8 +270,7 @@ class Evaluator:
         scaling = further["pts"] if method == "perturbed" else scaling
         self._memory.calibrator, self._memory.method = further.get("dts"), method
         if method == "density":
-            tower = tower_fingerprint(network)
-            self._memory.calibrator = replace(further["dts"], tower=tower)
+            self._memory.calibrator = replace(further["dts"], tower=tower_fingerprint(merged(self.model)))
         bounds = scaling_bounds(self.bounds, self.link)
         if len(labels) < FEW_ROWS:
             self._warn_of_few(logits, labels, scaling["temperature"])
@@ -334,9 +332,10 @@ class Evaluator:
         method = max(wanted, key=list(METHODS).index)
         if method == "temperature":
             return {}
-        rows = self._home_rows(known)
         train = self._train
-        bank = None if method != "density" else self._embedded("bank", train, known, "Bank", bank_of(train))[0]
+        part = bank_of(train) if method == "density" else None  # refused before any work
+        rows = self._home_rows(known)
+        bank = None if part is None else self._embedded("bank", train, known, "Bank", part)[0]
         bounds = scaling_bounds(self.bounds, self.link)
 
         def work() -> dict[str, Any]:

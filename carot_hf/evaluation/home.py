@@ -5,7 +5,6 @@ No label and no statistic of a shifted set is read here.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..basics.escape import guarded
 from ..calibration.density import DensityCalibrator, K, fit_density
 from ..calibration.fit import fit_scaling
 from ..calibration.rows import LogitRows
-from ..data.perturbed_set import drawn_rows
 from ..data.shift_set import ShiftSet
-from ..data.stream import StreamedSet
 from .logits import Head, SetLogits
 
-logger = guarded(logging.getLogger(__name__))
-
-MOST_PERTURBED, MOST_IN_BANK = 5000, 20_000  # images
+MOST_PERTURBED = 5000  # images
 LEAST_ACCURACY = 0.5  # of the clean one: copies that are recognised less often are no data of the task any more
 CLEAN_SHARE = 0.25  # of the weight
 METHODS = {"temperature": "ts", "perturbed": "pts", "density": "dts"}  # endings of their metrics
@@ -107,21 +101,6 @@ def check_calibration_method(method: str) -> str:
     if method not in METHODS:
         raise ValueError(f"Expected the calibration method to be one of {(*METHODS,)}, got {method!r}. Choose one.")
     return method
-
-
-def bank_of(train: ShiftSet) -> ShiftSet:
-    """Return the images of the training that stand for all of them.
-
-    Raises:
-        ValueError: If there is none, or they can be read in order only.
-    """
-    if train is None or isinstance(train, StreamedSet):
-        raise ValueError(
-            f"Expected a training set that can be read by index for the method 'density', got "
-            f"{'none' if train is None else 'a stream'}. Load it without `streaming`, or use 'perturbed'."
-        )
-    rows = drawn_rows(train, MOST_IN_BANK)
-    return train if rows is None else train.subset(rows, train.name)
 
 
 class Based(LogitRows):

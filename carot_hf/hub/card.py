@@ -143,6 +143,8 @@ def _published(facts: CardFacts) -> str | None:
     """Ending of the metrics that the published weights give; ``None``: they hold another temperature."""
     if facts.calibration is None:
         return ""
+    if facts.calibration.get("method") == "perturbed" and any(name.endswith("_ece_pts") for name in facts.metrics):
+        return "_pts"
     baked, measured = float(facts.calibration["temperature"]), facts.temperature
     same = measured is not None and math.isclose(baked, measured, rel_tol=_SAME_TEMPERATURE)
     return "_ts" if same else None
@@ -178,11 +180,12 @@ def _table(facts: CardFacts) -> str:
     names = [name for name in facts.sets if f"{name}_accuracy" in facts.metrics]
     if not names:
         return "**These weights were not evaluated** before they were pushed: nothing is known of them here."
-    other = _published(facts) is None
-    scaled = not other and any(f"{name}_ece_ts" in facts.metrics for name in names)
+    ending = _published(facts)
+    other, end = ending is None, ending or "_ts"
+    scaled = not other and any(f"{name}_ece{end}" in facts.metrics for name in names)
     columns = {"accuracy": "accuracy", "ECE without T": "ece", "NLL without T": "nll"}
     if scaled:
-        columns |= {"ECE with T": "ece_ts", "NLL with T": "nll_ts"}
+        columns |= {"ECE with T": f"ece{end}", "NLL with T": f"nll{end}"}
     kinds = {name: facts.sets[name] for name in names}
     if "ood_accuracy" in facts.metrics:
         kinds["ood"] = "mean of shifted"
@@ -203,7 +206,7 @@ def _table(facts: CardFacts) -> str:
         notes.append("ECE and NLL with the temperature that is in the weights were not measured.")
     elif scaled and facts.calibration is None:
         notes.append(f"T = {facts.temperature:.4f} was fitted by the evaluation; **it is not in these weights**.")
-    worse = [name for name in names if facts.metrics.get(f"{name}_ece_ts", -1.0) > facts.metrics[f"{name}_ece"]]
+    worse = [name for name in names if facts.metrics.get(f"{name}_ece{end}", -1.0) > facts.metrics[f"{name}_ece"]]
     if scaled and worse:
         notes.append(f"**With T the ECE is larger than without** on: {', '.join(map(markdown, worse))}.")
     return "\n\n".join([table(rows), *notes])

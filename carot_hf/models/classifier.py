@@ -31,10 +31,11 @@ from ..basics.escape import guarded
 from ..basics.fingerprint import tower_fingerprint
 from ..basics.precision import at_least_float32, wide_dtype
 from ..calibration.density import DensityCalibrator
+from ..calibration.density_file import numbers_flaw
 
 logger = guarded(logging.getLogger(__name__))
 
-_LARGEST = 1e6  # of a number of a density calibrator
+_MOST_ROWS = 10**6  # of a bank
 _LENGTH_TOLERANCE = 1e-3  # of rows of length 1; rounding to bfloat16 stays below it
 
 
@@ -177,8 +178,7 @@ class CLIPClassifier(CLIPPreTrainedModel):
         if calibrator.link != "softmax":
             raise ValueError(f"Expected a calibrator of a softmax, got one of the {calibrator.link}. It is another's.")
         self.density_bank = calibrator.bank.to(self.head.weight.device, torch.float32)
-        numbers = {name: getattr(calibrator, name) for name in ("k", "mu", "sigma", "a", "b")}
-        self.config.density = {"rows": len(calibrator.bank), **numbers}
+        self.config.density = {"rows": len(calibrator.bank), **calibrator.numbers}
 
     def drop_density(self) -> None:
         """Take out what :meth:`attach_density` put in."""
@@ -189,8 +189,7 @@ class CLIPClassifier(CLIPPreTrainedModel):
         """The calibrator that divides the logits, if there is one."""
         if self.config.density is None or self.density_bank is None:
             return None
-        numbers = {name: self.config.density[name] for name in ("k", "mu", "sigma", "a", "b")}
-        return DensityCalibrator(bank=self.density_bank, **numbers)
+        return DensityCalibrator(self.density_bank, **{k: v for k, v in self.config.density.items() if k != "rows"})
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the patch embedding."""
@@ -265,9 +264,9 @@ class CLIPClassifier(CLIPPreTrainedModel):
         )
         embeds = F.normalize(at_least_float32(outputs.pooler_output), dim=-1)
         logits = self.head(embeds)  # (b, K)
-        if self.density is not None:
+        if (density := self.density) is not None:
             with torch.autocast(logits.device.type, enabled=False):
-                logits = logits / self.density.divisor(embeds)
+                logits = logits / density.divisor(embeds)
         loss = None
         if labels is not None:
             check_labels(labels, len(logits))
@@ -314,15 +313,14 @@ def _check_density(numbers: Any) -> None:
     """Refuse numbers of a density calibrator that are none: they may come out of a stranger's ``config.json``."""
     if numbers is None:
         return
-    given = dict(numbers) if isinstance(numbers, Mapping) else {}
-    wanted: dict[str, Any] = {"rows": int, "k": int, **dict.fromkeys(("mu", "sigma", "a", "b"), (int, float))}
-    for name, kind in wanted.items():
-        value: Any = given.get(name)
-        small = isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= _LARGEST
-        if not small or (name in ("rows", "k", "sigma") and value < (0 if name == "sigma" else 1)):
-            raise ValueError(f"Expected a number as `{name}` in `density` of config.json, got {value!r:.80}. Mend it.")
-    if given["k"] > given["rows"]:
-        raise ValueError(f"Expected `k` of at most `rows` in `density` of config.json, got {given!r:.200}. Mend it.")
+    rows: Any = numbers.get("rows") if isinstance(numbers, Mapping) else None
+    known = isinstance(rows, int) and not isinstance(rows, bool) and 1 <= rows <= _MOST_ROWS
+    flaw = numbers_flaw(numbers, rows) if known else f"`rows` is {rows!r:.40}"
+    if flaw or numbers.keys() != {"rows", "k", "mu", "sigma", "a", "b"}:
+        raise ValueError(
+            f"Expected numbers of a calibrator as `density` of config.json, got {numbers!r:.120}: {flaw or 'others'}. "
+            "Delete it there."
+        )
 
 
 def check_tower(calibrator: DensityCalibrator, model: Any, size: int) -> None:
@@ -338,8 +336,8 @@ def check_tower(calibrator: DensityCalibrator, model: Any, size: int) -> None:
         )
     if calibrator.tower is not None and calibrator.tower != tower_fingerprint(model):
         raise ValueError(
-            "Expected a calibrator of this model's image tower, got one of other weights. The model was trained on, or "
-            "merged, since: calibrate it with `calibrate('density')`."
+            "Expected a calibrator of this model's image tower, got one of other weights. The model was trained on, "
+            "merged or rounded to half precision since: load it in float32, or calibrate it by density again."
         )
 
 

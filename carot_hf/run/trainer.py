@@ -24,7 +24,7 @@ from ..basics.processes import keep_group, lost_process
 from ..basics.whole_file import failed_to_write
 from ..data.bad_images import BadImages
 from ..data.loaders import let_workers_go
-from ..models.lora import base_model, check_folder, is_adapted, merged, save_beside
+from ..models.lora import check_folder, is_adapted, merged, save_beside
 from .announce import announce_end, last_kept
 from .callbacks import TerminationCallback
 from .checkpoint import rotate_checkpoints
@@ -85,8 +85,8 @@ class RunTrainer(Trainer, ABC):
     def announce(self, steps: int, epochs: float) -> None:
         """Say what the run will do; in the first process."""
 
-    def write_beside(self, folder: Path, model: nn.Module) -> None:
-        """Write what belongs to a model that is saved in a folder; nothing unless a subclass has something."""
+    def write_beside(self, folder: Path) -> None:
+        """Write what belongs to the model that is saved in a folder; nothing unless a subclass has something."""
 
     # ---- training ----
 
@@ -238,7 +238,7 @@ class RunTrainer(Trainer, ABC):
 
             def write(beside: Path) -> None:
                 save(str(beside), None if adapted else state_dict)
-                self.write_beside(beside, base_model(self.model))
+                self.write_beside(beside)
 
             written = write_model(folder, write)
         finally:

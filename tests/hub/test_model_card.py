@@ -254,3 +254,17 @@ def test_an_uncalibrated_push_is_said(make_trainer, monkeypatch, caplog):
     trainer.calibrate()
     trainer.push_to_hub()
     assert "uncalibrated" not in caplog.text
+
+
+@pytest.mark.parametrize("order", ["evaluate calibrate", "calibrate evaluate"])
+def test_a_temperature_of_perturbed_copies_is_the_one_that_is_reported(make_trainer, suite, order):
+    trainer = make_trainer(calibration_method="perturbed", calibration_bounds=[0.01, 1000.0])
+    trainer.train()
+    for step in order.split():
+        getattr(trainer, step)()
+    card = card_of(trainer)
+    for name, data in {"home": suite.test, **suite.shifts}.items():
+        expected = published(trainer, data)
+        assert results_of(card)[name, "nll"] == pytest.approx(expected["nll"], abs=2e-5)
+        assert float(rows_of(card)[name]["NLL with T"]) == pytest.approx(expected["nll"], abs=1e-4)
+    assert "Perturbed copies of these images were among the rows of the fit." in card.text

@@ -212,6 +212,11 @@ def test_a_stream_with_fewer_rows_than_promised_is_refused(root, make_trainer):
         trainer.evaluate()
 
 
+def test_a_bank_of_a_stream_is_refused_before_the_training(root, make_trainer):
+    with pytest.raises(ValueError, match="read by index for the method 'density', got a stream"):
+        make_trainer(suite=make_suite(root, True), calibration_method="density")
+
+
 WORKER = """
 import os
 import sys, json
