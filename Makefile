@@ -21,6 +21,9 @@ NEWEST := .venv-newest
 REHEARSAL := .venv-rehearsal
 ALL := docs test-cpus rehearsal test-space test-package test-versions test-slow report
 PIP := -m pip install --quiet --disable-pip-version-check
+# Tests run in as many processes as there are cores, eight at most; `make test JOBS=1`: in one.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() or 1))")
+PYTEST := -m pytest -q -n $(JOBS) --dist worksteal
 # The tests that touch transformers, datasets, accelerate, evaluate, huggingface_hub and Pillow.
 VERSION_TESTS := $(foreach name,architecture attacks classifier content_hash data ece evaluation evaluator hub \
 	choices folders images imagenet_suite labels loading model_card prepare processors resume resume_facts security streaming \
@@ -51,14 +54,14 @@ lint: $(READY)
 	$(BIN)/bandit --quiet --recursive carot_hf examples space --configfile pyproject.toml
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(PYTEST)
 
 # What .ci/run runs after `make demo` and `make test`; each part is a target of its own, its time is printed at the end.
 test-all: $(READY)
 	$(BIN)/python tests/parts.py $(ALL)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python $(PYTEST) -m slow
 
 test-cpus: $(READY)
 	$(BIN)/python tests/cpus.py
@@ -93,18 +96,18 @@ test-package: $(READY)
 	$(BIN)/python -m pytest -q -m package tests/package
 
 test-versions: $(LOWEST)/.ready $(NEWEST)/.ready
-	$(LOWEST)/bin/python -m pytest -q $(VERSION_TESTS)
-	$(NEWEST)/bin/python -m pytest -q $(VERSION_TESTS)
+	$(LOWEST)/bin/python $(PYTEST) $(VERSION_TESTS)
+	$(NEWEST)/bin/python $(PYTEST) $(VERSION_TESTS)
 
 .venv-%/.ready: setup.cfg tests/versions/%.txt
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python $(PIP) --constraint tests/versions/$*.txt --editable '.[demo]' pytest hypothesis tensorboard
+	.venv-$*/bin/python $(PIP) --constraint tests/versions/$*.txt --editable '.[demo]' pytest pytest-xdist hypothesis tensorboard
 	touch $@
 
 newest:
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python $(PIP) torch==2.13.0 --editable '.[demo]' pytest hypothesis tensorboard
+	$(NEWEST)/bin/python $(PIP) torch==2.13.0 --editable '.[demo]' pytest pytest-xdist hypothesis tensorboard
 	(grep '^#' tests/versions/newest.txt; echo torch==2.13.0; $(NEWEST)/bin/python -m pip list --format=freeze \
 		--exclude carot_hf --exclude torch --exclude pip --exclude setuptools) > $(NEWEST)/newest.txt
 	mv $(NEWEST)/newest.txt tests/versions/newest.txt

@@ -21,6 +21,10 @@ _DECIMALS = 12  # of a cumulated probability: equal sums stay equal, whatever wa
 _SUM_TOLERANCE, _BFLOAT16_TOLERANCE = 1e-3, 2.0**-7
 
 
+class TooFewRowsError(ValueError):
+    """There are too few rows for an ``alpha``: every set would be all classes."""
+
+
 @dataclass(frozen=True)
 class ConformalSets:
     """Makes the set of classes of each row; `fit_conformal` returns one.
@@ -122,20 +126,36 @@ def fit_conformal(
     Source:
         Sadinle, Lei and Wasserman 2019 (LAC); Romano, Sesia and Candès 2020 (APS); Angelopoulos and Bates 2021.
     """
-    _check_options(alpha, score)
+    scores = label_scores(probabilities, labels, score=score, check_sums=check_sums)
+    return sets_of_scores(scores, alpha, score, int(probabilities.shape[1]), check_sums=check_sums)
+
+
+def label_scores(
+    probabilities: Tensor | NDArray[Any], labels: Tensor | NDArray[Any], *, score: str, check_sums: bool = True
+) -> NDArray[np.float64]:
+    """Return the score ``(n,)`` of each label; arguments and errors as of `fit_conformal`."""
+    _check_score(score)
     rows = _matrix(probabilities)
-    n, n_classes = rows.shape
-    targets = _checked_labels(labels, n, n_classes)
-    rank = _ceil((n + 1) * (1.0 - alpha))
-    if rank > n:
-        raise ValueError(
-            f"Expected at least {_ceil(1.0 / alpha - 1.0)} rows for alpha={alpha}, got {n}. With fewer every set is "
-            "all classes: pass more rows, or a larger `alpha`."
-        )
-    scores = np.empty(n)
+    targets = _checked_labels(labels, *rows.shape)
+    scores = np.empty(len(rows))
     for start, block in _blocks(rows, check_sums):
         at = slice(start, start + len(block))
         scores[at] = _SCORES[score](block, check_sums)[np.arange(len(block)), targets[at]]
+    return scores
+
+
+def sets_of_scores(
+    scores: NDArray[np.float64], alpha: float, score: str, n_classes: int, *, check_sums: bool = True
+) -> ConformalSets:
+    """Return what `fit_conformal` does, of the scores of all labels."""
+    _check_options(alpha, score)
+    n = len(scores)
+    rank = _ceil((n + 1) * (1.0 - alpha))
+    if rank > n:
+        raise TooFewRowsError(
+            f"Expected at least {_ceil(1.0 / alpha - 1.0)} rows for alpha={alpha}, got {n}. With fewer every set is "
+            "all classes: pass more rows, or a larger `alpha`."
+        )
     threshold = float(np.partition(scores, rank - 1)[rank - 1])
     return ConformalSets(threshold, float(alpha), score, n, n_classes, check_sums)
 
@@ -155,6 +175,7 @@ def _aps(block: NDArray[np.float64], whole: bool) -> NDArray[np.float64]:
     return scores
 
 
+SCORE_NAMES = ("lac", "aps")
 _SCORES: dict[str, Callable[[NDArray[np.float64], bool], NDArray[np.float64]]] = {"lac": _lac, "aps": _aps}
 
 
@@ -163,9 +184,19 @@ def _ceil(number: float) -> int:
     return math.ceil(round(number, 9))
 
 
-def _check_options(alpha: float, score: str) -> None:
+def checked_alpha(alpha: float) -> float:
+    """Return a share of misses, or raise a ValueError."""
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"Expected `alpha` between 0 and 1, got {alpha}. Pass the share of misses, e.g. 0.1.")
+    return alpha
+
+
+def _check_options(alpha: float, score: str) -> None:
+    checked_alpha(alpha)
+    _check_score(score)
+
+
+def _check_score(score: str) -> None:
     if score not in _SCORES:
         raise ValueError(f"Expected `score` to be one of {tuple(_SCORES)}, got {score!r}. Pass one of these names.")
 

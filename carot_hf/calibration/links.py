@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,20 @@ class Chunk:
         by = temperature * further
         rows = (self.rows / temperature + bias) / further[:, None]
         return Chunk(rows, self.targets, self.shifted / by[:, None], self.margins / by, self.hits)
+
+
+def at_scaling(chunk: Chunk, scaling: Mapping[str, Any], rows: slice) -> tuple[Chunk, float, float]:
+    """Return a chunk, a temperature and a bias of a scaling: "temperature", "bias", and "row_temperature" of all rows.
+
+    Args:
+        chunk: Some rows.
+        scaling: What is left out is 1, 0 and 1.
+        rows: Which of all rows they are.
+    """
+    temperature, bias = scaling.get("temperature", 1.0), scaling.get("bias", 0.0)
+    if (further := scaling.get("row_temperature")) is None:
+        return chunk, temperature, bias
+    return chunk.divided(temperature, bias, further[rows].to(chunk.rows)), 1.0, 0.0
 
 
 def chunk_of(rows: Tensor, targets: Tensor) -> Chunk:

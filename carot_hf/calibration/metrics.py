@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ece.binning import CalibrationBins, calibration_bins, check_n_bins, classwise_sums
 from ..ece.inputs import looks_like_probabilities
-from .links import Chunk, Scaled, check_link, chunk_of
+from .links import Chunk, Scaled, at_scaling, check_link, chunk_of
 from .rows import (
     Logits,
     check_finite,
@@ -32,6 +32,7 @@ from .rows import (
     row_chunks,
     warn_of_probabilities,
 )
+from .selective import augrc, aurc, smooth_ece
 
 PUBLISHED_BATCH = 512  # rows of one batch where published figures are means of per-batch ECE
 TOP5, NLL, CLASSWISE, BRIER = "top5", "nll", "classwise", "brier"  # sums over the rows
@@ -112,8 +113,11 @@ _ROWS = (
     ),
     Metric("mce", "lower", lambda seen: seen.bins.mce),
     Metric("nll", "lower", lambda seen: seen.sums[NLL] / seen.mass, (NLL,), scaled=True),
-    Metric("brier", "lower", lambda seen: seen.sums[BRIER] / seen.mass, (BRIER,)),
+    Metric("brier", "lower", lambda seen: seen.sums[BRIER] / seen.mass, (BRIER,), scaled=True),
     Metric("auroc", "higher", lambda seen: _auroc(seen.confidences, seen.correct, seen.weights)),
+    Metric("augrc", "lower", lambda seen: augrc(seen.confidences, seen.correct, seen.weights), scaled=True),
+    Metric("aurc", "lower", lambda seen: aurc(seen.confidences, seen.correct, seen.weights)),
+    Metric("smooth_ece", "lower", lambda seen: smooth_ece(seen.confidences, seen.correct, seen.weights)),
     Metric("overconfidence", "signed", lambda seen: seen.bins.overconfidence),
 )
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
@@ -133,6 +137,7 @@ def read_set(
     link: str = "softmax",
     sample_weight: Tensor | NDArray[Any] | None = None,
     ignore_index: int | None = None,
+    also: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None,
 ) -> tuple[dict[str, Seen], bool]:
     """Read the logits of a set once, for the metrics at several temperatures.
 
@@ -144,6 +149,7 @@ def read_set(
         link: See there.
         sample_weight: See there.
         ignore_index: See there.
+        also: By the name of a scaling, what is shown the probabilities and labels of each chunk.
     Returns:
         What was seen at each, and whether all rows look like probabilities.
     Raises:
@@ -171,14 +177,14 @@ def read_set(
         own = None if weights is None else weights[at]
         correct[at] = chunk.hits.cpu().numpy()
         for name, (scaling, _) in scalings.items():
-            part, scale, shift = chunk, scaling.get("temperature", 1.0), scaling.get("bias", 0.0)
-            if (further := scaling.get("row_temperature")) is not None:
-                part, scale, shift = chunk.divided(scale, shift, further[at].to(rows)), 1.0, 0.0
-            if not needs[name]:
+            part, scale, shift = at_scaling(chunk, scaling, at)
+            if not needs[name] and name not in (also or {}):
                 seen[name].confidences[at] = kind.confidence(part, scale, shift).cpu().numpy()
                 continue
             scaled = kind.scale(part, scale, shift)
             seen[name].confidences[at] = scaled.confidences.cpu().numpy()
+            if also and name in also:
+                also[name](scaled.probabilities, targets)
             _add(seen[name].sums, needs[name], part, scaled, n_bins, own)
     return seen, probable
 
@@ -254,6 +260,8 @@ def calibration_metrics(
           :math:`\sum_k (p_k - 1[y = k])^2`, in [0, 2], or up to K with the sigmoid.
         - ``auroc``: chance that a right row has a higher confidence than a wrong one, ties counted half; nan when
           all rows are right or all are wrong, for then there is no such pair.
+        - ``augrc``, ``aurc``: how many errors are among the most confident rows, and ``smooth_ece``, an ECE without
+          bins; see :func:`~carot_hf.augrc`, :func:`~carot_hf.aurc`, :func:`~carot_hf.smooth_ece`.
         - ``overconfidence``: mean confidence - accuracy, signed.
 
     Raises:

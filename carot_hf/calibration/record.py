@@ -13,6 +13,12 @@ from torch import nn
 from .rows import check_temperature
 
 _LARGEST = 1e30  # of a number in a record
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("split", "criterion", "method"), str),
+    **dict.fromkeys(("templates", "kept"), list),
+    **dict.fromkeys(("target", "conformal"), dict),
+    "n": int,
+}
 
 
 def bake_temperature(
@@ -94,16 +100,23 @@ def calibration_record(model: Any) -> dict[str, Any] | None:
             raise ValueError(f"Expected {wanted} as `{name}` in the {where}, got {value!r:.80}. {cure}")
     if getattr(model, "logit_bias", None) is not None and not {"bias", "logit_bias_before"} <= record.keys():
         raise ValueError(f"Expected `bias` and `logit_bias_before` in the {where}, got {sorted(record)}. {cure}")
-    for name, kind in (("split", str), ("criterion", str), ("n", int), ("templates", list), ("method", str)):
+    for name, kind in _KINDS.items():
         if name in record and not isinstance(record[name], kind):
             raise ValueError(f"Expected a {kind.__name__} as `{name}` in the {where}, got {record[name]!r:.80}. {cure}")
+    target = record.get("target", {"hash": "", "n": 0})
+    if not isinstance(target.get("hash"), str) or not isinstance(target.get("n"), int):
+        raise ValueError(f"Expected `hash` and `n` in `target` in the {where}, got {sorted(target)!r:.80}. {cure}")
     return dict(record)
 
 
-def calibrated_by(model: Any) -> str | None:
-    """Return the method by which a model was calibrated; ``None``: it is not."""
-    record = calibration_record(getattr(model, "module", model))
-    return None if record is None else str(record.get("method", "temperature"))
+def calibrated_per_image(model: Any) -> bool:
+    """Whether a calibrator divides the logits of each image once more, beside what is in the weights."""
+    return needs_calibrator(calibration_record(getattr(model, "module", model)))
+
+
+def needs_calibrator(record: Any) -> bool:
+    """Whether a record says that there is a calibrator beside the model."""
+    return isinstance(record, Mapping) and record.get("per_image") is True
 
 
 def inverse_of(record: Mapping[str, Any]) -> dict[str, float]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..ece.binning import checked_weights
 from ..ece.inputs import as_array, to_numpy
 
 Values = Tensor | ArrayLike
@@ -19,7 +21,7 @@ _CELLS = 1 << 14  # of the grid on [0, 1] that residuals are smoothed on: 6e-5 w
 _HALVINGS = 30
 
 
-def aurc(confidences: Values, correct: Values) -> float:
+def aurc(confidences: Values, correct: Values, sample_weight: Values | None = None) -> float:
     r"""Area under the risk-coverage curve, :math:`\frac1N \sum_{k=1}^N E_k / k`, lower is better.
 
     :math:`E_k` is the number of errors among the ``k`` most confident rows. Rows of equal confidence count by the mean
@@ -28,6 +30,7 @@ def aurc(confidences: Values, correct: Values) -> float:
     Args:
         confidences: ``(N,)`` numbers in [0, 1] of any dtype.
         correct: ``(N,)`` booleans or 0/1, whether the prediction of that row was right.
+        sample_weight: ``(N,)`` weights >= 0: a row of weight 2 counts as two. None: 1 each.
     Returns:
         A fraction in [0, 1].
     Raises:
@@ -35,11 +38,14 @@ def aurc(confidences: Values, correct: Values) -> float:
     Source:
         Geifman, Uziel and El-Yaniv 2019, "Bias-reduced uncertainty estimation for deep neural classifiers".
     """
-    errors = _expected_errors(confidences, correct)
-    return float((errors / np.arange(1, len(errors) + 1)).mean())
+    starts, rows, errors, rates = _blocks(confidences, correct, sample_weight)
+    ends = torch.from_numpy(np.stack([starts + rows + 1, starts + 1]))
+    harmonic = torch.special.digamma(ends).numpy()  # the sum of 1 / k over a block is the difference
+    total = rates * rows + (errors - rates * starts) * (harmonic[0] - harmonic[1])
+    return float(total.sum() / rows.sum())
 
 
-def augrc(confidences: Values, correct: Values) -> float:
+def augrc(confidences: Values, correct: Values, sample_weight: Values | None = None) -> float:
     r"""Area under the generalised risk-coverage curve, :math:`\frac1N \sum_{k=1}^N E_k / N`, lower is better.
 
     The mean over the coverages of the share of all rows that is kept and wrong. Without the quotient ``k`` of `aurc`
@@ -49,6 +55,7 @@ def augrc(confidences: Values, correct: Values) -> float:
     Args:
         confidences: ``(N,)`` numbers in [0, 1] of any dtype.
         correct: ``(N,)`` booleans or 0/1, whether the prediction of that row was right.
+        sample_weight: ``(N,)`` weights >= 0: a row of weight 2 counts as two. None: 1 each.
     Returns:
         A fraction in [0, (1 + 1 / N) / 2], at most `aurc`.
     Raises:
@@ -56,8 +63,8 @@ def augrc(confidences: Values, correct: Values) -> float:
     Source:
         Traub et al. 2024, arXiv 2407.01032.
     """
-    errors = _expected_errors(confidences, correct)
-    return float((errors / len(errors)).mean())
+    _, rows, errors, rates = _blocks(confidences, correct, sample_weight)
+    return float((errors * rows + rates * rows * (rows + 1) / 2).sum() / rows.sum() ** 2)
 
 
 def confidence_for_accuracy(confidences: Values, correct: Values, accuracy: float) -> float | None:
@@ -81,7 +88,7 @@ def confidence_for_accuracy(confidences: Values, correct: Values, accuracy: floa
     return float(levels[enough[-1]]) if len(enough) else None
 
 
-def smooth_ece(confidences: Values, correct: Values) -> float:
+def smooth_ece(confidences: Values, correct: Values, sample_weight: Values | None = None) -> float:
     r"""SmoothECE: a calibration error that has no bins, and is continuous in the confidences.
 
     The residuals are smoothed by a Gaussian reflected at 0 and 1, as wide as the error itself:
@@ -96,6 +103,7 @@ def smooth_ece(confidences: Values, correct: Values) -> float:
     Args:
         confidences: ``(N,)`` numbers in [0, 1] of any dtype.
         correct: ``(N,)`` booleans or 0/1, whether the prediction of that row was right.
+        sample_weight: ``(N,)`` weights >= 0: a row of weight 2 counts as two. None: 1 each.
     Returns:
         A fraction in [0, 1].
     Raises:
@@ -104,7 +112,8 @@ def smooth_ece(confidences: Values, correct: Values) -> float:
         Błasiok and Nakkiran 2023, arXiv 2309.12785.
     """
     values, hits = checked_hits(confidences, correct)
-    residuals = (hits - values) / len(values)
+    weights = checked_weights(sample_weight, len(values))
+    residuals = (hits - values) / len(values) if weights is None else weights * (hits - values) / weights.sum()
     cells = np.minimum((values * _CELLS).astype(np.int64), _CELLS - 1)
     upper = residuals * (values * _CELLS - cells)
     mass = np.bincount(cells, residuals - upper, _CELLS + 1) + np.bincount(cells + 1, upper, _CELLS + 1)
@@ -180,16 +189,24 @@ def in_unit_interval(values: NDArray[np.float64], name: str, start: int = 0) -> 
     return np.clip(values, 0.0, 1.0)
 
 
-def _steps(confidences: Values, correct: Values) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.float64]]:
+def _steps(
+    confidences: Values, correct: Values, sample_weight: Values | None = None
+) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
     """Distinct confidences, descending, with the number of rows and of errors at each and above it."""
     values, hits = checked_hits(confidences, correct)
-    levels, inverse, rows = np.unique(values, return_inverse=True, return_counts=True)
-    wrong = np.bincount(inverse, ~hits)
+    weights = checked_weights(sample_weight, len(values))
+    if weights is not None:
+        values, hits, weights = values[weights > 0], hits[weights > 0], weights[weights > 0]
+    levels, inverse = np.unique(values, return_inverse=True)
+    rows = np.bincount(inverse, weights).astype(np.float64)
+    wrong = np.bincount(inverse, ~hits if weights is None else weights * ~hits)
     return levels[::-1], np.cumsum(rows[::-1]), np.cumsum(wrong[::-1])
 
 
-def _expected_errors(confidences: Values, correct: Values) -> NDArray[np.float64]:
-    """``(N,)`` errors among the 1, 2, ... N most confident rows, equal ones in the mean of all orders."""
-    _, rows, wrong = _steps(confidences, correct)
-    errors: NDArray[np.float64] = np.interp(np.arange(1, rows[-1] + 1), np.append(0, rows), np.append(0, wrong))
-    return errors
+def _blocks(
+    confidences: Values, correct: Values, sample_weight: Values | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Rows of equal confidence, descending: rows before, their number, errors before, and their share of errors."""
+    _, rows, wrong = _steps(confidences, correct, sample_weight)
+    starts, errors = np.append(0.0, rows[:-1]), np.append(0.0, wrong[:-1])
+    return starts, rows - starts, errors, (wrong - errors) / (rows - starts)

@@ -89,13 +89,18 @@ def drawn_rows(data: ShiftSet, size: int) -> NDArray[np.int64] | None:
     return np.sort(np.random.default_rng(SEED).permutation(len(data))[:size])
 
 
-def bank_of(train: ShiftSet) -> ShiftSet:
+def can_be_bank(train: ShiftSet | None) -> bool:
+    """Whether there are images of the training that can be read by index."""
+    return train is not None and not isinstance(train, StreamedSet)
+
+
+def bank_of(train: ShiftSet | None) -> ShiftSet:
     """Return the images of the training that stand for all of them.
 
     Raises:
         ValueError: If there is none, or they can be read in order only.
     """
-    if train is None or isinstance(train, StreamedSet):
+    if train is None or not can_be_bank(train):
         raise ValueError(
             f"Expected a training set that can be read by index for the method 'density', got "
             f"{'none' if train is None else 'a stream'}. Load it without `streaming`, or use 'perturbed'."

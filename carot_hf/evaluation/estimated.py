@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ def estimated(
     calibrator: DensityCalibrator | None,
     *,
     link: str,
+    scaling: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
     """Estimate the accuracy on unlabelled images.
@@ -29,6 +32,7 @@ def estimated(
         away: Logits and embeddings of the images without labels.
         calibrator: Divides the logits of both; ``None``: they are taken as they are.
         link: "softmax" or "sigmoid".
+        scaling: Temperature and bias that are not in the weights yet; ``None``: none.
         seed: Of the intervals' draws.
     Returns:
         ``mean`` and ``atc`` (:func:`~carot_hf.estimate_accuracy`), each with ``_low`` and ``_high`` of the 95 %
@@ -37,8 +41,8 @@ def estimated(
     """
 
     def seen(logits: LogitRows, embeds: Tensor, labels: Tensor) -> Seen:
-        scaling = {} if calibrator is None else {"row_temperature": calibrator.temperature(embeds)}
-        return read_set(logits, labels, {"": (scaling, ())}, link=link)[0][""]
+        further = {} if calibrator is None else {"row_temperature": calibrator.temperature(embeds)}
+        return read_set(logits, labels, {"": ({**(scaling or {}), **further}, ())}, link=link)[0][""]
 
     ours = seen(*home)
     theirs = seen(*away, torch.zeros(len(away[0]), dtype=torch.int64))  # whatever is right: confidences alone count

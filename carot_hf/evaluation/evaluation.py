@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..basics.escape import printable, table
-from ..data.perturbed_set import is_seen
+from ..calibration.selective import confidence_for_accuracy
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
 
 Metrics = dict[str, float]
+Intervals = Mapping[str, tuple[float, float]]
 Rows = tuple[NDArray[Any], NDArray[np.bool_]]  # (n,) confidences and (n,) hits
 COLUMNS = (
     ("accuracy", "accuracy"),
@@ -37,6 +38,9 @@ class Reported:
         temperature: The one fitted by the evaluation, or the one that was in the weights already.
         bins: Tables by set, without temperature.
         bins_ts: Tables by set with it; the split it was fitted on has none.
+        intervals: By set 95 % intervals of "accuracy", "ece" and ``ece_<ending>``.
+        marks: Sets that are no evidence, and why.
+        sure: Confidence from which on 95 % of the validation set are right, as the weights are; or ``None``.
     """
 
     model: Any = None
@@ -44,6 +48,9 @@ class Reported:
     temperature: float | None = None
     bins: Mapping[str, CalibrationBins] = field(default_factory=dict)
     bins_ts: Mapping[str, CalibrationBins] = field(default_factory=dict)
+    intervals: Mapping[str, Intervals] = field(default_factory=dict)
+    marks: Mapping[str, str] = field(default_factory=dict)
+    sure: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Evaluation:
         scaling: What was fitted on the validation split or given: "temperature" and, for SigLIP, "bias"; empty: none.
         sizes: Rows by set.
         comparison: The same without any temperature beside it with one, also where one is in the weights.
-        intervals: By set and metric ("accuracy", "ece") lowest and highest value of a 95 % interval, where asked for.
+        intervals: By set and metric ("accuracy", "ece", ``ece_<ending>``) lowest and highest value of a 95 % interval.
+        marks: Sets that are no evidence for a calibration that has seen their like, and why; they stay out of ``ood``.
     """
 
     metrics: Mapping[str, Metrics]
@@ -70,10 +78,11 @@ class Evaluation:
     scaling: Mapping[str, float]
     sizes: Mapping[str, int]
     comparison: Reported = field(default_factory=Reported)
-    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    intervals: Mapping[str, Intervals] = field(default_factory=dict)
     bins_pts: Mapping[str, CalibrationBins] = field(default_factory=dict)
     bins_dts: Mapping[str, CalibrationBins] = field(default_factory=dict)
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     def flat(self, prefix: str = "eval") -> dict[str, float]:
         """Return one dict of ``<prefix>_<set>_<metric>``, with ``<prefix>_temperature``."""
@@ -83,12 +92,27 @@ class Evaluation:
         }
 
     def table(self, columns: Iterable[tuple[str, str]] = COLUMNS) -> str:
-        """Return a Markdown table with a row for each set.
+        """Return a Markdown table with a row for each set, with the 95 % intervals that there are.
 
         Args:
             columns: Pairs of title and metric.
         """
-        return comparison_table(self.metrics, columns)
+        titles = {name: f"{name} ({self.marks[name]})" if name in self.marks else name for name in self.metrics}
+        intervals = {titles[name]: own for name, own in self.intervals.items() if name in titles}
+        return comparison_table({titles[name]: own for name, own in self.metrics.items()}, columns, intervals)
+
+    def confidence_for_accuracy(self, accuracy: float, name: str = "validation") -> float | None:
+        """The confidence from which on the rows of a set are right that often, as the logits are.
+
+        Args:
+            accuracy: The wished share of right rows.
+            name: Of the set; what held there is no promise elsewhere.
+        Returns:
+            ``None`` if there is no such confidence; see :func:`~carot_hf.confidence_for_accuracy`.
+        Raises:
+            KeyError: If the set was not measured.
+        """
+        return confidence_for_accuracy(*self.rows[name], accuracy)
 
     def to_json(self) -> str:
         """Return all of it but the comparison as JSON; nan, e.g. an AUROC without errors, as null."""
@@ -101,20 +125,20 @@ class Evaluation:
             "bins_pts": {name: table.to_dict() for name, table in self.bins_pts.items()},
             "bins_dts": {name: table.to_dict() for name, table in self.bins_dts.items()},
             "intervals": self.intervals,
+            "marks": self.marks,
         }
         return json.dumps(_without_nan(content), indent=2, allow_nan=False)
 
 
 def with_aggregates(
-    metrics: Mapping[str, Metrics], suite: ShiftSuite, scalings: Iterable[str] = ()
+    metrics: Mapping[str, Metrics], suite: ShiftSuite, left_out: Collection[str] = ()
 ) -> dict[str, Metrics]:
     """Add ``id`` (the test set) and ``ood`` (unweighted mean over the shifted sets) to metrics by set.
 
-    ``ood`` needs every shifted set of the suite: a mean over some of them is no substitute. Where something was fitted
-    on perturbed copies (``scalings`` other than "ts"), sets that are corrupted in the same ways are no evidence for it
-    and stay out of the mean.
+    ``ood`` needs every shifted set of the suite: a mean over some of them is no substitute. Sets that are no evidence
+    (``left_out``) stay out of the mean; where all are such there is none.
     """
-    shifts = [name for name in suite.shifts if not (set(scalings) - {"ts"} and is_seen(name))]
+    shifts = [name for name in suite.shifts if name not in left_out]
     result = dict(metrics)
     if suite.test.name in metrics:
         result["id"] = dict(metrics[suite.test.name])
@@ -130,19 +154,30 @@ def flat_names(metrics: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[st
     return {f"{prefix}_{name}_{key}": value for name, values in metrics.items() for key, value in values.items()}
 
 
-def comparison_table(rows: Mapping[str, Mapping[str, float]], columns: Iterable[tuple[str, str]]) -> str:
+def comparison_table(
+    rows: Mapping[str, Mapping[str, float]],
+    columns: Iterable[tuple[str, str]],
+    intervals: Mapping[str, Intervals] | None = None,
+) -> str:
     """Lay metrics out as a Markdown table.
 
     Args:
         rows: Metrics by name, by row title.
         columns: Pairs of column title and metric name; those that no row has are left out.
+        intervals: By row title and metric, put behind the number.
     """
     columns = [pair for pair in columns if any(pair[1] in values for values in rows.values())]
     cells = [["", *(title for title, _ in columns)]]
     for title, values in rows.items():
-        numbers = [f"{values[key]:.3f}" if key in values else "" for _, key in columns]
+        own = (intervals or {}).get(title, {})
+        numbers = [f"{values[key]:.3f}{with_interval(own.get(key))}" if key in values else "" for _, key in columns]
         cells.append([printable(title).replace("|", "\\|"), *numbers])
     return table(cells)
+
+
+def with_interval(interval: tuple[float, float] | None, digits: int = 3) -> str:
+    """An interval as it stands behind its number; empty if there is none."""
+    return "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
 
 
 def _without_nan(value: Any) -> Any:

@@ -6,77 +6,43 @@ them; all must call the same methods in the same order.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..basics.escape import guarded
-from ..basics.fingerprint import fingerprint, tower_fingerprint
 from ..basics.precision import at_least_float32
-from ..basics.processes import done_by_first, place
+from ..basics.processes import place
+from ..calibration.conformal import ConformalSets, checked_alpha
+from ..calibration.conformal_logits import conformal_of, sets_of
 from ..calibration.density import DensityCalibrator
-from ..calibration.fit import fit_scaling, scaling_bounds
-from ..calibration.metrics import read_set, scaled_metrics
-from ..calibration.record import bake_temperature, calibration_record, check_not_baked, check_width, inverse_of
-from ..calibration.rows import LogitRows
-from ..calibration.temperature import temperature_interval
+from ..calibration.fit import scaling_bounds
+from ..calibration.record import calibration_record, inverse_of
 from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
-from ..data.perturbed_set import bank_of, drawn_rows, perturbed_sets
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite
-from ..data.transforms import check_image_size, image_transform, short_side
+from ..data.transforms import check_image_size, image_transform
 from ..models.backbones import backbone_of, is_backbone, logit_head
 from ..models.classifier import CLIPClassifier
-from ..models.lora import base_model, merged
+from ..models.lora import base_model
 from ..models.prepare import align_markers, captions_of
+from .calibrate import TARGET, calibrate, check_request, conformal_sets
 from .embed import Embedded, Embedder
 from .estimated import estimated
 from .evaluation import Evaluation, Reported, with_aggregates
-from .home import (
-    METHODS,
-    MOST_PERTURBED,
-    HomeRows,
-    check_calibration_method,
-    fit_perturbed,
-    fit_relative_density,
-    home_rows,
-)
+from .fitting import HomeFit
+from .home import METHODS, check_calibration_method
 from .logits import Head, SetLogits
-from .measure import bins_at, compared, given_scalings, measure_all, scaling_of
+from .marks import marks_of
+from .measure import bins_at, compared, given_scalings, intervals_by_set, measure_all, scaling_of
+from .memory import Memory
 
-logger = guarded(logging.getLogger(__name__))
-
-FEW_ROWS = 50  # with fewer `calibrate` warns
-_WHOLE = 1 << 24  # logits of the validation set that are kept while its temperature is fitted
-_HEAD = ("logit_scale", "logit_bias", "head.weight", "head.bias")  # what no embedding depends on
 OwnMetrics = Callable[[Tensor, Tensor], Mapping[str, float]]
-
-
-@dataclass
-class Memory:
-    """What an evaluator keeps between calls; several of one model may share it.
-
-    Attributes:
-        weights: The fingerprint of the weights that `known` was computed from.
-        known: Embeddings of the validation set, its perturbed copies, the bank and the classes.
-        warned_of_bound: A temperature at a bound has been warned of.
-        said: Which perturbed copies are kept has been said.
-        calibrator: Of :meth:`Evaluator.calibrate`, by the method "density".
-        method: Of the latest calibration.
-    """
-
-    weights: str = ""
-    known: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    warned_of_bound: bool = False
-    said: bool = False
-    calibrator: DensityCalibrator | None = None
-    method: str = "temperature"
 
 
 class Evaluator:
@@ -93,6 +59,7 @@ class Evaluator:
         device: Where the model is put; ``None``: where it is.
         criterion: What a temperature minimises: "nll" or, with a softmax, "ece".
         bounds: Lowest and highest temperature; ``None``: those that are usual for the link.
+        alpha: Chance of a conformal set without the right class.
         method: What :meth:`evaluate` measures beside the plain figures: "temperature", fitted on the validation set
             (``_ts``); "perturbed", which adds one that is fitted on perturbed copies of it, too (``_pts``); "density",
             which adds a temperature for each image (``_dts``).
@@ -117,6 +84,7 @@ class Evaluator:
         device: str | torch.device | None = None,
         criterion: str = "nll",
         bounds: Sequence[float] | None = None,
+        alpha: float = 0.1,
         method: str = "temperature",
         train: ShiftSet | None = None,
         captions: CaptionTable | None = None,
@@ -125,6 +93,7 @@ class Evaluator:
     ) -> None:
         self.model, self.processor, self.suite, self.n_bins = model, processor, suite, n_bins
         self.criterion, self.bounds, self.method = criterion, bounds, check_calibration_method(method)
+        self.alpha = checked_alpha(alpha)
         self._train = suite.train if train is None else train
         network = base_model(model)
         if is_backbone(network):
@@ -153,7 +122,7 @@ class Evaluator:
         sets: Mapping[str, ShiftSet] | Sequence[str] | None = None,
         *,
         calibrator: float | Mapping[str, float] | DensityCalibrator | None = None,
-        n_bootstrap: int = 0,
+        n_bootstrap: int = 1000,
         own_metrics: OwnMetrics | None = None,
         remember: bool = True,
         title: str = "Evaluation",
@@ -165,7 +134,7 @@ class Evaluator:
             calibrator: A temperature, or "temperature" and "bias", at which sets are measured, too (``_ts``), or a
                 `DensityCalibrator` of these logits (``_dts``); ``None``: what is fitted on the validation set, if that
                 is among them, by the methods up to `method` and the one of the latest :meth:`calibrate`.
-            n_bootstrap: Resamples of the 95 % intervals of accuracy and ECE; 0: none.
+            n_bootstrap: Draws of the 95 % intervals of accuracy and ECE; 0: none are made.
             own_metrics: Called with logits ``(n, labels)`` and labels of each set; what it returns joins the metrics.
             remember: Use again what was computed of the same weights, and measure without a baked temperature, too.
             title: Of the bar.
@@ -176,38 +145,61 @@ class Evaluator:
         if missing := [data.name for data in chosen.values() if data.label_column is None]:
             raise ValueError(f"Expected labels in every set, got none in {missing}. Use `predict` for those.")
         parts = self.embed(chosen, title)
-        known = self._known_of_weights() if remember else {}
+        known = self._memory.of(self.model) if remember else {}
         if chosen.get("validation") is self.suite.validation:
             known["validation"] = (self.suite.validation, self.embedder.collator, *parts["validation"])
-        logits, labels = self._logits(chosen, parts, self.head(known))
+        home, record = self._home(known), calibration_record(base_model(self.model)) if remember else None
+        logits, labels = self._logits(chosen, parts, home.head)
         scalings = given_scalings(calibrator, getattr(base_model(self.model), "density", None))
         if not scalings and "validation" in chosen:
-            scalings["ts"] = self.fit(logits["validation"], labels["validation"], warn=remember)
-            scalings |= self._fitted_at_home(known, scalings["ts"]) if remember else {}
-        record = calibration_record(base_model(self.model)) if remember else None
-        inverse = None if record is None else inverse_of(record)
-        common = {"n_bins": self.n_bins, "link": self.link, "n_bootstrap": n_bootstrap, "inverse": inverse}
-        options: dict[str, dict[str, Any]] = {name: {**common, "scalings": {}} for name in chosen}
-        for name in options.keys() - {"validation"}:
-            for end, item in scalings.items():
-                made = partial(scaling_of, item, scalings.get("ts"), parts[name][0], self.link)
-                options[name]["scalings"][end] = made
+            scalings = self._fitted(home, logits["validation"], labels["validation"], remember)
+        made = {name: self._scalings_of(scalings, embeds) for name, (embeds, _) in parts.items()}
+        common: dict[str, Any] = {"n_bins": self.n_bins, "link": self.link, "n_bootstrap": n_bootstrap * remember}
+        common["inverse"] = None if record is None else inverse_of(record)
+        if remember and "validation" in chosen:
+            common["sets"] = self._conformal(logits["validation"], labels["validation"], made["validation"])
+        options = {name: {**common, "scalings": made[name]} for name in chosen}
+        options |= {"validation": common | {"sets": {}}} if "validation" in chosen else {}
         found = measure_all({name: (logits[name], labels[name]) for name in chosen}, options)
         if own_metrics is not None:
             for name, part in found.items():
                 part.metrics.update(own_metrics(logits[name].whole(), labels[name]))
+        marks = marks_of(chosen, scalings, record)
         return Evaluation(
-            metrics=with_aggregates({name: part.metrics for name, part in found.items()}, self.suite, scalings),
+            metrics=with_aggregates({name: part.metrics for name, part in found.items()}, self.suite, marks),
             bins={name: part.bins for name, part in found.items()},
-            bins_ts=bins_at("ts", found),
-            bins_pts=bins_at("pts", found),
-            bins_dts=bins_at("dts", found),
+            **{f"bins_{ending}": bins_at(ending, found) for ending in METHODS.values()},
             scaling=scalings.get("ts", {}),
             sizes={name: len(part) for name, part in labels.items()},
-            comparison=compared(self.model, found, record, scalings, self.suite) if remember else Reported(),
-            intervals={name: part.intervals for name, part in found.items() if part.intervals},
-            rows={name: part.rows for name, part in found.items() if part.rows is not None},
+            comparison=compared(self.model, found, record, scalings, self.suite, marks) if remember else Reported(),
+            intervals=intervals_by_set(found),
+            rows={name: part.rows for name, part in found.items() if part.rows},
+            marks=marks,
         )
+
+    def _fitted(self, home: HomeFit, logits: SetLogits, labels: Tensor, remember: bool) -> dict[str, Any]:
+        """What the methods up to the evaluator's and the latest calibration's find, by the ending of their metrics."""
+        scalings: dict[str, Any] = {"ts": home.fit(logits, labels, warn=remember)}
+        if not remember:
+            return scalings
+        methods = {self.method, self._memory.method} - {TARGET}
+        scalings |= home.further(scalings["ts"], max(methods, key=list(METHODS).index))
+        if self._memory.method == TARGET and self._memory.calibrator is not None:
+            scalings["dts"] = self._memory.calibrator
+        return scalings
+
+    def _scalings_of(self, scalings: Mapping[str, Any], embeds: Tensor) -> dict[str, Callable[[], Mapping[str, Any]]]:
+        """What makes the divisors of a set's logits, by the ending of their metrics."""
+        own = self._memory.method == TARGET  # relative to what is in the weights, and not to the temperature of home
+        home = {end: None if own and item is self.calibrator else scalings.get("ts") for end, item in scalings.items()}
+        return {end: partial(scaling_of, item, home[end], embeds, self.link) for end, item in scalings.items()}
+
+    def _conformal(
+        self, logits: SetLogits, labels: Tensor, scalings: Mapping[str, Callable[[], Mapping[str, Any]]]
+    ) -> dict[str, ConformalSets]:
+        """Conformal sets by score, of the probabilities at the last scaling."""
+        scaling = list(scalings.values())[-1]() if scalings else {}
+        return conformal_sets(logits, labels, scaling, link=self.link, alpha=self.alpha, memory=self._memory)
 
     def predict(
         self, data: ShiftSet, *, remember: bool = True, title: str = "Prediction"
@@ -220,7 +212,7 @@ class Evaluator:
             title: Of the bar.
         """
         embeds, labels = self.embed({"": data}, title)[""]
-        head = self.head(self._known_of_weights() if remember else None)
+        head = self.head(self._memory.of(self.model) if remember else None)
         return SetLogits(embeds, head, data).whole().cpu(), labels
 
     def estimate(self, data: ShiftSet, title: str = "Estimate") -> dict[str, float]:
@@ -229,18 +221,39 @@ class Evaluator:
         The confidences are those of the model as it is, divided by the calibrator's temperatures if there is one:
         calibrate it first. Under shift an estimate can be wrong; its interval says how far it depends on the draw.
         """
-        known, validation = self._known_of_weights(), self.suite.validation
-        embeds, labels = self._embedded("validation", validation, known, "Validation")
-        head, away = self.head(known), self.embed({"": data}, title)[""][0]
+        home = self._home(self._memory.of(self.model))
+        away = self.embed({"": data}, title)[""][0]
         own = getattr(base_model(self.model), "density", None)
         return estimated(
-            (SetLogits(embeds, head, validation), embeds, labels),
-            (SetLogits(away, head, data), away),
+            home.held_out("Validation"),
+            (SetLogits(away, home.head, data), away),
             self.calibrator if own is None else own,
             link=self.link,
         )
 
-    def calibrate(self, method: str | None = None) -> dict[str, Any]:
+    def sets(self, data: ShiftSet, score: str = "aps", title: str = "Prediction") -> NDArray[np.bool_]:
+        """Return which classes are in the conformal set of each image: ``(n, labels)`` bool.
+
+        The thresholds are those of the record of :meth:`calibrate`, of the probabilities that the model and its
+        calibrator give. They hold at home; under shift coverage was measured by :meth:`evaluate`, and is no promise.
+
+        Args:
+            data: With or without labels, of the classes that the model was calibrated with.
+            score: "aps", whose sets grow where the model is less sure, or "lac".
+            title: Of the bar.
+        Raises:
+            RuntimeError: If the model was not calibrated, or on too few images for conformal sets.
+            ValueError: If there is no such score.
+        """
+        network = base_model(self.model)
+        kept = conformal_of(network, score)
+        embeds = self.embed({"": data}, title)[""][0]
+        logits = SetLogits(embeds, self.head(self._memory.of(self.model)), data)
+        calibrator = self.calibrator if getattr(network, "density", None) is None else network.density
+        scaling = {} if calibrator is None else {"row_temperature": calibrator.temperature(embeds)}
+        return sets_of(kept, logits, scaling, link=self.link)
+
+    def calibrate(self, method: str | None = None, images: ShiftSet | None = None) -> dict[str, Any]:
         """Fit the temperature on the validation set and put it into the model's weights; accuracy stays.
 
         After an :meth:`evaluate` of the same weights no image and no caption is embedded again.
@@ -248,128 +261,51 @@ class Evaluator:
         Args:
             method: "temperature": the best one for the validation set; where data shift it is too low. "perturbed": one
                 for it and for perturbed copies of its images. "density": that of "temperature", and `calibrator`,
-                which divides the logits of each image once more; ``None``: the evaluator's own.
+                which divides the logits of each image once more. "target": one (for SigLIP a bias) with which the mean
+                confidence of `images` is their estimated accuracy, and a calibrator. ``None``: the evaluator's own.
+            images: Of the place of use, for "target"; their labels are not read. A set of these images is no evidence
+                for what was fitted on them: :meth:`evaluate` says so and leaves it out of the mean over the shifts.
 
         Returns:
             The record that is kept in ``config.calibration``: temperature, bias (SigLIP), split, size, criterion,
-            bounds and whether the temperature is at one, templates, method, which perturbed copies it has seen, and
-            ``nll`` and ``ece`` of the split before and after.
+            bounds and whether the temperature is at one, templates, method, which perturbed copies it has seen, the
+            target's hash, size and estimated accuracy, ``nll`` and ``ece`` of the split before and after, and the
+            conformal sets that were fitted on it.
         Raises:
             RuntimeError: If the model is calibrated already.
-            ValueError: If it is in half precision.
+            ValueError: If it is in half precision, or images are missing or too many.
         """
-        network, data = base_model(self.model), self.suite.validation
-        method = self.method if method is None else check_calibration_method(method)
-        check_not_baked(network)
-        check_width(network)  # before any work
-        known = self._known_of_weights()
-        embeds, labels = self._embedded("validation", data, known, "Calibration")
-        logits = SetLogits(embeds, self.head(known), data)
-        scaling = self.fit(logits, labels)
-        further = self._fitted_at_home(known, scaling, method)
-        scaling = further["pts"] if method == "perturbed" else scaling
-        self._memory.calibrator, self._memory.method = further.get("dts"), method
-        if method == "density":
-            self._memory.calibrator = replace(further["dts"], tower=tower_fingerprint(merged(self.model)))
-        bounds = scaling_bounds(self.bounds, self.link)
-        if len(labels) < FEW_ROWS:
-            self._warn_of_few(logits, labels, scaling["temperature"])
-        wanted = {"before": ({}, scaled_metrics()), "after": (scaling, scaled_metrics())}
-        seen, _ = read_set(logits, labels, wanted, n_bins=self.n_bins, link=self.link)
-        record: dict[str, Any] = {
-            "split": data.name,
-            "n": len(labels),
-            "criterion": self.criterion,
-            "bounds": list(bounds),
-            "at_bound": scaling["temperature"] in bounds,
-            "templates": list(self.suite.templates),
-            "method": method,
-        }
-        if method != "temperature":
-            record["kept"] = sorted(self._home_rows(known).kept)
-        for when, part in seen.items():
-            measured = part.metrics(["nll", "ece"])
-            record |= {f"{name}_{when}": value for name, value in measured.items()}
-        bake_temperature(network, scaling["temperature"], bias=scaling.get("bias", 0.0), record=record)
-        return dict(network.config.calibration)
+        method = self.method if method is None else method
+        check_request(self.model, method, images)
+        return calibrate(
+            self._home(self._memory.of(self.model)),
+            self.model,
+            method,
+            templates=self.suite.templates,
+            n_bins=self.n_bins,
+            alpha=self.alpha,
+            images=images,
+        )
 
-    def fit(self, logits: LogitRows, labels: Tensor, *, warn: bool = True) -> dict[str, float]:
-        """Fit what calibrates logits: "temperature" and, for SigLIP, "bias". One process does it for all.
-
-        Args:
-            logits: Of held-out rows.
-            labels: ``(n,)`` int64.
-            warn: Log a warning, the first time, if the temperature is at a bound.
-        """
-
-        def work() -> dict[str, float]:
-            rows = logits[:] if len(logits) * logits.shape[1] <= _WHOLE else logits
-            return fit_scaling(rows, labels, link=self.link, criterion=self.criterion, bounds=self.bounds, warn=False)
-
-        fitted = done_by_first(work)
-        low, high = scaling_bounds(self.bounds, self.link)
-        if fitted["temperature"] in (low, high) and warn and not self._memory.warned_of_bound:
-            self._memory.warned_of_bound = True
-            logger.warning(
-                "The best temperature is at the bound %g of [%g, %g]: the optimum may lie outside, and what is "
-                "baked in is not it. Look at the validation set, or set `calibration_bounds` wider.",
-                fitted["temperature"],
-                low,
-                high,
-            )
-        return fitted
+    def _home(self, known: dict[str, tuple[Any, ...]]) -> HomeFit:
+        """What fits on held-out home data; ``known`` of the weights as they are."""
+        return HomeFit(
+            validation=self.suite.validation,
+            train=self._train,
+            embed=self.embed,
+            head=self.head(known),
+            embedder=self.embedder,
+            link=self.link,
+            criterion=self.criterion,
+            bounds=scaling_bounds(self.bounds, self.link),
+            memory=self._memory,
+            known=known,
+        )
 
     @property
     def calibrator(self) -> DensityCalibrator | None:
-        """Of the latest :meth:`calibrate` by the method "density": of the logits as the weights give them now."""
+        """Of the latest :meth:`calibrate` by "density" or "target": of the logits as the weights give them now."""
         return self._memory.calibrator
-
-    def _fitted_at_home(
-        self, known: dict[str, tuple[Any, ...]], home: Mapping[str, float], method: str | None = None
-    ) -> dict[str, Any]:
-        """What further methods find, up to one of them, beside the temperature of the validation set."""
-        wanted = [self.method, self._memory.method] if method is None else [method]
-        method = max(wanted, key=list(METHODS).index)
-        if method == "temperature":
-            return {}
-        train = self._train
-        part = bank_of(train) if method == "density" else None  # refused before any work
-        rows = self._home_rows(known)
-        bank = None if part is None else self._embedded("bank", train, known, "Bank", part)[0]
-        bounds = scaling_bounds(self.bounds, self.link)
-
-        def work() -> dict[str, Any]:
-            found: dict[str, Any] = {"pts": fit_perturbed(rows, link=self.link, bounds=bounds)}
-            if bank is not None:
-                found["dts"] = fit_relative_density(rows, bank, home, link=self.link)
-            return found
-
-        return done_by_first(work)
-
-    def _home_rows(self, known: dict[str, tuple[Any, ...]]) -> HomeRows:
-        """Embeddings of held-out images and of perturbed copies, each made once of the same weights."""
-        data, collator = self.suite.validation, self.embedder.collator
-        embeds, labels = self._embedded("validation", data, known, "Calibration")
-        rows = drawn_rows(data, MOST_PERTURBED)
-        if known.get("copies", ())[:2] != (data, collator):
-            part = data if rows is None else data.subset(rows, data.name)
-            sets = perturbed_sets(part, side=short_side(self.embedder.transform))
-            known["copies"] = (data, collator, self.embed(sets, "Perturbed copies"))
-        clean = (embeds, labels) if rows is None else (embeds[rows], labels[rows])
-        found = home_rows(clean, known["copies"][2], self.head(known), data)
-        if not self._memory.said:
-            self._memory.said = True
-            logger.info("Perturbed copies that are recognised (accuracy %.3f without): %s", found.accuracy, found.kept)
-        return found
-
-    def _embedded(
-        self, key: str, data: ShiftSet, known: dict[str, tuple[Any, ...]], title: str, part: ShiftSet | None = None
-    ) -> Any:
-        """Embeddings and labels of a set, or of a part that stands for it, made once of the same weights."""
-        if known.get(key, ())[:2] != (data, self.embedder.collator):
-            found = self.embed({"": data if part is None else part}, title)[""]
-            known[key] = (data, self.embedder.collator, *found)
-        return known[key][2:]
 
     def embed(self, sets: Mapping[str, ShiftSet], title: str = "Evaluation") -> dict[str, Embedded]:
         """Embed the images of sets: ``(n, D)`` of length 1, at least float32, and labels ``(n,)``, on the CPU."""
@@ -396,17 +332,6 @@ class Evaluator:
         bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes)).to(classes)
         return _for_float64(scale.exp() * classes, bias)
 
-    def _known_of_weights(self) -> dict[str, tuple[Any, ...]]:
-        """What has been computed from the weights as they are now: empty after any change of them.
-
-        Embeddings of the validation set and of the classes, neither of which depends on ``logit_scale``, a bias or the
-        linear head.
-        """
-        weights = fingerprint(base_model(self.model), leave_out=_HEAD)
-        if weights != self._memory.weights:
-            self._memory.weights, self._memory.known = weights, {}
-        return self._memory.known
-
     def _chosen(self, sets: Mapping[str, ShiftSet] | Sequence[str] | None) -> dict[str, ShiftSet]:
         own = self.suite.evaluation_sets
         if sets is None:
@@ -425,19 +350,6 @@ class Evaluator:
         if any(part is None for part in labels.values()):
             raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
         return {name: SetLogits(parts[name][0], head, data) for name, data in sets.items()}, labels
-
-    def _warn_of_few(self, logits: SetLogits, labels: Tensor, temperature: float) -> None:
-        """Say how little is known of a temperature that was fitted on few rows."""
-        low, high = temperature_interval(logits, labels, link=self.link)
-        logger.warning(
-            "The temperature %.3g is fitted on %d rows only: its 95 %% interval is %.3g to %.3g. Hold out %d rows or "
-            "more, or do not rely on it.",
-            temperature,
-            len(labels),
-            low,
-            high,
-            FEW_ROWS,
-        )
 
 
 def _for_float64(weight: Tensor, bias: Tensor) -> Head:

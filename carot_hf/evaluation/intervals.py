@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..calibration.metrics import Seen
-from ..ece.uncertainty import ece_interval
+from ..ece.uncertainty import ece_bounds
 
 _Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
@@ -15,12 +15,11 @@ def intervals_of(seen: Seen, n_bootstrap: int) -> dict[str, tuple[float, float]]
 
     Args:
         seen: Of one set.
-        n_bootstrap: Resamples of the ECE's; see :func:`~carot_hf.ece.uncertainty.ece_interval`.
+        n_bootstrap: Draws of the ECE's; see :func:`~carot_hf.ece.uncertainty.ece_bounds`.
     """
-    found = ece_interval(seen.confidences, seen.correct, seen.bins, n_bootstrap=n_bootstrap)
     return {
         "accuracy": accuracy_interval(int(seen.correct.sum()), len(seen.correct)),
-        "ece": (found["ece_low"], found["ece_high"]),
+        "ece": ece_bounds(seen.confidences, seen.correct, seen.bins, n_bootstrap=n_bootstrap),
     }
 
 

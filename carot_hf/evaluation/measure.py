@@ -9,15 +9,20 @@ from typing import Any
 from torch import Tensor
 
 from ..basics.processes import place, said_by_all
+from ..calibration.conformal import ConformalSets
+from ..calibration.conformal_logits import Coverage
 from ..calibration.density import DensityCalibrator
 from ..calibration.metrics import Scaling, Seen, read_set, scaled_metrics
 from ..calibration.rows import Logits
+from ..calibration.selective import confidence_for_accuracy
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
 from .evaluation import Reported, Rows, flat_names, with_aggregates
 from .intervals import intervals_of
 
 Metrics = dict[str, float]
+TRUSTED = 0.95  # accuracy, whose confidence on the validation set is reported
+_KEPT = ("_pts", "_dts", "_coverage", "_size")
 
 
 @dataclass
@@ -30,7 +35,7 @@ class Measured:
         scaled_bins: By the ending of a scaling.
         plain: With the temperature taken out that is in the weights.
         plain_bins: So, too.
-        intervals: By metric, where asked for.
+        intervals: Of "accuracy" and "ece", and of ``ece_<ending>`` and "plain", where asked for.
         rows: Confidence and hit of each row, as the logits are.
     """
 
@@ -52,6 +57,7 @@ def measure(
     scalings: Mapping[str, Callable[[], Scaling]] | None = None,
     inverse: Scaling | None = None,
     n_bootstrap: int = 0,
+    sets: Mapping[str, ConformalSets] | None = None,
 ) -> Measured:
     """Measure one set in one reading.
 
@@ -63,24 +69,31 @@ def measure(
         scalings: By ending ("ts", ...), what makes a temperature (and bias, and temperatures of the rows) that was
             fitted on held-out data; adds ``<metric>_<ending>`` and ``scaled_bins``.
         inverse: What takes a temperature out that is in the weights; adds ``plain``.
-        n_bootstrap: Resamples of the intervals; 0: none.
+        n_bootstrap: Draws of the intervals; 0: none.
+        sets: Conformal sets by score, of the probabilities at the last scaling; adds ``<score>_coverage`` and
+            ``<score>_size``.
     """
     wanted: dict[str, tuple[Scaling, list[str] | None]] = {"": ({}, None)}
-    scalings = scalings or {}
-    wanted |= {ending: (make(), scaled_metrics()) for ending, make in scalings.items()}
+    made = {ending: make() for ending, make in (scalings or {}).items()}
+    wanted |= {ending: (scaling, scaled_metrics()) for ending, scaling in made.items()}
     if inverse is not None:
         wanted["plain"] = inverse, None
-    seen, _ = read_set(logits, labels, wanted, n_bins=n_bins, link=link)
+    coverage = Coverage(sets or {})
+    also = {(list(made) or [""])[-1]: coverage.add} if sets else {}
+    seen, _ = read_set(logits, labels, wanted, n_bins=n_bins, link=link, also=also)
     found = {name: _found(seen[name], names) for name, (_, names) in wanted.items()}
     metrics, bins = found[""]
     measured = Measured(dict(metrics), bins, rows=(seen[""].confidences, seen[""].correct))
-    for ending in scalings:
+    for ending in made:
         scaled, measured.scaled_bins[ending] = found[ending]
         measured.metrics |= {f"{name}_{ending}": value for name, value in scaled.items()}
     if inverse is not None:
         measured.plain, measured.plain_bins = found["plain"]
     if n_bootstrap:
         measured.intervals = intervals_of(seen[""], n_bootstrap)
+        further = {f"ece_{end}": intervals_of(seen[end], n_bootstrap)["ece"] for end in wanted if end}
+        measured.intervals |= further
+    measured.metrics |= coverage.metrics()
     return measured
 
 
@@ -144,6 +157,7 @@ def compared(
     record: Mapping[str, Any] | None,
     scalings: Mapping[str, Any],
     suite: ShiftSuite,
+    marks: Mapping[str, str],
 ) -> Reported:
     """Put the metrics without a temperature beside those with it, also where it is in the weights already.
 
@@ -153,11 +167,13 @@ def compared(
         record: Of the temperature that is in the weights; ``None``: there is none.
         scalings: By ending.
         suite: Of the sets.
+        marks: Of sets that are no evidence.
     """
     metrics: dict[str, Any] = {name: part.metrics for name, part in found.items()}
     bins: dict[str, Any] = {name: part.bins for name, part in found.items()}
     bins_ts = bins_at("ts", found)
     temperature = (scalings.get("ts") or {}).get("temperature")
+    intervals = intervals_by_set(found)
     if record is not None:
         temperature = float(record["temperature"])
         bins_ts = {name: table for name, table in bins.items() if name != "validation"}
@@ -166,10 +182,21 @@ def compared(
             name: {
                 **(part.plain or {}),
                 **{f"{key}_ts": metrics[name][key] for key in scaled_metrics() if name in bins_ts},
-                **{key: value for key, value in metrics[name].items() if key.endswith(("_pts", "_dts"))},
+                **{key: value for key, value in metrics[name].items() if key.endswith(_KEPT)},
             }
             for name, part in found.items()
         }
-    named = with_aggregates(metrics, suite, scalings)
+        intervals = {
+            name: {**own, "ece": own["ece_plain"], **({"ece_ts": own["ece"]} if name in bins_ts else {})}
+            for name, own in intervals.items()
+        }
+    named = with_aggregates(metrics, suite, marks)
     flat = {name.removeprefix("_"): value for name, value in flat_names(named, "").items()}
-    return Reported(model, flat, temperature, bins, bins_ts)
+    held = found["validation"].rows if "validation" in found else None
+    sure = None if held is None else confidence_for_accuracy(*held, TRUSTED)
+    return Reported(model, flat, temperature, bins, bins_ts, intervals, marks, sure)
+
+
+def intervals_by_set(found: Mapping[str, Measured]) -> dict[str, dict[str, tuple[float, float]]]:
+    """The 95 % intervals by set and metric."""
+    return {name: part.intervals for name, part in found.items() if part.intervals}

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..basics.escape import guarded
 from ..calibration.density import DensityCalibrator
 from ..calibration.metrics import read_set
-from ..calibration.record import calibrated_by, check_not_baked
+from ..calibration.record import calibrated_per_image, check_not_baked
 from ..data.bad_images import BadImages
 from ..data.captions import CaptionTable
 from ..data.loaders import evaluation_loader, loader_options
@@ -32,7 +32,8 @@ from ..ece.binning import CalibrationBins
 from .diagrams import can_draw, diagram_tables, diagrams_path, keep_diagrams, send_diagrams
 from .embed import Embedder
 from .evaluation import Reported
-from .evaluator import Evaluator, Memory
+from .evaluator import Evaluator
+from .memory import Memory
 
 logger = guarded(logging.get_logger(__name__))
 
@@ -250,7 +251,7 @@ class EvaluatingTrainer(Trainer, ABC):
         ids = None if labels is None else labels.numpy()
         return EvalLoopOutput(predictions=logits.numpy(), label_ids=ids, metrics=named, num_samples=len(logits))
 
-    def calibrate(self, method: str | None = None) -> dict[str, Any]:
+    def calibrate(self, method: str | None = None, images: Any = None) -> dict[str, Any]:
         """Fit what calibrates the student on held-out home data and bake its temperature into ``logit_scale``.
 
         For SigLIP a bias is fitted with it and goes into ``logit_bias``. Accuracy does not change; the saved model
@@ -261,8 +262,9 @@ class EvaluatingTrainer(Trainer, ABC):
             method: "temperature": the best one for the validation set; where the data shift it is too low.
                 "perturbed": one for it and for perturbed copies of its images. "density": that of "temperature", and a
                 further one for each image, by how near it is to the images of the training. It is saved beside the
-                model; :func:`carot_hf.pipeline`, `export_classifier` and ONNX files apply it. ``None``:
-                ``args.calibration_method``.
+                model; :func:`carot_hf.pipeline`, `export_classifier` and ONNX files apply it. "target": fitted to
+                `images` without labels. ``None``: ``args.calibration_method``.
+            images: Of the place of use, with "target": a set, or rows with images; labels are not read.
         Returns:
             The record that is kept in ``config.calibration``; see :meth:`carot_hf.Evaluator.calibrate`.
         Raises:
@@ -272,7 +274,7 @@ class EvaluatingTrainer(Trainer, ABC):
         if self.model.dtype == torch.bfloat16:
             logger.info("The model is brought to float32: a temperature baked into bfloat16 may be off by 1.6 %%.")
             self.model.float()
-        return self.evaluator.calibrate(method)
+        return self.evaluator.calibrate(method, None if images is None else self.as_set("target", images))
 
     def estimate(self, images: Any) -> dict[str, float]:
         """Estimate the accuracy on images without labels, with intervals, and how far they are from home.
@@ -284,10 +286,19 @@ class EvaluatingTrainer(Trainer, ABC):
         """
         return self.evaluator.estimate(self.as_set("prediction", images))
 
+    def predict_sets(self, images: Any, score: str = "aps") -> Any:
+        """Return which classes are in the conformal set of each image; see :meth:`carot_hf.Evaluator.sets`.
+
+        Args:
+            images: A set, or rows with images.
+            score: "aps" or "lac".
+        """
+        return self.evaluator.sets(self.as_set("prediction", images), score)
+
     @property
     def calibrator(self) -> DensityCalibrator | None:
         """Of :meth:`calibrate` by the method "density": divides the logits of each image once more."""
-        return self._memory.calibrator if calibrated_by(self.model) == "density" else None
+        return self._memory.calibrator if calibrated_per_image(self.model) else None
 
     def draws(self) -> bool:
         """Whether this process draws reliability diagrams."""

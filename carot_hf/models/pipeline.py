@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import AutoConfig, ZeroShotImageClassificationPipeline
 
 from ..basics.precision import at_least_float32
 from ..calibration.density import DensityCalibrator
+from ..calibration.record import needs_calibrator
 from .backbones import backbone_of, embedding_size
 from .classifier import CLIPClassifierConfig, check_tower
 
@@ -64,8 +64,7 @@ def pipeline(name: str | Path, *, revision: str | None = None, token: str | bool
     options = {"model": place, "dtype": torch.float32, **options} | from_hub
     task = "image-classification" if isinstance(config, CLIPClassifierConfig) else "zero-shot-image-classification"
     record = getattr(config, "calibration", None)
-    by_density = isinstance(record, Mapping) and record.get("method") == "density"
-    if not by_density or getattr(config, "density", None) is not None:
+    if not needs_calibrator(record) or getattr(config, "density", None) is not None:
         return transformers.pipeline(task, **options)
     calibrator = DensityCalibrator.from_pretrained(name, **from_hub)
     if isinstance(config, CLIPClassifierConfig):

@@ -57,6 +57,14 @@ def test_ties_are_the_mean_over_all_orders(seed):
     assert (aurc(confidences, hits), augrc(confidences, hits)) == pytest.approx(tuple(expected), abs=1e-14)
 
 
+@pytest.mark.parametrize("function", [aurc, augrc, smooth_ece])
+def test_weighted_rows_are_repeated_ones(function):
+    confidences, hits = sample(3)
+    weights = np.random.default_rng(0).integers(0, 4, len(hits))
+    expected = function(np.repeat(confidences, weights), np.repeat(hits, weights))
+    assert function(confidences, hits, weights) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_augrc_is_what_the_paper_says_of_auroc_and_accuracy(seed):
     confidences, hits = sample(seed)

@@ -268,6 +268,7 @@ def test_every_metric_that_may_be_selected_exists(make_trainer):
     assert {key.removeprefix("eval_home_") for key in metrics if key.startswith("eval_home_")} == {
         *METRICS,
         *(f"{name}_ts" for name in scaled_metrics()),
+        *(f"{score}_{name}" for score in ("lac", "aps") for name in ("coverage", "size")),
     }
 
 

@@ -56,6 +56,16 @@ def negative_log_likelihood(row, label, temperature):
     return math.log(total) - (row[label] - top) / temperature
 
 
+def kept_errors(confidences, correct):
+    """Errors among the 1, 2, ... most confident rows; rows of equal confidence each have their mean share of them."""
+    found, errors, order = [], 0.0, sorted(confidences, reverse=True)
+    for value in order:
+        ties = [hit for other, hit in zip(confidences, correct, strict=True) if other == value]
+        errors += ties.count(False) / len(ties)
+        found.append(errors)
+    return found
+
+
 def metrics(logits, labels, n_bins, temperature, batch=512):
     logits, labels = [list(map(float, row)) for row in logits], list(map(int, labels))
     n, classes = len(logits), len(logits[0])
@@ -76,6 +86,7 @@ def metrics(logits, labels, n_bins, temperature, batch=512):
         if not other
     ]
     accuracy = sum(correct) / n
+    errors = kept_errors(confidences, correct)
     return {
         "accuracy": accuracy,
         "top5_accuracy": sum(label in order[:5] for order, label in zip(ranked, labels, strict=True)) / n,
@@ -93,5 +104,7 @@ def metrics(logits, labels, n_bins, temperature, batch=512):
         )
         / n,
         "auroc": sum(pairs) / len(pairs) if pairs else math.nan,
+        "augrc": math.fsum(errors) / n / n,
+        "aurc": math.fsum(value / kept for kept, value in enumerate(errors, start=1)) / n,
         "overconfidence": math.fsum(confidences) / n - accuracy,
     }
