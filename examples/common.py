@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
+from carot_hf import Evaluator, ShiftSet, ShiftSuite
 from carot_hf.basics.escape import printable
+from carot_hf.calibration.fit import fit_scaling
+from carot_hf.calibration.metrics import read_set
 
 START_MODELS = {
     "imagenet": "openai/clip-vit-base-patch16",
@@ -41,6 +47,47 @@ def suite_options(script: Any) -> dict[str, Any]:
 def start_model_of(suite: str) -> str:
     """The checkpoint that a suite is fine-tuned from: CLIP ViT-B/16, or the small one of the digits."""
     return START_MODELS.get(suite, START_MODELS["imagenet"])
+
+
+def oracle_metrics(evaluator: Evaluator, suite: ShiftSuite) -> dict[str, float]:
+    """ECE with the one temperature that is best for all shifted sets, by their labels: a bound to compare with.
+
+    It is fitted on what it is measured on, so it is no method. Each set weighs the same.
+
+    Args:
+        evaluator: Of a model without a temperature in its weights.
+        suite: With shifts.
+    Returns:
+        ``eval_<set>_ece_oracle`` of the test set and the shifts, ``eval_id_...`` and ``eval_ood_...``.
+    """
+    found = {data.name: _predicted(evaluator, data) for data in (suite.test, *suite.shifts.values())}
+    shifted = [found[name] for name in suite.shifts]
+    width = max(logits.shape[1] for logits, _ in shifted)
+    rows = [
+        F.pad(logits, (0, width - logits.shape[1]), value=-1e4) for logits, _ in shifted
+    ]  # classes without a chance
+    labels, weights = [part[1] for part in shifted], [torch.full((len(part),), 1 / len(part)) for part in rows]
+    fitted = fit_scaling(
+        torch.cat(rows),
+        torch.cat(labels),
+        link=evaluator.link,
+        criterion="nll",
+        warn=False,
+        sample_weight=torch.cat(weights),
+    )
+    seen = {name: read_set(*part, {"": (fitted, ["ece"])}, link=evaluator.link)[0][""] for name, part in found.items()}
+    ece = {name: part.bins.ece for name, part in seen.items()}
+    ece |= {"id": ece[suite.test.name], "ood": sum(ece[name] for name in suite.shifts) / len(suite.shifts)}
+    return {f"eval_{name}_ece_oracle": value for name, value in ece.items()}
+
+
+def _predicted(evaluator: Evaluator, data: ShiftSet) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, labels = evaluator.predict(data)
+    if labels is None:
+        raise ValueError(
+            f"Expected labels in set '{data.name}', got none: there is no best temperature to compare with."
+        )
+    return logits, labels
 
 
 def run(main: Callable[[list[str]], Any]) -> None:

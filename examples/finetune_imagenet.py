@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import LOCAL_NAME, OF_THE_SUITE, SUITES, run, start_model_of, suite_options
+from common import LOCAL_NAME, OF_THE_SUITE, SUITES, oracle_metrics, run, start_model_of, suite_options
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 import carot_hf
@@ -32,9 +32,8 @@ from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite, load_suit
 from carot_hf.basics.escape import printable
 from carot_hf.basics.redaction import public
 from carot_hf.basics.whole_file import write_whole
-from carot_hf.data.perturbed_set import is_seen
 from carot_hf.data.survey import say_warnings, survey
-from carot_hf.evaluation.evaluation import COLUMNS, comparison_table
+from carot_hf.evaluation.evaluation import COLUMNS, Reported, comparison_table
 from carot_hf.hub.card import command_line
 from carot_hf.presets import PRESETS, preset_arguments
 from carot_hf.run.checkpoint import checkpoint_folders, is_complete
@@ -73,6 +72,10 @@ class ScriptArguments:
         metadata={
             "help": "Checkpoint to start from: CLIP or a relative (docs/backbones.md). Default: the suite's own."
         },
+    )
+    oracle: bool = field(
+        default=False,
+        metadata={"help": "Measure the temperature that is best for the shifts by their labels, too: to compare with."},
     )
     zero_shot: bool = field(default=False, metadata={"help": "Do not train: evaluate and calibrate the start model."})
 
@@ -140,11 +143,13 @@ def work(argv: list[str]) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # whatever may come of the rest; nothing uncalibrated is pushed
     metrics = trainer.evaluate()
+    measured = trainer.latest
+    metrics |= oracle_metrics(trainer.evaluator, suite) if script.oracle else {}
     calibration = trainer.calibrate()
     method = "zero-shot" if script.zero_shot else script.preset
     if trainer.is_world_process_zero():
         print(f"\n{method} on {printable(script.suite)}, temperature {calibration['temperature']:.3f}\n")
-        print(table(suite, metrics), flush=True)
+        print(table(suite, metrics, measured), flush=True)
     if not args.push_to_hub:  # pushing saves
         trainer.save_model()
     report = report_of(argv, script, suite, trainer, start_model, metrics, calibration)
@@ -189,6 +194,8 @@ def report_of(
         },
         "calibration": calibration,
         "metrics": metrics,
+        "intervals": trainer.latest.intervals,
+        "marks": trainer.latest.marks,
         "bins": {name: bins.to_dict() for name, bins in trainer.bins.items()},
         "bins_ts": {name: bins.to_dict() for name, bins in trainer.bins_ts.items()},
         "bins_pts": {name: bins.to_dict() for name, bins in trainer.bins_pts.items()},
@@ -198,14 +205,15 @@ def report_of(
     return found
 
 
-def table(suite: ShiftSuite, metrics: dict[str, float]) -> str:
-    """One row a set: accuracy, ECE, and ECE after each calibration that was asked for."""
+def table(suite: ShiftSuite, metrics: dict[str, float], measured: Reported) -> str:
+    """One row a set: accuracy, ECE, and ECE after each calibration that was asked for, with 95 % intervals."""
     titles = {suite.test.name: f"{suite.test.name} (in distribution)"}
-    titles |= {name: f"{name} (kind seen)" if is_seen(name) else name for name in suite.shifts}
+    titles |= {name: f"{name} ({measured.marks[name]})" if name in measured.marks else name for name in suite.shifts}
     rows = {title: _of_set(metrics, name) for name, title in titles.items()}
     if suite.shifts:
         rows["mean of shifts"] = _of_set(metrics, "ood")
-    return comparison_table(rows, COLUMNS)
+    intervals = {title: measured.intervals.get(name, {}) for name, title in titles.items()}
+    return comparison_table(rows, COLUMNS, intervals)
 
 
 def _of_set(metrics: dict[str, float], name: str) -> dict[str, float]:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from common import LOCAL_NAME, OF_THE_SUITE, add_suite_options, run, start_model_of, suite_options
+from common import LOCAL_NAME, OF_THE_SUITE, add_suite_options, oracle_metrics, run, start_model_of, suite_options
 from demo import COLUMNS
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
@@ -70,8 +70,9 @@ def sweep(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, fl
         zero_shot = zero_shot_classifier(zero_shot, suite, captions_of(zero_shot, suite, processor))
     rows: list[dict[str, float]] = []
     for alpha, model in alpha_sweep(zero_shot, fine_tuned, options.alphas):
-        metrics = evaluator_of(model, suite, processor, options).evaluate().flat()
-        rows.append({"alpha": alpha, **metrics})
+        evaluator = evaluator_of(model, suite, processor, options)
+        metrics = evaluator.evaluate().flat()
+        rows.append({"alpha": alpha, **metrics, **(oracle_metrics(evaluator, suite) if options.oracle else {})})
         print(f"alpha {alpha:g}: T {metrics['eval_temperature']:.3f}", flush=True)
     write(rows, list(argv), options.output_dir)
     print("\n" + comparison_table({f"alpha {row['alpha']:g}": row for row in rows}, TABLE))
@@ -108,6 +109,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         choices=METHODS,
         help="see docs/explanations",
     )
+    parser.add_argument("--oracle", action="store_true", help="measure the best temperature for the shifts, too")
     parser.add_argument("--batch_size", type=int, default=256, help="images at a time")
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier sweep or model there")

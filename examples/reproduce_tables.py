@@ -4,7 +4,8 @@
     python examples/reproduce_tables.py --suite digits --seeds 1 --quick      # shorter runs: about 4 minutes
     python examples/reproduce_tables.py --suite imagenet --seeds 1            # with the published figures beside ours
 
-writes out/report/README.md with Table 1 (methods), Table 2 (how often the teacher moves), the reliability diagrams of
+writes out/report/README.md with Table 1 (methods), Table 2 (how often the teacher moves), the ECE after each
+calibration at home and under shift, beside that of the best temperature for the shifts, the reliability diagrams of
 Figures 1, 2, 4 and 5, the ID-OOD scatter with WiSE-FT's curve, and the paired comparison of CaRot and FLYP; and
 results.csv.
 
@@ -45,6 +46,7 @@ BATCH = 512  # of the published runs
 SMOOTHINGS = (0.01, 0.03, 0.05, 0.1, 0.2)
 PUBLISHED_INTERVAL = 500 / 25030  # of the steps of a run, between updates of the teacher
 QUICK_EPOCHS, QUICK_SMOOTHINGS, QUICK_ALPHAS = 16, (0.1,), ("0", "0.5", "1")
+SHIFT = ("--calibration_method", "density", "--oracle")
 ALPHAS = tuple(f"{i / 10:g}" for i in range(11))
 
 
@@ -176,7 +178,7 @@ def start(options: argparse.Namespace, flag: str = "--model_name_or_path") -> tu
 def common(options: argparse.Namespace) -> tuple[str, ...]:
     """Arguments of all runs of finetune_imagenet.py."""
     quiet = ("--report_to", "none", "--disable_tqdm", "True", "--save_total_limit", "1")
-    return (*quiet, "--use_cpu") if options.use_cpu else quiet
+    return (*quiet, *SHIFT, "--use_cpu") if options.use_cpu else (*quiet, *SHIFT)
 
 
 def plan(
@@ -220,7 +222,7 @@ def merge_plan(
             alphas = whole if seed == seeds[0] else ("0.5",)
             flags = ("--use_cpu",) if options.use_cpu else ()
             ends = ("--fine_tuned", str(runner.folder(cell)), *start(options, "--zero_shot"))
-            arguments = (*source(options), *ends, "--alphas", *alphas, *flags)
+            arguments = (*source(options), *ends, "--alphas", *alphas, *SHIFT, *flags)
             merges[f"wise-{base}"].append(Cell(f"wise-{cell.name}", "interpolate.py", arguments, "sweep.json"))
     return merges
 

@@ -19,7 +19,7 @@ from carot_hf import ShiftSuite
 from carot_hf.basics.escape import table
 from carot_hf.basics.whole_file import whole_file, write_whole
 from carot_hf.ece.binning import CalibrationBins
-from carot_hf.evaluation.plots import id_ood_scatter, reliability_grid
+from carot_hf.evaluation.plots import ece_by_set, id_ood_scatter, reliability_grid
 
 Metrics = Mapping[str, float]
 TITLES = {
@@ -45,6 +45,12 @@ COLUMNS = {
     "ID ECE, T": "eval_id_ece_ts",
     "OOD ECE, T": "eval_ood_ece_ts",
 }
+SHIFT_COLUMNS = {
+    f"{side} {title}": f"eval_{name}_ece{ending}"
+    for side, name in (("ID", "id"), ("OOD", "ood"))
+    for title, ending in (("none", ""), ("home T", "_ts"), ("perturbed T", "_pts"), ("density", "_dts"))
+}
+SHIFT_COLUMNS["OOD oracle"] = "eval_ood_ece_oracle"
 INTERVALS = {"every-1": "1", "carot": "default", "every-2x": "2 x default", "never": "never"}
 PUBLISHED = {  # CaRot, NeurIPS 2023 workshop, Table 1: CLIP ViT-B/16 on ImageNet
     "zero-shot": (0.6832, 0.5840, 0.0571, 0.0836, 0.0561, 0.0748),
@@ -109,6 +115,11 @@ def write_report(
         f"## Table 2: steps between updates of the teacher (default {interval})",
         means({title: metrics[name] for name, title in INTERVALS.items()}, dict(list(COLUMNS.items())[:4])),
         *(published_table(PUBLISHED_INTERVALS, INTERVALS, list(COLUMNS)[:4]) if published else []),
+        "## ECE where the data shift",
+        SHIFT_TEXT,
+        f"![{BY_SET}](ece_by_set.png)",
+        means({TITLES[name]: metrics[name] for name in TITLES}, SHIFT_COLUMNS),
+        ratios({TITLES[name]: metrics[name] for name in ("ft", "flyp", "carot")}),
         "## Does CaRot beat FLYP here?",
         paired(metrics["carot"], metrics["flyp"]),
         "## Figures",
@@ -118,6 +129,17 @@ def write_report(
     page = folder / "README.md"
     write_whole(page, "\n\n".join(parts) + "\n")
     return page
+
+
+def ratios(rows: Mapping[str, Sequence[Metrics]]) -> str:
+    """What is left of the ECE under shift by density, by that of the temperature of home and of the oracle's."""
+    cells = [["", "density / home T, OOD", "density / oracle, OOD", "density - home T, ID"]]
+    for title, runs in rows.items():
+        ood = [[run[f"eval_ood_ece{end}"] for run in runs] for end in ("_dts", "_ts", "_oracle")]
+        home = [run["eval_id_ece_dts"] - run["eval_id_ece_ts"] for run in runs]
+        shares = [[a / b for a, b in zip(ood[0], other, strict=True)] for other in ood[1:]]
+        cells.append([title, *(number(share, 2) for share in shares), number(home)])
+    return table(cells)
 
 
 def introduction(
@@ -152,6 +174,12 @@ def introduction(
     ]
 
 
+SHIFT_TEXT = (
+    "home T: fitted on the validation split. perturbed T: on perturbed copies of it, too. density: a temperature for "
+    "each image, by how near it is to those of the training. oracle: the one temperature that is best for the shifts, by "
+    "their labels: a bound, and no method."
+)
+BY_SET = "ECE by set: without, with the temperature of home, with the perturbed one, with density, and the oracle's"
 FIGURES = {
     "figure1.png": "Figure 1: the in-distribution set, without temperature scaling",
     "figure2.png": "Figure 2: a shifted set, without temperature scaling",
@@ -269,6 +297,16 @@ def draw_figures(
     }.items():
         with whole_file(folder / name) as beside:
             reliability_grid(tables).savefig(beside, dpi=60)
+    series = {"none": "", "home T": "_ts", "perturbed T": "_pts", "density": "_dts", "oracle": "_oracle"}
+    panels = {
+        TITLES[method]: {
+            title: {name: [run[f"eval_{name}_ece{end}"] for run in metrics[method]] for name in sets}
+            for title, end in series.items()
+        }
+        for method in methods
+    }
+    with whole_file(folder / "ece_by_set.png") as beside:
+        ece_by_set(panels).savefig(beside, dpi=80)
     points = {
         TITLES[method]: (
             mean_and_half_width([run["eval_id_accuracy"] for run in metrics[method]])[0],

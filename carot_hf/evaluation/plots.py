@@ -202,6 +202,40 @@ def id_ood_scatter(
     return figure
 
 
+def ece_by_set(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], *, title: str | None = None
+) -> Figure:
+    """ECE of each set, before and after: one panel a model, one row a set, one mark a way to calibrate.
+
+    Args:
+        panels: ``{model: {way: {set: values}}}``, fractions; the values are those of several seeds, whose mean is
+            marked and whose range is a line. Marks differ in shape as well as in colour.
+        title: Shown above.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is no panel.
+    """
+    if not panels:
+        raise ValueError("Expected at least one panel, got none. Pass {model: {way: {set: [ece, ...]}}}.")
+    figure = _new_figure((3.2 * len(panels) + 1.4, 4.2))
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for ax, (model, ways) in zip(axes, panels.items(), strict=True):
+        for i, (way, by_set) in enumerate(ways.items()):
+            names, color = list(by_set), _COLORS[i % len(_COLORS)]
+            heights = [place + 0.12 * (i - (len(ways) - 1) / 2) for place in range(len(names))]
+            means = [float(np.mean(by_set[name])) for name in names]
+            ax.hlines(heights, [min(by_set[n]) for n in names], [max(by_set[n]) for n in names], color=color)
+            ax.plot(means, heights, color=color, marker=_MARKERS[i % len(_MARKERS)], linestyle="none", label=way)
+        ax.set(title=model, xlabel="ECE", yticks=range(len(names)), yticklabels=names, xlim=(0, None))
+        ax.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
+    axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
 def noise_band(bins: CalibrationBins) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     r"""Lowest and highest accuracy of each bin, ``(M,)`` each, that chance alone explains in a calibrated model.
 

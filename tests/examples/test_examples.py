@@ -11,6 +11,7 @@ import pytest
 from toys import ROOT
 
 from carot_hf.basics.manifest import write_manifest
+from carot_hf.evaluation.evaluation import Reported
 
 
 def parse(tmp_path, *flags):
@@ -96,14 +97,15 @@ def test_the_demo_empties_no_folder_but_its_own(tmp_path, capsys):
 def test_table_has_a_row_a_set(suite):
     metrics = {f"eval_{name}_{key}": 0.5 for name in ("home", "far", "part", "ood") for key in ("accuracy", "ece")}
     metrics["eval_far_ece_ts"] = 0.25
-    lines = finetune_imagenet.table(suite, metrics).splitlines()
+    measured = Reported(intervals={"far": {"ece": (0.4, 0.6)}}, marks={"part": "kind seen"})
+    lines = finetune_imagenet.table(suite, metrics, measured).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         "home (in distribution)",
         "far",
-        "part",
+        "part (kind seen)",
         "mean of shifts",
     ]
-    assert lines[3].split("|")[2:5] == [" 0.500    ", " 0.500 ", " 0.250       "]
+    assert [cell.strip() for cell in lines[3].split("|")[2:5]] == ["0.500", "0.500 (0.400 to 0.600)", "0.250"]
 
 
 def test_comparison_shows_mean_and_range():
