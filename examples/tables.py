@@ -176,8 +176,8 @@ def introduction(
 
 SHIFT_TEXT = (
     "home T: fitted on the validation split. perturbed T: on perturbed copies of it, too. density: a temperature for "
-    "each image, by how near it is to those of the training. oracle: the one temperature that is best for the shifts, by "
-    "their labels: a bound, and no method."
+    "each image, by how near it is to those of the training. oracle: the one temperature that is best for the shifts, "
+    "by their labels: a bound, and no method."
 )
 BY_SET = "ECE by set: without, with the temperature of home, with the perturbed one, with density, and the oracle's"
 FIGURES = {

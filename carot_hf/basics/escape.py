@@ -57,6 +57,11 @@ def table(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])
 
 
+def with_interval(interval: tuple[float, float] | None, digits: int = 3) -> str:
+    """An interval as it stands behind its number; empty if there is none."""
+    return "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
 class _Printable(logging.Filter):
     """Makes what is put into the sentences of a log printable; the sentences themselves are ours."""
 

@@ -74,7 +74,8 @@ def offset_to_accuracy(
     def at_offset(x: float) -> float:
         return mean_confidence(logits, {"row_temperature": divisors * math.exp(x)}, calibrator.link)
 
-    return replace(calibrator, a=_met(at_offset, accuracy, calibrator.a - _FARTHEST, calibrator.a + _FARTHEST))
+    low, high = min(calibrator.a, 0.0) - _FARTHEST, max(calibrator.a, 0.0) + _FARTHEST
+    return replace(calibrator, a=_met(at_offset, accuracy, low, high))
 
 
 def mean_confidence(logits: Logits, scaling: Mapping[str, Any], link: str) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..basics.escape import printable, table
+from ..basics.escape import printable, table, with_interval
 from ..calibration.selective import confidence_for_accuracy
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
@@ -173,11 +173,6 @@ def comparison_table(
         numbers = [f"{values[key]:.3f}{with_interval(own.get(key))}" if key in values else "" for _, key in columns]
         cells.append([printable(title).replace("|", "\\|"), *numbers])
     return table(cells)
-
-
-def with_interval(interval: tuple[float, float] | None, digits: int = 3) -> str:
-    """An interval as it stands behind its number; empty if there is none."""
-    return "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
 
 
 def _without_nan(value: Any) -> Any:

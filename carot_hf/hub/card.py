@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..basics.escape import code, markdown, printable, printable_lines, sentence, table
+from ..basics.escape import code, markdown, printable, printable_lines, sentence, table, with_interval
 from ..basics.redaction import public_words
 
 TAGS = ("carot_hf", "clip", "calibration", "robustness", "distribution-shift")
@@ -60,6 +60,9 @@ class CardFacts:
         suite_hash: :attr:`~carot_hf.ShiftSuite.content_hash`.
         changes: What was another from a step on, a sentence each.
         chosen_by: The metric of the test set that chose these weights; ``None``: none did.
+        intervals: By set 95 % intervals of "accuracy", "ece" and ``ece_<ending>``.
+        marks: Sets that are no evidence for the calibration, and why.
+        sure: Confidence from which on 95 % of the validation set are right; ``None``: there is none.
     """
 
     name: str
@@ -91,6 +94,9 @@ class CardFacts:
     suite_hash: str | None = None
     changes: Sequence[str] = field(default_factory=tuple)
     chosen_by: str | None = None
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    marks: Mapping[str, str] = field(default_factory=dict)
+    sure: float | None = None
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -113,6 +119,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         "zero_shot": facts.task == ZERO_SHOT,
         "classes": f"{len(facts.class_names):,}",
         "results": _table(facts),
+        "sets": _conformal(facts),
         "diagram": None if facts.diagram is None else quote(facts.diagram),
         "use": fenced(_use(facts), "python"),
         "options": table([["argument", "value"], *([code(n), code(value)] for n, value in facts.arguments.items())]),
@@ -186,17 +193,30 @@ def _table(facts: CardFacts) -> str:
     columns = {"accuracy": "accuracy", "ECE without T": "ece", "NLL without T": "nll"}
     if scaled:
         columns |= {"ECE with T": f"ece{end}", "NLL with T": f"nll{end}"}
+    if facts.calibration is not None and facts.calibration.get("per_image"):
+        columns |= {"ECE per image": "ece_dts", "NLL per image": "nll_dts"}
     kinds = {name: facts.sets[name] for name in names}
     if "ood_accuracy" in facts.metrics:
         kinds["ood"] = "mean of shifted"
     rows = [["set", "", *columns]]
     for name, kind in kinds.items():
-        numbers = (_number(facts.metrics.get(f"{name}_{key}")) for key in columns.values())
-        rows.append(["" if name == "ood" else markdown(name), markdown(kind), *numbers])
+        own = facts.intervals.get(name, {})
+        numbers = (
+            _number(facts.metrics.get(f"{name}_{key}")) + with_interval(own.get(key), 4) for key in columns.values()
+        )
+        mark = f" ({facts.marks[name]})" if name in facts.marks else ""
+        rows.append(["" if name == "ood" else markdown(name), markdown(f"{kind}{mark}"), *numbers])
     notes = [
         f"ECE is the expected calibration error of the whole set, {facts.n_bins} bins of equal width of the top-label "
-        "confidence; 0 is calibrated. Fractions, not per cent; NLL in nats."
+        "confidence; 0 is calibrated. Fractions, not per cent; NLL in nats; in parentheses 95 % intervals."
     ]
+    if facts.marks:
+        notes.append(
+            "Sets marked as seen or as a target are no evidence for the calibration, which was fitted on their like: "
+            "they stay out of the mean."
+        )
+    if facts.sure is not None:
+        notes.append(f"On held-out images a confidence of {facts.sure:.4f} or more was right in 95 % of the cases.")
     if facts.chosen_by is not None:
         notes.append(
             f"**These weights were chosen by {code(facts.chosen_by)}**, a figure of the test set: its figures here are "
@@ -210,6 +230,17 @@ def _table(facts: CardFacts) -> str:
     if scaled and worse:
         notes.append(f"**With T the ECE is larger than without** on: {', '.join(map(markdown, worse))}.")
     return "\n\n".join([table(rows), *notes])
+
+
+def _conformal(facts: CardFacts) -> str | None:
+    """Coverage and size of the conformal sets that go with the weights; ``None``: there are none."""
+    kept = (facts.calibration or {}).get("conformal")
+    names = [name for name in facts.sets if kept and f"{name}_aps_coverage" in facts.metrics]
+    columns = {f"{score.upper()} {key}": f"{score}_{key}" for score in ("lac", "aps") for key in ("coverage", "size")}
+    rows = [
+        [markdown(name), *(_number(facts.metrics.get(f"{name}_{key}")) for key in columns.values())] for name in names
+    ]
+    return table([["set", *columns], *rows]) if names else None
 
 
 def _use(facts: CardFacts) -> str:

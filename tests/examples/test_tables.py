@@ -55,7 +55,9 @@ def test_the_paired_verdict_follows_the_interval():
 def fake_results(suite, seeds):
     rng = np.random.default_rng(0)
     names = [suite.test.name, *suite.shifts]
-    keys = [*tables.COLUMNS.values(), "eval_validation_nll", "eval_runtime"]
+    keys = {*tables.COLUMNS.values(), *tables.SHIFT_COLUMNS.values(), "eval_validation_nll", "eval_runtime"}
+    ends = ("", "_ts", "_pts", "_dts", "_oracle")
+    keys = sorted(keys | {f"eval_{name}_ece{end}" for name in names for end in ends})
 
     def run():
         bins = {
