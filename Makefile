@@ -5,6 +5,7 @@
 # make docs    the site in build/docs
 # make test-all  the slow checks: the site, the slow tests, the numerical tests as on other processors, the rehearsal, the
 #                Space of the metric, the built package, the lowest and newest versions, the quick report of the tables
+# make test-release   what takes minutes and tells little between releases: the benchmarks run, long fuzzing
 # make test-cpus      the numerical tests with other kernels and other numbers of threads
 # make rehearsal      the main job at full shape, with real names and tokens and few images
 # make test-package   the built wheel in an empty environment, used from elsewhere
@@ -34,7 +35,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all test-slow test-cpus rehearsal report test-space test-package test-versions newest audit docs lint clean
+.PHONY: setup demo test test-all test-slow test-release test-cpus rehearsal report test-space test-package test-versions newest audit docs lint clean
 
 setup: $(READY)
 
@@ -62,6 +63,10 @@ test-all: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python $(PYTEST) -m slow
+
+test-release: $(READY)
+	$(BIN)/python $(PYTEST) -m release
+	FUZZ_EXAMPLES=5000 $(BIN)/python $(PYTEST) -m slow tests/test_fuzz.py
 
 test-cpus: $(READY)
 	$(BIN)/python tests/cpus.py

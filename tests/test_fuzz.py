@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import io
 import json
 import math
@@ -29,7 +30,8 @@ from carot_hf.suites.recommended import method_options
 
 pytestmark = pytest.mark.slow
 
-FUZZ = settings(max_examples=2_000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))  # `make test-release`: 5,000
+FUZZ = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 NUMBERS = st.one_of(st.integers(), st.floats(), st.integers(-3, 12), st.sampled_from([10**9, 10**400, -1, 0, 2**63]))
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=12))
 KEYS = st.text(max_size=8)

@@ -72,7 +72,7 @@ def test_ruff_looks_at_all_of_ours(clone):
     assert shown == {path for name in OURS for path in (clone / name).rglob("*.py")}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_pytest_collects_nothing_of_it(clone):
     status, said = output(clone, sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
     collected = [line for line in said.splitlines() if "::" in line]
@@ -81,7 +81,7 @@ def test_pytest_collects_nothing_of_it(clone):
     assert all(re.match("tests/([a-z]+/)?test_", line) for line in collected)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_make_lint_is_green(clone):
     command = ["make", "--assume-old=.venv/.ready", "lint", f"BIN={Path(sys.executable).parent}"]
     status, said = output(clone, *command)

@@ -713,7 +713,7 @@ def fresh_processes(tmp_path_factory):
 @pytest.mark.parametrize("name", LOADERS)
 def test_loading_in_a_fresh_process(fresh_processes, name):
     own, process = fresh_processes[name]
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert float(printed) == pytest.approx(1 / (1 + math.exp(-2)))
     copied = {path.name for path in (own / "modules").rglob("*.py")}

@@ -79,7 +79,7 @@ def check(classifier, processor, images, tmp_path):
         image.save(file)
     (tmp_path / "use.py").write_text(USE)
     command = [sys.executable, str(tmp_path / "use.py"), str(path), *map(str, files)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     told = json.loads(result.stdout)
     names = told["facts"]["class_names"]

@@ -118,7 +118,7 @@ def command(call):
 def finish(call):
     """Run such a process to its end: exit status and what it said."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    result = subprocess.run(command(call), capture_output=True, text=True, timeout=100, env=environment)
+    result = subprocess.run(command(call), capture_output=True, text=True, timeout=600, env=environment)
     return result.returncode, result.stderr
 
 
@@ -358,7 +358,7 @@ def test_of_two_ranks_both_are_told_that_a_folder_is_taken(tmp_path, port):
     with locked(out):
         ranks = start_ranks(tmp_path, f"train({str(out)!r}, ddp_backend='gloo', ddp_timeout=60)", port)
         try:
-            statuses = [process.wait(timeout=100) for process in ranks]
+            statuses = [process.wait(timeout=600) for process in ranks]
         finally:
             for process in ranks:
                 process.kill()

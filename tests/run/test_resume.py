@@ -181,7 +181,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     whole = start(tmp_path / "whole")
-    output, _ = whole.communicate(timeout=180)
+    output, _ = whole.communicate(timeout=600)
     assert whole.returncode == 0, output
     killed = start(tmp_path / "killed")
     while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists() and killed.poll() is None:
@@ -191,11 +191,11 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "metrics.json").exists()
     again = start(tmp_path / "killed")
-    output, _ = again.communicate(timeout=60)
+    output, _ = again.communicate(timeout=600)
     assert again.returncode != 0
     assert "Add --resume_from_checkpoint to go on" in output
     again = start(tmp_path / "killed", "--resume_from_checkpoint")
-    output, _ = again.communicate(timeout=180)
+    output, _ = again.communicate(timeout=600)
     assert again.returncode == 0, output
     for name in ("model.safetensors", "checkpoint-12/model.safetensors", "checkpoint-12/teacher.safetensors"):
         one, two = ((tmp_path / run / name).read_bytes() for run in ("whole", "killed"))

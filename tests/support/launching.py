@@ -71,7 +71,7 @@ def launch(tmp_path, processes, batch, preset, options, resume=None, nodes=1, fa
         commands = [[sys.executable, str(script)]]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with ports, ThreadPoolExecutor() as pool:
-        run = partial(subprocess.run, capture_output=True, text=True, env=environment, timeout=240)
+        run = partial(subprocess.run, capture_output=True, text=True, env=environment, timeout=600)
         results = list(pool.map(run, commands))
     for result in results:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

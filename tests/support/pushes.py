@@ -76,7 +76,7 @@ def start(tmp_path, command, hub, token=GOOD_TOKEN):
         "no_proxy": "127.0.0.1",
     }
     command = [sys.executable, *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
 
 
 def push(tmp_path, hub, early=True, **options):
