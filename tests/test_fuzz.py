@@ -1,11 +1,11 @@
-"""Fuzzing: whatever stands in a stranger's file, nothing but our own errors comes out of it (2,000 examples each)."""
+"""Fuzzing: whatever stands in a stranger's file, nothing but our own errors comes out of it (500 examples each)."""
 
 from __future__ import annotations
 
-import os
 import io
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
