@@ -23,7 +23,7 @@ import torch
 from carot_hf.basics.escape import table
 from carot_hf.basics.whole_file import whole_file
 from carot_hf.ece.binning import CalibrationBins
-from carot_hf.evaluation.plots import reliability_grid
+from carot_hf.evaluation.plots import ece_by_set, reliability_grid
 
 METHODS = {
     "zero-shot": ["--zero_shot"],
@@ -38,7 +38,10 @@ COLUMNS = [
     ("OOD ECE", "eval_ood_ece"),
     ("ID ECE, T", "eval_id_ece_ts"),
     ("OOD ECE, T", "eval_ood_ece_ts"),
+    ("ID ECE, density", "eval_id_ece_dts"),
+    ("OOD ECE, density", "eval_ood_ece_dts"),
 ]
+SERIES = {"none": "", "home T": "_ts", "perturbed T": "_pts", "density": "_dts"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,19 +68,30 @@ def main(argv: Sequence[str]) -> None:
             folder = options.output_dir / (method if options.seeds == 1 else f"{method}-{seed}")
             print(f"\n=== {method}, seed {seed} ===", flush=True)
             arguments = ["--suite", "digits", *flags, "--output_dir", str(folder), "--seed", str(seed)]
+            arguments += ["--calibration_method", "density"]
             report = finetune_imagenet.main([*arguments, "--use_cpu", "--logging_steps", "50"])
             results.setdefault(method, []).append(report["metrics"])
             tables = {name: CalibrationBins.from_dict(bins) for name, bins in report["bins"].items()}
             pictures.setdefault(method, {name: bins for name, bins in tables.items() if name != "validation"})
     with whole_file(options.output_dir / "reliability.png") as beside:
         reliability_grid(pictures, title="Without temperature scaling").savefig(beside, dpi=60)
+    panels = {
+        method: {
+            title: {name: [run[f"eval_{name}_ece{end}"] for run in runs] for name in pictures[method]}
+            for title, end in SERIES.items()
+        }
+        for method, runs in results.items()
+    }
+    with whole_file(options.output_dir / "ece_by_set.png") as beside:
+        ece_by_set(panels).savefig(beside, dpi=80)
     print(f"\n=== {options.seeds} seed(s), {time.perf_counter() - start:.0f} s ===\n")
     print(comparison(results))
     print(
         "\nECE: expected calibration error, 10 bins, whole set (0 is calibrated). T: with the temperature that was"
-        "\nfitted on the validation split. ID: UCI digits. OOD: mean over the shifted sets. Reliability diagrams:"
+        "\nfitted on the validation split; density: with one for each image, of home data alone, too. ID: UCI digits."
+        "\nOOD: mean over the shifted sets. ECE by set, before and after, and reliability diagrams:"
     )
-    for picture in sorted(options.output_dir.glob("**/*reliability.png")):
+    for picture in [options.output_dir / "ece_by_set.png", *sorted(options.output_dir.glob("**/*reliability.png"))]:
         print(f"  {picture}")
 
 

@@ -47,7 +47,6 @@ KINDS = {**dict.fromkeys(BACKBONES, AutoModel), "clip_classifier": CLIPClassifie
 TABLE = [
     *COLUMNS,
     ("OOD ECE, perturbed", "eval_ood_ece_pts"),
-    ("OOD ECE, density", "eval_ood_ece_dts"),
     ("T", "eval_temperature"),
 ]
 
