@@ -227,9 +227,10 @@ def ece_by_set(
             means = [float(np.mean(by_set[name])) for name in names]
             ax.hlines(heights, [min(by_set[n]) for n in names], [max(by_set[n]) for n in names], color=color)
             ax.plot(means, heights, color=color, marker=_MARKERS[i % len(_MARKERS)], linestyle="none", label=way)
-        ax.set(title=model, xlabel="ECE", yticks=range(len(names)), yticklabels=names, xlim=(0, None))
+        ax.set(title=model, xlabel="ECE", yticks=range(len(names)), yticklabels=names)
         ax.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
+    axes[0].set_xlim(left=0)  # once all is drawn: the panels share it
     axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     if title is not None:
         figure.suptitle(title)

@@ -18,6 +18,7 @@ from carot_hf.evaluation.plots import (
     UNDER,
     UNDER_HATCH,
     confidence_histogram,
+    ece_by_set,
     noise_band,
     reliability_diagram,
     reliability_grid,
@@ -279,3 +280,22 @@ def test_weighted_bins_are_drawn_by_weight():
     even = calibration_bins([0.4] * 4, [1] * 4, 1, sample_weight=[1.0, 1.0, 1.0, 5.0])
     assert even.effective.tolist() == [64 / 28]
     assert noise_band(even)[1][0] == pytest.approx(min(1.0, 0.4 + 1.96 * np.sqrt(0.24 * 28 / 64)), rel=1e-9)
+
+
+def test_ece_by_set_marks_means_and_ranges_where_they_are_seen():
+    ways = {"none": {"home": [0.02, 0.04], "far": [0.1]}, "density": {"home": [0.01], "far": [0.3, 0.5]}}
+    figure = ece_by_set({"FT": ways, "ZS": {"none": {"home": [0.05], "far": [0.02]}}}, title="both")
+    first, second = figure.axes
+    assert [line.get_xdata().tolist() for line in first.lines] == [[0.03, 0.1], [0.01, 0.4]]
+    spans = [collection.get_segments() for collection in first.collections]
+    assert [[tuple(segment[:, 0]) for segment in part] for part in spans] == [
+        [(0.02, 0.04), (0.1, 0.1)],
+        [(0.01, 0.01), (0.3, 0.5)],
+    ]
+    for ax in (first, second):
+        assert ax.get_xlim()[0] == 0
+        assert ax.get_xlim()[1] >= 0.5, "the panels share what they show"
+    assert [label.get_text() for label in first.get_yticklabels()] == ["home", "far"]
+    assert [text.get_text() for text in second.get_legend().get_texts()] == ["none"]
+    with pytest.raises(ValueError, match="Expected at least one panel"):
+        ece_by_set({})
