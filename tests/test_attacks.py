@@ -718,6 +718,10 @@ RECORDS = [
     {"temperature": math.inf}, {"temperature": "1"}, {"temperature": [1]}, {"temperature": True}, {"temperature": None},
     {"temperature": 10**400}, {"temperature": 1.5, "bias": "x"}, {"temperature": 1.5, "logit_scale_before": math.nan},
     {"temperature": 1.5, "n": "many"}, {"temperature": 1.5, "split": ["x"]}, {"temperature": 1.5, "templates": "x"},
+    {"temperature": 1.5, "kept": "x"}, {"temperature": 1.5, "target": []}, {"temperature": 1.5, "target": {"n": 3}},
+    {"temperature": 1.5, "conformal": []}, {"temperature": 1.5, "conformal": {"lac": {}}},
+    {"temperature": 1.5, "conformal": {"lac": {"threshold": "x", "alpha": 0.1, "score": "lac", "n": 3, "n_classes": 2}}},
+    {"temperature": 1.5, "conformal": {"lac": {"threshold": 1, "alpha": 0.1, "score": "aps", "n": 3, "n_classes": 2}}},
 ]  # fmt: skip
 
 

@@ -242,14 +242,21 @@ def test_facts_of_runs(checkpoint, value):
 
 # ---- calibration ----
 
+_FIELDS = ("threshold", "alpha", "score", "n", "n_classes", "check_sums")
+_KEPT = st.fixed_dictionaries({}, optional=dict.fromkeys(_FIELDS, VALUES))
+SETS = st.one_of(VALUES, st.dictionaries(st.sampled_from(["lac", "aps", "x"]), st.one_of(VALUES, _KEPT), max_size=2))
+TARGETS = st.one_of(VALUES, st.fixed_dictionaries({}, optional={"hash": VALUES, "n": VALUES}))
 RECORDS = st.one_of(
     VALUES,
     st.dictionaries(
-        st.sampled_from(["temperature", "bias", "logit_scale_before", "logit_bias_before", "n", "split", "templates"]),
+        st.sampled_from(
+            ["temperature", "bias", "logit_scale_before", "logit_bias_before", "n", "split", "templates", "conformal"]
+        ),
         st.one_of(VALUES, st.floats(0.01, 20)),
         max_size=4,
     ),
     st.fixed_dictionaries({"temperature": st.floats(1e-3, 1e3)}, optional={"n": VALUES, "logit_scale_before": NUMBERS}),
+    st.fixed_dictionaries({"temperature": st.just(2.0), "conformal": SETS, "target": TARGETS}),
 )
 
 

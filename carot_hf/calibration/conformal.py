@@ -49,6 +49,8 @@ class ConformalSets:
         _check_options(self.alpha, self.score)
         if not self.threshold >= 0.0:
             raise ValueError(f"Expected a `threshold` of at least 0, got {self.threshold}. Use `fit_conformal`.")
+        if not self.n_classes >= 2:
+            raise ValueError(f"Expected 2 classes or more, got {self.n_classes}. Use `fit_conformal`.")
 
     def sets(self, probabilities: Tensor | NDArray[Any]) -> NDArray[np.bool_]:
         """Which classes are in the set of each row.

@@ -11,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..basics.escape import shortened
 from .conformal import SCORE_NAMES, ConformalSets, label_scores, sets_of_scores
 from .links import at_scaling, check_link, chunk_of
-from .record import calibration_record
+from .record import calibration_record, kept_sets
 from .rows import Logits, checked_shapes, row_chunks
 
 
@@ -91,17 +90,14 @@ def conformal_of(model: Any, score: str) -> ConformalSets:
         RuntimeError: If there are none.
         ValueError: If there is no such score, or the record is none of ours.
     """
-    record = calibration_record(model)
-    kept = (record or {}).get("conformal", {})
     if score not in SCORE_NAMES:
         raise ValueError(f"Expected `score` to be one of {SCORE_NAMES}, got {score!r}. Pass one of these names.")
+    record = calibration_record(model)
+    kept = {} if record is None else kept_sets(record)
     if score not in kept:
         why = "it is not calibrated" if record is None else "too few images were held out, or another version made it"
         raise RuntimeError(f"Expected a model with conformal sets, but {why}. Call `calibrate()` first.")
-    try:
-        return ConformalSets.from_dict(kept[score])
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"Expected conformal sets in the model's `calibration`, but {shortened(error)}.") from error
+    return kept[score]
 
 
 def _probabilities(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .conformal import ConformalSets
 from .rows import check_temperature
 
 _LARGEST = 1e30  # of a number in a record
@@ -105,8 +106,22 @@ def calibration_record(model: Any) -> dict[str, Any] | None:
             raise ValueError(f"Expected a {kind.__name__} as `{name}` in the {where}, got {record[name]!r:.80}. {cure}")
     target = record.get("target", {"hash": "", "n": 0})
     if not isinstance(target.get("hash"), str) or not isinstance(target.get("n"), int):
-        raise ValueError(f"Expected `hash` and `n` in `target` in the {where}, got {sorted(target)!r:.80}. {cure}")
+        raise ValueError(f"Expected `hash` and `n` as `target` in the {where}, got {target!r:.80}. {cure}")
+    try:
+        kept_sets(record)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"Expected conformal sets by score as `conformal` in the {where}: {error!r:.80}. {cure}"
+        ) from None
     return dict(record)
+
+
+def kept_sets(record: Mapping[str, Any]) -> dict[str, ConformalSets]:
+    """Return the conformal sets of a record, by score."""
+    found = {score: ConformalSets.from_dict(kept) for score, kept in record.get("conformal", {}).items()}
+    if any(made.score != score for score, made in found.items()):
+        raise ValueError(f"of other scores than {sorted(found)!r}")
+    return found
 
 
 def calibrated_per_image(model: Any) -> bool:

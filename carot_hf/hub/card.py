@@ -120,6 +120,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         "classes": f"{len(facts.class_names):,}",
         "results": _table(facts),
         "sets": _conformal(facts),
+        "alpha": next((kept["alpha"] for kept in (facts.calibration or {}).get("conformal", {}).values()), 0.0),
         "diagram": None if facts.diagram is None else quote(facts.diagram),
         "use": fenced(_use(facts), "python"),
         "options": table([["argument", "value"], *([code(n), code(value)] for n, value in facts.arguments.items())]),
