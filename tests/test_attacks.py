@@ -720,8 +720,8 @@ RECORDS = [
     {"temperature": 1.5, "n": "many"}, {"temperature": 1.5, "split": ["x"]}, {"temperature": 1.5, "templates": "x"},
     {"temperature": 1.5, "kept": "x"}, {"temperature": 1.5, "target": []}, {"temperature": 1.5, "target": {"n": 3}},
     {"temperature": 1.5, "conformal": []}, {"temperature": 1.5, "conformal": {"lac": {}}},
-    {"temperature": 1.5, "conformal": {"lac": {"threshold": "x", "alpha": 0.1, "score": "lac", "n": 3, "n_classes": 2}}},
-    {"temperature": 1.5, "conformal": {"lac": {"threshold": 1, "alpha": 0.1, "score": "aps", "n": 3, "n_classes": 2}}},
+    {"temperature": 2, "conformal": {"lac": {"threshold": "x", "alpha": 0.1, "score": "lac", "n": 3, "n_classes": 2}}},
+    {"temperature": 2, "conformal": {"lac": {"threshold": 1, "alpha": 0.1, "score": "aps", "n": 3, "n_classes": 2}}},
 ]  # fmt: skip
 
 
