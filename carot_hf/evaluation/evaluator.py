@@ -184,13 +184,17 @@ class Evaluator:
             return scalings
         methods = {self.method, self._memory.method} - {TARGET}
         scalings |= home.further(scalings["ts"], max(methods, key=list(METHODS).index))
-        if self._memory.method == TARGET and self._memory.calibrator is not None:
-            scalings["dts"] = self._memory.calibrator
+        if self._targeted() and self.calibrator is not None:
+            scalings["dts"] = self.calibrator
         return scalings
+
+    def _targeted(self) -> bool:
+        """Whether the weights are calibrated for a target: its calibrator is relative to them, and not to home."""
+        return TARGET in (calibration_record(base_model(self.model)) or {})
 
     def _scalings_of(self, scalings: Mapping[str, Any], embeds: Tensor) -> dict[str, Callable[[], Mapping[str, Any]]]:
         """What makes the divisors of a set's logits, by the ending of their metrics."""
-        own = self._memory.method == TARGET  # relative to what is in the weights, and not to the temperature of home
+        own = self._targeted()
         home = {end: None if own and item is self.calibrator else scalings.get("ts") for end, item in scalings.items()}
         return {end: partial(scaling_of, item, home[end], embeds, self.link) for end, item in scalings.items()}
 
