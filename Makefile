@@ -62,7 +62,7 @@ test-all: $(READY)
 	$(BIN)/python tests/parts.py $(ALL)
 
 test-slow: $(READY)
-	$(BIN)/python $(PYTEST) -m slow
+	$(BIN)/python $(PYTEST) -m 'slow and not release'
 
 test-release: $(READY)
 	$(BIN)/python $(PYTEST) -m release

@@ -9,12 +9,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from release import SIBLINGS
 from toys import CLASSES, TEMPLATES, noise_set, tiny_clip, tiny_processor
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSuite
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # a worker of a loop that ended in an error is waited for 5 s
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # models are small: one is fastest
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what runs before a release alone."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in SIBLINGS:
+            item.add_marker(pytest.mark.release)
 
 
 @pytest.fixture(scope="module", autouse=True)
