@@ -14,6 +14,8 @@ from launching import launch
 from tolerances import EXACT, LOGGED
 from toys import SUPPORT
 
+from carot_hf.calibration.metrics import scaled_metrics
+
 TERMS = (
     "contrastive", "cross_entropy", "distillation", "feature_distillation", "orthogonality", "cross_norm", "sigmoid",
     "sigmoid_distillation",
@@ -22,7 +24,6 @@ STOPPED = """
 import sys
 sys.path.insert(0, {tests!r})
 from toys import Noise, noise_suite, tiny_clip, tiny_processor
-from carot_hf.calibration.metrics import scaled_metrics
 from carot_hf.calibration.metrics import scaled_metrics
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
 
