@@ -108,6 +108,8 @@ def check_command(words):
         assert set(words[1:]) <= set(targets), words
     elif words[0] == "hf":
         check_help(["-c", "from huggingface_hub.cli.hf import main; main()", words[1]], words[2:])
+    elif words[0] == "carot_hf":
+        importlib.import_module(f"carot_hf.cli.{words[1]}").parse(words[2:])
     elif words[:2] == ["pip", "install"]:
         check_pip(words[2:])
     else:

@@ -36,6 +36,8 @@ ALLOWED = {
         "basics", "calibration", "data", "evaluation", "hub", "models", "objective", "run", "teacher",
         "training_args",
     },
+    "cli": {"basics", "calibration", "data", "evaluation", "models", "suites"},
+    "__main__": {"cli"},
 }  # fmt: skip
 THIRD_PARTY = {
     "ece": {"numpy", "datasets", "evaluate"},
@@ -69,6 +71,8 @@ THIRD_PARTY = {
     "evaluation": {"matplotlib", "numpy", "torch", "tqdm", "transformers"},
     "run": {"numpy", "torch", "tqdm", "transformers"},
     "hub": {"huggingface_hub", "transformers"},
+    "cli": {"torch", "tqdm", "transformers"},
+    "__main__": set(),
 }
 
 

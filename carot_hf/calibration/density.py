@@ -61,8 +61,16 @@ class DensityCalibrator:
         Raises:
             ValueError: If they are of another size than those of the bank, or not finite.
         """
+        return (self.a + self.b * self.distance(embeds)).exp()
+
+    def distance(self, embeds: Tensor | NDArray[Any]) -> Tensor:
+        """Return how far each image is from the bank, ``(N,)``, in standard deviations from the mean of the fit.
+
+        Args:
+            embeds: As for `temperature`, with the same errors.
+        """
         rows = _embeddings(embeds, "embeds", self.bank.shape[1])
-        return (self.a + self.b * self.standardised(density(rows, self.bank, self.k))).exp()
+        return self.standardised(density(rows, self.bank, self.k))
 
     @property
     def numbers(self) -> dict[str, Any]:

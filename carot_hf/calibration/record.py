@@ -16,7 +16,7 @@ from .rows import check_temperature
 _LARGEST = 1e30  # of a number in a record
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("split", "criterion", "method"), str),
-    **dict.fromkeys(("templates", "kept"), list),
+    **dict.fromkeys(("templates", "classes", "kept"), list),
     **dict.fromkeys(("target", "conformal"), dict),
     "n": int,
 }
@@ -153,7 +153,8 @@ def check_not_baked(model: nn.Module) -> None:
         )
     if record is not None:
         raise RuntimeError(
-            f"Expected a model without a baked temperature, got one with {record}. "
+            f"Expected a model without a baked temperature, got one with T = {float(record['temperature'])}, by "
+            f"the method {record.get('method', 'temperature')!r}. "
             "Call `carot_hf.unbake_temperature(model)` first, and fit on the logits of the unbaked model."
         )
 

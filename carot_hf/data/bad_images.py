@@ -25,6 +25,11 @@ class BadImages:
             self._found.setdefault(name, set()).add(int(index))
         return {key: value for key, value in batch.items() if key != "replaced"}
 
+    def take(self) -> dict[str, list[int]]:
+        """Return the indices by set of this process, and forget them."""
+        found, self._found = self._found, {}
+        return {name: sorted(indices) for name, indices in found.items()}
+
     def report(self, *, gather: bool = True, first: bool = True) -> dict[str, list[int]]:
         """Log by set which images were replaced since the last report.
 

@@ -60,6 +60,7 @@ def calibrate(
     model: Any,
     method: str,
     *,
+    classes: Sequence[str],
     templates: Sequence[str],
     n_bins: int,
     alpha: float,
@@ -71,14 +72,13 @@ def calibrate(
         home: Fits.
         model: Its weights and its config are changed.
         method: Of `METHODS`, or "target".
-        templates: Captions, for the record.
+        classes: Names, and ``templates`` captions, for the record.
         n_bins: Confidence bins.
         alpha: Of the conformal sets.
         images: Of the target.
     Returns:
         The record.
     """
-    network = base_model(model)
     mark = {} if images is None else {"hash": sample_hash(images), "n": len(images)}
     logits, embeds, labels = home.held_out()
     scaling = home.fit(logits, labels)
@@ -88,6 +88,7 @@ def calibrate(
         "criterion": home.criterion,
         "bounds": list(home.bounds),
         "templates": list(templates),
+        "classes": list(classes),
         "method": method,
     }
     banked = home.link == "softmax" and can_be_bank(home.train)
@@ -112,8 +113,8 @@ def calibrate(
     sets = conformal_sets(logits, labels, {**scaling, **divisors}, link=home.link, alpha=alpha, memory=home.memory)
     record["conformal"] = {score: made.to_dict() for score, made in sets.items()}
     home.memory.calibrator, home.memory.method = calibrator, method
-    bake_temperature(network, scaling["temperature"], bias=scaling.get("bias", 0.0), record=record)
-    return dict(network.config.calibration)
+    bake_temperature(base_model(model), scaling["temperature"], bias=scaling.get("bias", 0.0), record=record)
+    return dict(base_model(model).config.calibration)
 
 
 def _before_and_after(

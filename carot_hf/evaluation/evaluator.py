@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..basics.precision import at_least_float32
 from ..basics.processes import place
 from ..calibration.conformal import ConformalSets, checked_alpha
 from ..calibration.conformal_logits import conformal_of, sets_of
@@ -27,7 +26,7 @@ from ..data.captions import CaptionTable, class_embeddings
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite
 from ..data.transforms import check_image_size, image_transform
-from ..models.backbones import backbone_of, is_backbone, logit_head
+from ..models.backbones import backbone_of, is_backbone
 from ..models.classifier import CLIPClassifier
 from ..models.lora import base_model
 from ..models.prepare import align_markers, captions_of
@@ -37,7 +36,7 @@ from .estimated import estimated
 from .evaluation import Evaluation, Reported, with_aggregates
 from .fitting import HomeFit
 from .home import METHODS, check_calibration_method
-from .logits import Head, SetLogits
+from .logits import Head, SetLogits, head_of
 from .marks import marks_of
 from .measure import bins_at, compared, given_scalings, intervals_by_set, measure_all, scaling_of
 from .memory import Memory
@@ -272,9 +271,9 @@ class Evaluator:
 
         Returns:
             The record that is kept in ``config.calibration``: temperature, bias (SigLIP), split, size, criterion,
-            bounds and whether the temperature is at one, templates, method, which perturbed copies it has seen, the
-            target's hash, size and estimated accuracy, ``nll`` and ``ece`` of the split before and after, and the
-            conformal sets that were fitted on it.
+            bounds and whether the temperature is at one, templates, class names, method, which perturbed copies it has
+            seen, the target's hash, size and estimated accuracy, ``nll`` and ``ece`` of the split before and after, and
+            the conformal sets that were fitted on it.
         Raises:
             RuntimeError: If the model is calibrated already.
             ValueError: If it is in half precision, or images are missing or too many.
@@ -285,6 +284,7 @@ class Evaluator:
             self._home(self._memory.of(self.model)),
             self.model,
             method,
+            classes=self.suite.class_names,
             templates=self.suite.templates,
             n_bins=self.n_bins,
             alpha=self.alpha,
@@ -326,15 +326,11 @@ class Evaluator:
         """
         known = {} if known is None else known
         if isinstance(self.model, CLIPClassifier):
-            head = self.model.head
-            return _for_float64(at_least_float32(head.weight.detach()), at_least_float32(head.bias.detach()))
+            return head_of(self.model)
         if known.get("classes", (None,))[0] is not self.captions:
             with self.embedder.autocast():
                 known["classes"] = (self.captions, class_embeddings(self.model, self.captions))
-        classes = known["classes"][1]
-        scale, *shift = (at_least_float32(parameter.detach()) for parameter in logit_head(self.model))
-        bias = shift[0].expand(len(classes)) if shift else torch.zeros(len(classes)).to(classes)
-        return _for_float64(scale.exp() * classes, bias)
+        return head_of(self.model, known["classes"][1])
 
     def _chosen(self, sets: Mapping[str, ShiftSet] | Sequence[str] | None) -> dict[str, ShiftSet]:
         own = self.suite.evaluation_sets
@@ -354,9 +350,3 @@ class Evaluator:
         if any(part is None for part in labels.values()):
             raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
         return {name: SetLogits(parts[name][0], head, data) for name, data in sets.items()}, labels
-
-
-def _for_float64(weight: Tensor, bias: Tensor) -> Head:
-    """A head where sums in float64 can be taken."""
-    # Workaround, torch 2.13: MPS has no float64, so there the CPU measures. Until: it has.
-    return (weight.cpu(), bias.cpu()) if weight.device.type == "mps" else (weight, bias)

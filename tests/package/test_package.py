@@ -104,6 +104,14 @@ def test_it_works_in_an_empty_environment(python, tmp_path):
     assert found["trainer"] == "CaRotTrainer"
 
 
+def test_the_command_is_there(python, tmp_path):
+    said = elsewhere([str(python.with_name("carot_hf")), "--help"], tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "predict" in said.stdout
+    refused = elsewhere([str(python.with_name("carot_hf")), "predict", str(tmp_path / "none"), str(tmp_path)], tmp_path)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+
+
 def test_its_types_are_seen(python, tmp_path):
     """mypy reads the annotations of an installed package only where it finds ``py.typed``."""
     (tmp_path / "typed.py").write_text(TYPED)

@@ -1,0 +1,1 @@
+"""The command ``carot_hf``: one word for each thing people do with a CLIP."""

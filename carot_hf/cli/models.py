@@ -1,0 +1,81 @@
+"""A checkpoint as it is, for commands that do not train: model, processor, calibrator, class names and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from ..calibration.density import DensityCalibrator
+from ..calibration.record import calibration_record, needs_calibrator
+from ..models.backbones import BACKBONES
+from ..models.classifier import CLIPClassifier
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        model: In float32.
+        processor: Its own.
+        calibrator: That lies beside it; ``None``: there is none, or the model has it inside.
+    """
+
+    model: Any
+    processor: Any
+    calibrator: DensityCalibrator | None
+
+
+def load(name: str, device: str | None = None) -> Loaded:
+    """Load a checkpoint with what calibrates it.
+
+    Args:
+        name: A folder, or an id on the Hub.
+        device: Where it is put; ``None``: a GPU if there is one.
+    Raises:
+        OSError: If there is no such model.
+        ValueError: If it is of no family that is known.
+    """
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"Expected a folder with a model, or an id on the Hub, got {name}, which is not there.")
+    kind = AutoConfig.from_pretrained(name).model_type  # nosec B615  # JSON; no code is run
+    if kind != "clip_classifier" and kind not in BACKBONES:
+        raise ValueError(f"Expected a model of {sorted([*BACKBONES, 'clip_classifier'])}, got '{kind}' in {name}.")
+    family: Any = CLIPClassifier if kind == "clip_classifier" else AutoModel
+    model = family.from_pretrained(name, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(name)  # nosec B615  # the user's choice; no code in it is run
+    record = calibration_record(model)
+    own = getattr(model, "density", None)
+    calibrator = DensityCalibrator.from_pretrained(name) if needs_calibrator(record) and own is None else None
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Loaded(model.to(chosen), processor, calibrator)
+
+
+def classes_of(loaded: Loaded, name: str) -> tuple[list[str], list[str]]:
+    """Return the class names and the captions that a checkpoint was made for.
+
+    Raises:
+        ValueError: If it does not say so.
+    """
+    config, record = loaded.model.config, calibration_record(loaded.model) or {}
+    if isinstance(loaded.model, CLIPClassifier):
+        return [config.id2label[index] for index in range(config.num_labels)], []
+    names, templates = record.get("classes"), record.get("templates")
+    if not names or not templates:
+        raise ValueError(
+            f"Expected class names, but {Path(name).name} does not say which it was made for. Name a --suite, or "
+            "--classes."
+        )
+    return list(map(str, names)), list(map(str, templates))
+
+
+def names_in(options: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
+    """Return class names and captions of the command line; ``None``: there are none."""
+    if not options["classes"]:
+        return None
+    given = options["classes"]
+    names = Path(given[0]).read_text(encoding="utf-8").splitlines() if Path(given[0]).is_file() else list(given)
+    return [name for name in names if name.strip()], list(options["templates"])

@@ -1,0 +1,211 @@
+"""``carot_hf predict MODEL IMAGES...``: class and calibrated confidence of images without labels."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..basics.whole_file import write_whole
+
+COLUMNS = ("image", "label", "confidence", "second", "second_confidence", "set", "distance")
+_CHUNK = 512  # images between two moments at which what is known is on the disk
+_HELP = """Class, calibrated confidence, runner-up, conformal set and distance from the images of the training, a row
+an image, in the order of the names. An interrupted call goes on where it was; images that cannot be decoded are listed
+in OUTPUT_FILE.bad."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    options = parse(argv)
+    files = images_of(options.images)
+    write = Rows(options.output_file, overwrite=options.overwrite)  # refused before a model loads
+    from tqdm import tqdm
+
+    from ..evaluation.predictor import Predictor
+    from ..suites.load import load_suite
+    from .models import classes_of, load, names_in
+
+    loaded = load(options.model, options.device)
+    suite = None if options.suite is None else load_suite(options.suite)
+    given = names_in(vars(options))
+    if suite is not None and given is None:
+        given = list(suite.class_names), list(suite.templates)
+    names, templates = classes_of(loaded, options.model) if given is None else given
+    predictor = Predictor(
+        loaded.model, loaded.processor, names, templates, calibrator=loaded.calibrator, batch_size=options.batch_size
+    )
+    left = write.begin({"model": options.model, "classes": names, "templates": templates}, files)
+    with tqdm(total=len(files), initial=len(files) - len(left), desc="Images") as bar:
+        for part in chunks(left, _CHUNK):
+            write.add(*predictor.predict(part))
+            bar.update(len(part))
+    bad = write.end()
+    said = f"; {len(bad):,} could not be decoded" if bad else ""
+    print(f"{options.output_file}: {len(files) - len(bad):,} images{said}")
+    if options.estimate:
+        print(estimate(loaded, suite, [path for path in files if str(path) not in bad], options.batch_size))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="carot_hf predict", description=_HELP, allow_abbrev=False)
+    parser.add_argument("model", help="folder, or id on the Hub")
+    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders of them")
+    parser.add_argument("--output_file", type=Path, default=Path("predictions.csv"), help=".csv, or .jsonl")
+    parser.add_argument("--suite", help="whose classes and captions are taken; default: those the model was made for")
+    parser.add_argument("--classes", nargs="+", help="names of the classes, or a file with a name a line")
+    parser.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="captions of --classes, with {}")
+    parser.add_argument(
+        "--estimate", action="store_true", help="say what accuracy to expect, by the held-out images of --suite"
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default: 64")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
+    options = parser.parse_args(argv)
+    if options.estimate and options.suite is None:
+        parser.error("expected --suite with --estimate: its held-out images say which confidences are right")
+    if options.output_file.suffix not in (".csv", ".jsonl"):
+        parser.error(f"expected an --output_file .csv or .jsonl, got {options.output_file}")
+    return options
+
+
+def images_of(places: Iterable[Path]) -> list[Path]:
+    """Return the image files of places, those of a folder sorted, each once.
+
+    Raises:
+        ValueError: If a place is not there, or has no image.
+    """
+    from ..suites.folders import images_in, walk
+
+    found: list[Path] = []
+    for place in places:
+        if not place.exists():
+            raise ValueError(f"Expected an image or a folder of images, got {place}, which is not there.")
+        files = images_in(walk(place)) if place.is_dir() else [place]
+        if not files:
+            raise ValueError(f"Expected images in the folder {place}, found none.")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def chunks(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
+    """Yield so many files after the others."""
+    for start in range(0, len(files), size):
+        yield files[start : start + size]
+
+
+class Rows:
+    """The rows of an output file, which a later call goes on with.
+
+    Args:
+        path: ``.csv`` or ``.jsonl``; beside it ``.json`` with what made it, and ``.bad`` with what cannot be decoded.
+        overwrite: Begin anew.
+    Raises:
+        ValueError: If a finished file is there.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
+        self._path, self._lines = path, path.suffix == ".jsonl"
+        self._made, self._bad = Path(f"{path}.json"), Path(f"{path}.bad")
+        self._facts: dict[str, Any] = {}
+        if overwrite:
+            for old in (self._made, self._bad, path):
+                old.unlink(missing_ok=True)
+        if path.exists() and (not self._made.exists() or self._read()["finished"]):
+            raise ValueError(
+                f"Expected a new --output_file, got {path}, which is there. Add --overwrite to replace it."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, facts: dict[str, Any], files: Sequence[Path]) -> list[Path]:
+        """Say what makes the rows; return the files that have none yet.
+
+        Raises:
+            ValueError: If rows are there that something else has made.
+        """
+        self._facts = {**facts, "columns": list(COLUMNS)}
+        if not self._path.exists():
+            self._write(finished=False)
+            with self._path.open("w", encoding="utf-8", newline="") as file:
+                if not self._lines:
+                    csv.writer(file).writerow(COLUMNS)
+            return list(files)
+        if {key: value for key, value in self._read().items() if key != "finished"} != self._facts:
+            raise ValueError(
+                f"Expected to go on with {self._path}, but another model or other classes made it. Add --overwrite."
+            )
+        known = self._known()
+        return [path for path in files if str(path) not in known]
+
+    def add(self, rows: Sequence[Any], bad: Sequence[str]) -> None:
+        """Write rows, on the disk when this returns."""
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            for row in rows:
+                classes = None if row.classes is None else list(row.classes)
+                if self._lines:
+                    values = [*vars(row).values()][:5]
+                    file.write(json.dumps(dict(zip(COLUMNS, [*values, classes, row.distance], strict=True))) + "\n")
+                    continue
+                distance = "" if row.distance is None else f"{row.distance:.3f}"
+                shown = "" if classes is None else "|".join(classes)
+                confidences = f"{row.confidence:.6f}", row.second, f"{row.second_confidence:.6f}"
+                writer.writerow([row.image, row.label, *confidences, shown, distance])
+            file.flush()
+            os.fsync(file.fileno())
+        if bad:
+            with self._bad.open("a", encoding="utf-8") as file:
+                file.writelines(f"{name}\n" for name in bad)
+
+    def end(self) -> set[str]:
+        """Say that it is finished; return the images that could not be decoded."""
+        self._write(finished=True)
+        return self._undecoded()
+
+    def _known(self) -> set[str]:
+        """Images that have a row; a row that was cut short is taken away."""
+        text = self._path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:
+            with self._path.open("r+b") as file:
+                file.truncate(len(whole))
+        lines = whole.decode("utf-8").splitlines()
+        rows = [json.loads(line)["image"] for line in lines] if self._lines else [row[0] for row in csv.reader(lines)]
+        return {*rows, *self._undecoded()}
+
+    def _undecoded(self) -> set[str]:
+        return set(self._bad.read_text(encoding="utf-8").splitlines()) if self._bad.exists() else set()
+
+    def _read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._made.read_text(encoding="utf-8"))
+        return found
+
+    def _write(self, *, finished: bool) -> None:
+        write_whole(self._made, json.dumps({**self._facts, "finished": finished}, indent=2) + "\n")
+
+
+def estimate(loaded: Any, suite: Any, files: Sequence[Path], batch_size: int) -> str:
+    """Say what accuracy to expect of images, by the held-out ones of a suite."""
+    from ..data.shift_set import ShiftSet
+    from ..evaluation.evaluator import Evaluator
+    from ..evaluation.memory import Memory
+
+    memory = Memory(calibrator=loaded.calibrator)
+    evaluator = Evaluator(loaded.model, loaded.processor, suite, batch_size=batch_size, memory=memory)
+    rows = [{"image": str(path)} for path in files]
+    data = ShiftSet(rows, name="images", num_classes=len(suite.class_names), label_column=None)
+    found = evaluator.estimate(data)
+    beyond = (
+        f"; {found['beyond']:.0%} are farther from home than 99 % of the held-out images" if "beyond" in found else ""
+    )
+    lines = [f"Accuracy to expect of {len(files):,} images{beyond}:"]
+    lines += [
+        f"  {name:5} {found[name]:.3f} ({found[f'{name}_low']:.3f} to {found[f'{name}_high']:.3f})"
+        for name in ("mean", "atc")
+    ]
+    return "\n".join([*lines, "An estimate by confidences alone: a shift that makes sure answers wrong is not seen."])

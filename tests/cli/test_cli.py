@@ -1,0 +1,199 @@
+"""The command line: what it says, what it writes, how it goes on, and what it refuses, without a traceback."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from toys import CLASSES, ROOT, noise_suite, tiny_clip, tiny_processor
+
+import carot_hf.cli.predict
+from carot_hf import Evaluator
+from carot_hf.cli.main import COMMANDS, main
+from carot_hf.data.shift_set import ShiftSet
+from carot_hf.evaluation.predictor import Predictor
+
+DIGITS = str(ROOT / "examples" / "digits" / "clip")
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return noise_suite()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, suite):
+    """A model that was calibrated by density, with its processor and its calibrator."""
+    folder, processor = tmp_path_factory.mktemp("model"), tiny_processor()
+    evaluator = Evaluator(tiny_clip(processor.tokenizer, logit_scale_init_value=3.5), processor, suite)
+    evaluator.calibrate("density")
+    evaluator.model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    evaluator.calibrator.save_pretrained(folder)
+    return folder, evaluator
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Ten images in two folders, and one that is none."""
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    for index in range(10):
+        place = folder / ("b" if index < 3 else "a") / f"{index}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 18, 3), dtype=np.uint8)).save(place)
+    (folder / "a" / "none.png").write_bytes(b"no image")
+    return folder
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_help_is_there_at_once_and_names_each_command():
+    start = time.monotonic()
+    said = subprocess.run([sys.executable, "-m", "carot_hf", "--help"], capture_output=True, text=True, timeout=600)
+    assert said.returncode == 0
+    assert all(f"  {name}" in said.stdout for name in COMMANDS)
+    code = "import sys; sys.argv[1:] = ['predict', '--help']; import carot_hf.__main__"
+    check = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    said = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=600)
+    assert said.stdout.splitlines()[-1] == "False", f"{time.monotonic() - start:.1f} s"
+    assert len(said.stdout.splitlines()) < 50, "more than a screen"
+
+
+def test_a_word_that_is_none_gets_the_nearest(capsys):
+    assert main(["evalute"]) == 2
+    assert "got 'evalute'. Did you mean evaluate?" in capsys.readouterr().out
+    assert main([]) == 0
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.endswith(f"{carot_hf.__version__}\n")
+
+
+def test_predictions_are_those_of_the_evaluator(checkpoint, pictures, tmp_path, capsys, suite):
+    folder, evaluator = checkpoint
+    output = tmp_path / "deep" / "p.csv"
+    assert main(["predict", str(folder), str(pictures), "--output_file", str(output), "--device", "cpu"]) == 0
+    assert "p.csv: 10 images; 1 could not be decoded" in capsys.readouterr().out
+    rows = rows_of(output)
+    files = sorted(pictures.rglob("?.png"))
+    assert [row["image"] for row in rows] == [str(path) for path in files]
+    assert Path(f"{output}.bad").read_text().splitlines() == [str(pictures / "a" / "none.png")]
+    data = ShiftSet([{"image": str(p)} for p in files], name="p", num_classes=len(CLASSES), label_column=None)
+    logits, _ = evaluator.predict(data)
+    embeds = evaluator.embed({"": data})[""][0]
+    expected = (logits / evaluator.calibrator.temperature(embeds)[:, None]).softmax(1)
+    values, places = expected.topk(2)
+    assert [float(row["confidence"]) for row in rows] == pytest.approx(values[:, 0].tolist(), abs=1e-4)
+    assert [float(row["second_confidence"]) for row in rows] == pytest.approx(values[:, 1].tolist(), abs=1e-4)
+    assert [row["label"] for row in rows] == [suite.class_names[k] for k in places[:, 0]]
+    assert [float(row["distance"]) for row in rows] == pytest.approx(
+        evaluator.calibrator.distance(embeds).tolist(), abs=2e-3
+    )
+    sets = evaluator.sets(data)
+    found = [[name in row["set"].split("|") for name in suite.class_names] for row in rows]
+    assert found == sets.tolist()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_an_interrupted_call_goes_on(checkpoint, pictures, tmp_path, monkeypatch, suffix):
+    folder, _ = checkpoint
+    monkeypatch.setattr(carot_hf.cli.predict, "_CHUNK", 4)
+    words = ["predict", str(folder), str(pictures), "--device", "cpu", "--output_file"]
+    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    assert main([*words, str(whole)]) == 0
+    calls, predict = [], Predictor.predict
+
+    def stopped(self, images):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return predict(self, images)
+
+    monkeypatch.setattr(Predictor, "predict", stopped)
+    assert main([*words, str(cut)]) == 130
+    with cut.open("a") as file:
+        file.write('{"image": "ha' if suffix == "jsonl" else "pictures/a/9.png,cat,0.9")  # killed in a row
+    assert main([*words, str(cut)]) == 0
+    assert calls == [4, 4, 4, 3]
+    assert cut.read_text() == whole.read_text()
+    assert Path(f"{cut}.bad").read_text() == Path(f"{whole}.bad").read_text()
+    assert main([*words, str(cut)]) == 2, "it is finished"
+    assert main([*words, str(cut), "--overwrite"]) == 0
+
+
+def test_rows_of_another_model_are_not_gone_on_with(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+    folder, _ = checkpoint
+    words = ["predict", str(folder), str(pictures), "--device", "cpu", "--output_file", str(tmp_path / "p.csv")]
+    monkeypatch.setattr(Predictor, "predict", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(words) == 130
+    assert main([*words, "--classes", "cat", "dog"]) == 2
+    assert "another model or other classes made it" in capsys.readouterr().err
+
+
+def test_an_uncalibrated_model_needs_names(pictures, tmp_path, capsys):
+    processor = tiny_processor()
+    tiny_clip(processor.tokenizer).save_pretrained(tmp_path / "plain")
+    processor.save_pretrained(tmp_path / "plain")
+    words = ["predict", str(tmp_path / "plain"), str(pictures), "--device", "cpu", "--output_file"]
+    assert main([*words, str(tmp_path / "p.csv")]) == 2
+    assert "Name a --suite, or --classes" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    command = [*words, str(tmp_path / "q.csv"), "--classes", str(tmp_path / "names.txt"), "--templates", "{}"]
+    assert main(command) == 0
+    rows = rows_of(tmp_path / "q.csv")
+    assert {row["label"] for row in rows} <= set(CLASSES)
+    assert {(row["set"], row["distance"]) for row in rows} == {("", "")}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["predict", "{model}", "{here}/gone"], "gone, which is not there"),
+        (["predict", "{model}", "{here}"], "Expected images in the folder"),
+        (["predict", "{here}/no/such/model", "{pictures}"], "Expected a folder with a model"),
+        (["evaluate", "{model}", "--suite", "{here}/none.yaml"], "none.yaml"),
+    ],
+)
+def test_what_is_wrong_is_one_line(checkpoint, pictures, tmp_path, capsys, words, said):
+    (tmp_path / "empty").mkdir()
+    places = {"model": checkpoint[0], "pictures": pictures, "here": tmp_path / "empty"}
+    assert main([word.format(**places) for word in words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"carot_hf {words[0]}: ")
+    assert said in error
+
+
+def test_options_that_do_not_go_together(capsys):
+    for words in (["predict", "m", "i", "--estimate"], ["predict", "m", "i", "--output_file", "p.txt"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+    assert "expected --suite with --estimate" in capsys.readouterr().err
+
+
+def test_digits_are_evaluated_and_estimated(tmp_path, capsys):
+    """The embedded model, which nobody calibrated, as it is."""
+    command = ["evaluate", DIGITS, "--suite", "digits", "--sets", "uci", "--device", "cpu"]
+    assert main([*command, "--output_dir", str(tmp_path / "ev")]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "ev" / "metrics.json").read_text())
+    assert found["metrics"]["uci"]["accuracy"] == pytest.approx(0.795, abs=0.005)
+    assert "0.795 (" in printed
+    assert (tmp_path / "ev" / "reliability.png").exists()
+    assert not list((tmp_path / "ev").glob("*.safetensors"))
+    assert main([*command, "--output_dir", str(tmp_path / "ev")]) == 2
+    suite = carot_hf.load_suite("digits")
+    (tmp_path / "pictures").mkdir()
+    for row in range(20):
+        suite.test[row]["image"].save(tmp_path / "pictures" / f"{row}.png")
+    words = ["predict", DIGITS, str(tmp_path / "pictures"), "--suite", "digits", "--estimate", "--device", "cpu"]
+    assert main([*words, "--output_file", str(tmp_path / "p.csv")]) == 0
+    assert "Accuracy to expect of 20 images" in capsys.readouterr().out
