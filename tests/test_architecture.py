@@ -36,7 +36,7 @@ ALLOWED = {
         "basics", "calibration", "data", "evaluation", "hub", "models", "objective", "run", "teacher",
         "training_args",
     },
-    "cli": {"basics", "calibration", "data", "evaluation", "models", "suites"},
+    "cli": {"basics", "calibration", "data", "evaluation", "models", "run", "suites"},
     "__main__": {"cli"},
 }  # fmt: skip
 THIRD_PARTY = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "calibrate": "a calibrated copy of a checkpoint",
     "evaluate": "accuracy and calibration of a checkpoint on the sets of a suite; writes no model",
     "predict": "class and calibrated confidence of images without labels; what to expect of them",
 }

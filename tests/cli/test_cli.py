@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from toys import CLASSES, ROOT, noise_suite, tiny_clip, tiny_processor
+from transformers import CLIPModel, CLIPProcessor
 
 import carot_hf.cli.predict
 from carot_hf import Evaluator
@@ -153,6 +154,28 @@ def test_an_uncalibrated_model_needs_names(pictures, tmp_path, capsys):
     assert {(row["set"], row["distance"]) for row in rows} == {("", "")}
 
 
+@pytest.mark.parametrize("method", ["density", "target"])
+def test_a_calibrated_copy_is_what_the_evaluator_makes(tmp_path, capsys, method):
+    suite, copy = carot_hf.load_suite("digits"), tmp_path / "copy"
+    (tmp_path / "pictures").mkdir()
+    for row in range(40):
+        suite.shifts["outline"][row]["image"].save(tmp_path / "pictures" / f"{row:02d}.png")
+    words = ["calibrate", DIGITS, "--suite", "digits", "--output_dir", str(copy), "--method", method, "--device", "cpu"]
+    words += ["--images", str(tmp_path / "pictures")] if method == "target" else []
+    assert main(words) == 0
+    assert "Saved to" in capsys.readouterr().out
+    processor, model = CLIPProcessor.from_pretrained(DIGITS), CLIPModel.from_pretrained(DIGITS)
+    evaluator = Evaluator(model, processor, suite, batch_size=64)
+    images = [suite.shifts["outline"][row] for row in range(40)]
+    target = ShiftSet(images, name="target", num_classes=10)
+    expected = evaluator.calibrate(method, target if method == "target" else None)
+    record = json.loads((copy / "config.json").read_text())["calibration"]
+    assert record == json.loads(json.dumps(expected))
+    assert json.loads((copy / "calibrator.json").read_text())["a"] == evaluator.calibrator.a
+    assert main(words) == 2, "a model is there"
+    assert main([*words, "--overwrite_output_dir"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -172,7 +195,8 @@ def test_what_is_wrong_is_one_line(checkpoint, pictures, tmp_path, capsys, words
 
 
 def test_options_that_do_not_go_together(capsys):
-    for words in (["predict", "m", "i", "--estimate"], ["predict", "m", "i", "--output_file", "p.txt"]):
+    target = ["calibrate", "m", "--suite", "digits", "--output_dir", "o", "--method", "target"]
+    for words in (["predict", "m", "i", "--output_file", "p.txt"], target, ["predict", "m", "i", "--estimate"]):
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 2

@@ -1,0 +1,79 @@
+"""``carot_hf calibrate MODEL --suite S --output_dir D``: a calibrated copy of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+METHODS = ("temperature", "perturbed", "density", "target")
+_HELP = """Fit on the held-out images of a suite what makes a checkpoint's confidences right; write a calibrated copy.
+Accuracy stays. A temperature that is in the weights already is taken out and fitted anew."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    options = parse(argv)
+    from ..run.header import refuse_finished
+    from ..run.lock import locked
+
+    if not options.overwrite_output_dir:
+        refuse_finished(options.output_dir)
+    with locked(options.output_dir):
+        work(options)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Fit, and write the copy."""
+    from ..calibration.record import calibration_record, unbake_temperature
+    from ..data.shift_set import ShiftSet
+    from ..evaluation.evaluator import Evaluator
+    from ..suites.load import load_suite
+    from .models import load
+    from .predict import images_of
+
+    images = None
+    suite = load_suite(options.suite)
+    if options.images:
+        rows = [{"image": str(path)} for path in images_of(options.images)]
+        images = ShiftSet(rows, name="target", num_classes=len(suite.class_names), label_column=None)
+    loaded = load(options.model, options.device)
+    if getattr(loaded.model, "density", None) is not None:
+        loaded.model.drop_density()
+    if calibration_record(loaded.model) is not None:
+        print("The temperature that is in the weights is taken out and fitted anew.")
+        unbake_temperature(loaded.model)
+    evaluator = Evaluator(loaded.model, loaded.processor, suite, batch_size=options.batch_size)
+    record = evaluator.calibrate(options.method, images)
+    loaded.model.save_pretrained(options.output_dir)
+    loaded.processor.save_pretrained(options.output_dir)
+    if evaluator.calibrator is not None:
+        evaluator.calibrator.save_pretrained(options.output_dir)
+    print(
+        f"T = {record['temperature']:.3f} by {record['n']:,} held-out images: NLL {record['nll_before']:.4f} -> "
+        f"{record['nll_after']:.4f}, ECE {record['ece_before']:.4f} -> {record['ece_after']:.4f} on them"
+    )
+    print(f"Saved to {options.output_dir}: carot_hf evaluate {options.output_dir} --suite {options.suite}")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="carot_hf calibrate", description=_HELP, allow_abbrev=False)
+    parser.add_argument("model", help="folder, or id on the Hub")
+    parser.add_argument("--suite", required=True, help="digits, imagenet, or a YAML file")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the calibrated copy")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="temperature",
+        help="temperature: right at home; perturbed: one for home and away; density: one for each image; target: for "
+        "--images; default: temperature",
+    )
+    parser.add_argument("--images", nargs="+", type=Path, help="of the place of use, with --method target; no labels")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default: 64")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is there")
+    options = parser.parse_args(argv)
+    if (options.method == "target") != bool(options.images):
+        parser.error("expected --images with --method target, and with no other")
+    return options
