@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..calibration.density import DensityCalibrator
 from ..calibration.record import calibration_record, needs_calibrator
-from ..models.backbones import BACKBONES
-from ..models.classifier import CLIPClassifier
+from ..models.backbones import BACKBONES, embedding_size
+from ..models.classifier import CLIPClassifier, check_tower
 
 
 class Loaded(NamedTuple):
@@ -37,7 +37,7 @@ def load(name: str, device: str | None = None) -> Loaded:
         device: Where it is put; ``None``: a GPU if there is one.
     Raises:
         OSError: If there is no such model.
-        ValueError: If it is of no family that is known.
+        ValueError: If it is of no family that is known, or the calibrator is of other weights.
     """
     if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ValueError(f"Expected a folder with a model, or an id on the Hub, got {name}, which is not there.")
@@ -50,6 +50,8 @@ def load(name: str, device: str | None = None) -> Loaded:
     record = calibration_record(model)
     own = getattr(model, "density", None)
     calibrator = DensityCalibrator.from_pretrained(name) if needs_calibrator(record) and own is None else None
+    if calibrator is not None:
+        check_tower(calibrator, model, embedding_size(model))
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Loaded(model.to(chosen), processor, calibrator)
 

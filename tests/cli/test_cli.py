@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -137,6 +139,25 @@ def test_rows_of_another_model_are_not_gone_on_with(checkpoint, pictures, tmp_pa
     assert main(words) == 130
     assert main([*words, "--classes", "cat", "dog"]) == 2
     assert "another model or other classes made it" in capsys.readouterr().err
+
+
+def test_a_calibrator_of_other_weights_is_refused(checkpoint, pictures, tmp_path, capsys):
+    folder, evaluator = checkpoint
+    shutil.copytree(folder, tmp_path / "copy")
+    other = copy.deepcopy(evaluator.model)
+    other.visual_projection.weight.data.mul_(-1.0)
+    other.save_pretrained(tmp_path / "copy")
+    words = [
+        "predict",
+        str(tmp_path / "copy"),
+        str(pictures),
+        "--device",
+        "cpu",
+        "--output_file",
+        str(tmp_path / "p.csv"),
+    ]
+    assert main(words) == 2
+    assert "calibrator" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_uncalibrated_model_needs_names(pictures, tmp_path, capsys):
