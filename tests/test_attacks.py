@@ -718,6 +718,7 @@ RECORDS = [
     {"temperature": math.inf}, {"temperature": "1"}, {"temperature": [1]}, {"temperature": True}, {"temperature": None},
     {"temperature": 10**400}, {"temperature": 1.5, "bias": "x"}, {"temperature": 1.5, "logit_scale_before": math.nan},
     {"temperature": 1.5, "n": "many"}, {"temperature": 1.5, "split": ["x"]}, {"temperature": 1.5, "templates": "x"},
+    {"temperature": 1.5, "sure": "x"}, {"temperature": 1.5, "sure": 2.0}, {"temperature": 1.5, "sure": math.nan},
     {"temperature": 1.5, "kept": "x"}, {"temperature": 1.5, "target": []}, {"temperature": 1.5, "target": {"n": 3}},
     {"temperature": 1.5, "conformal": []}, {"temperature": 1.5, "conformal": {"lac": {}}},
     {"temperature": 2, "conformal": {"lac": {"threshold": "x", "alpha": 0.1, "score": "lac", "n": 3, "n_classes": 2}}},

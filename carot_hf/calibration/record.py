@@ -104,6 +104,9 @@ def calibration_record(model: Any) -> dict[str, Any] | None:
     for name, kind in _KINDS.items():
         if name in record and not isinstance(record[name], kind):
             raise ValueError(f"Expected a {kind.__name__} as `{name}` in the {where}, got {record[name]!r:.80}. {cure}")
+    sure = record.get("sure")
+    if sure is not None and (not isinstance(sure, float) or not 0.0 <= sure <= 1.0):
+        raise ValueError(f"Expected a fraction as `sure` in the {where}, got {sure!r:.80}. {cure}")
     target = record.get("target", {"hash": "", "n": 0})
     if not isinstance(target.get("hash"), str) or not isinstance(target.get("n"), int):
         raise ValueError(f"Expected `hash` and `n` as `target` in the {where}, got {target!r:.80}. {cure}")

@@ -17,6 +17,7 @@ from ..calibration.conformal_logits import fit_sets
 from ..calibration.density import DensityCalibrator
 from ..calibration.metrics import read_set
 from ..calibration.record import bake_temperature, check_not_baked, check_width
+from ..calibration.selective import confidence_for_accuracy
 from ..calibration.target import fit_to_accuracy, offset_to_accuracy
 from ..calibration.temperature import temperature_interval
 from ..data.perturbed_set import can_be_bank
@@ -33,6 +34,7 @@ logger = guarded(logging.getLogger(__name__))
 
 TARGET = "target"
 FEW_ROWS = 50  # with fewer `calibrate` warns
+SURE = 0.95
 _MEASURED = ("nll", "ece")
 
 
@@ -108,7 +110,7 @@ def calibrate(
     if len(labels) < FEW_ROWS:
         _warn_of_few(logits, labels, scaling["temperature"], home.link)
     record["at_bound"] = scaling["temperature"] in home.bounds
-    record |= _before_and_after(logits, labels, scaling, n_bins=n_bins, link=home.link)
+    record |= _on_held_out(logits, labels, scaling, n_bins=n_bins, link=home.link)
     divisors = {} if calibrator is None else {"row_temperature": calibrator.temperature(embeds)}
     sets = conformal_sets(logits, labels, {**scaling, **divisors}, link=home.link, alpha=alpha, memory=home.memory)
     record["conformal"] = {score: made.to_dict() for score, made in sets.items()}
@@ -117,13 +119,15 @@ def calibrate(
     return dict(base_model(model).config.calibration)
 
 
-def _before_and_after(
+def _on_held_out(
     logits: SetLogits, labels: Tensor, scaling: Mapping[str, float], *, n_bins: int, link: str
-) -> dict[str, float]:
+) -> dict[str, float | None]:
+    """Figures before and after, and the confidence from which on 95 % were right, as the weights will give it."""
     wanted = {"before": ({}, _MEASURED), "after": (scaling, _MEASURED)}
     seen, _ = read_set(logits, labels, wanted, n_bins=n_bins, link=link)
     found = {when: part.metrics(_MEASURED) for when, part in seen.items()}
-    return {f"{name}_{when}": value for when, part in found.items() for name, value in part.items()}
+    figures = {f"{name}_{when}": value for when, part in found.items() for name, value in part.items()}
+    return {**figures, "sure": confidence_for_accuracy(seen["after"].confidences, seen["after"].correct, SURE)}
 
 
 def conformal_sets(

@@ -40,7 +40,6 @@ class Reported:
         bins_ts: Tables by set with it; the split it was fitted on has none.
         intervals: By set 95 % intervals of "accuracy", "ece" and ``ece_<ending>``.
         marks: Sets that are no evidence, and why.
-        sure: Confidence from which on 95 % of the validation set are right, as the weights are; or ``None``.
     """
 
     model: Any = None
@@ -50,7 +49,6 @@ class Reported:
     bins_ts: Mapping[str, CalibrationBins] = field(default_factory=dict)
     intervals: Mapping[str, Intervals] = field(default_factory=dict)
     marks: Mapping[str, str] = field(default_factory=dict)
-    sure: float | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def intervals_of(seen: Seen, n_bootstrap: int) -> dict[str, tuple[float, float]]
     """
     return {
         "accuracy": accuracy_interval(int(seen.correct.sum()), len(seen.correct)),
-        "ece": ece_bounds(seen.confidences, seen.correct, seen.bins, n_bootstrap=n_bootstrap),
+        "ece": ece_bounds(seen.confidences, seen.correct, seen.bins, n_bootstrap),
     }
 
 

@@ -14,14 +14,12 @@ from ..calibration.conformal_logits import Coverage
 from ..calibration.density import DensityCalibrator
 from ..calibration.metrics import Scaling, Seen, read_set, scaled_metrics
 from ..calibration.rows import Logits
-from ..calibration.selective import confidence_for_accuracy
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
 from .evaluation import Reported, Rows, flat_names, with_aggregates
 from .intervals import intervals_of
 
 Metrics = dict[str, float]
-TRUSTED = 0.95  # accuracy, whose confidence on the validation set is reported
 _KEPT = ("_pts", "_dts", "_coverage", "_size")
 
 
@@ -192,9 +190,7 @@ def compared(
         }
     named = with_aggregates(metrics, suite, marks)
     flat = {name.removeprefix("_"): value for name, value in flat_names(named, "").items()}
-    held = found["validation"].rows if "validation" in found else None
-    sure = None if held is None else confidence_for_accuracy(*held, TRUSTED)
-    return Reported(model, flat, temperature, bins, bins_ts, intervals, marks, sure)
+    return Reported(model, flat, temperature, bins, bins_ts, intervals, marks)
 
 
 def intervals_by_set(found: Mapping[str, Measured]) -> dict[str, dict[str, tuple[float, float]]]:

@@ -22,6 +22,7 @@ ZERO_SHOT, CLASSIFICATION = "zero-shot-image-classification", "image-classificat
 _NAMES = {"accuracy": "Accuracy", "ece": "Expected calibration error", "nll": "Negative log-likelihood"}
 TEACHER_FOLDER = "teacher"
 _SHOWN_CLASSES = 10
+_MEASURED_AT = {"temperature": "_ts", "perturbed": "_pts", "density": "_dts"}  # where sets of an evaluation are made
 _SAME_TEMPERATURE = 0.01  # relative; evaluation and calibration fit the same split
 
 
@@ -62,7 +63,6 @@ class CardFacts:
         chosen_by: The metric of the test set that chose these weights; ``None``: none did.
         intervals: By set 95 % intervals of "accuracy", "ece" and ``ece_<ending>``.
         marks: Sets that are no evidence for the calibration, and why.
-        sure: Confidence from which on 95 % of the validation set are right; ``None``: there is none.
     """
 
     name: str
@@ -96,7 +96,6 @@ class CardFacts:
     chosen_by: str | None = None
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     marks: Mapping[str, str] = field(default_factory=dict)
-    sure: float | None = None
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -194,7 +193,7 @@ def _table(facts: CardFacts) -> str:
     columns = {"accuracy": "accuracy", "ECE without T": "ece", "NLL without T": "nll"}
     if scaled:
         columns |= {"ECE with T": f"ece{end}", "NLL with T": f"nll{end}"}
-    if facts.calibration is not None and facts.calibration.get("per_image"):
+    if facts.calibration is not None and facts.calibration.get("method") == "density":
         columns |= {"ECE per image": "ece_dts", "NLL per image": "nll_dts"}
     kinds = {name: facts.sets[name] for name in names}
     if "ood_accuracy" in facts.metrics:
@@ -216,8 +215,10 @@ def _table(facts: CardFacts) -> str:
             "Sets marked as seen or as a target are no evidence for the calibration, which was fitted on their like: "
             "they stay out of the mean."
         )
-    if facts.sure is not None:
-        notes.append(f"On held-out images a confidence of {facts.sure:.4f} or more was right in 95 % of the cases.")
+    if (sure := (facts.calibration or {}).get("sure")) is not None:
+        notes.append(
+            f"With T, answers of a confidence of {sure:.4f} or more were right in 95 % of the held-out images."
+        )
     if facts.chosen_by is not None:
         notes.append(
             f"**These weights were chosen by {code(facts.chosen_by)}**, a figure of the test set: its figures here are "
@@ -235,8 +236,10 @@ def _table(facts: CardFacts) -> str:
 
 def _conformal(facts: CardFacts) -> str | None:
     """Coverage and size of the conformal sets that go with the weights; ``None``: there are none."""
-    kept = (facts.calibration or {}).get("conformal")
-    names = [name for name in facts.sets if kept and f"{name}_aps_coverage" in facts.metrics]
+    record = facts.calibration or {}
+    last = next((end for end in ("_dts", "_pts") if any(key.endswith(end) for key in facts.metrics)), "_ts")
+    same = record.get("conformal") and last == _MEASURED_AT.get(record.get("method", "temperature"))
+    names = [name for name in facts.sets if same and f"{name}_aps_coverage" in facts.metrics]
     columns = {f"{score.upper()} {key}": f"{score}_{key}" for score in ("lac", "aps") for key in ("coverage", "size")}
     rows = [
         [markdown(name), *(_number(facts.metrics.get(f"{name}_{key}")) for key in columns.values())] for name in names

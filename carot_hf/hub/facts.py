@@ -45,7 +45,6 @@ def run_facts_for_card(
         temperature=measured.temperature,
         intervals=measured.intervals,
         marks=measured.marks,
-        sure=measured.sure,
         n_bins=args.n_bins,
         templates=suite.templates,
         class_names=suite.class_names,
