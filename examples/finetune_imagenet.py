@@ -144,7 +144,7 @@ def work(argv: list[str]) -> dict[str, Any]:
         trainer.save_model(_internal_call=True)  # whatever may come of the rest; nothing uncalibrated is pushed
     metrics = trainer.evaluate()
     measured = trainer.latest
-    metrics |= oracle_metrics(trainer.evaluator, suite) if script.oracle else {}
+    metrics |= oracle_metrics(trainer.evaluator, suite, measured.marks) if script.oracle else {}
     calibration = trainer.calibrate()
     method = "zero-shot" if script.zero_shot else script.preset
     if trainer.is_world_process_zero():

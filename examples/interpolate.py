@@ -70,8 +70,10 @@ def sweep(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, fl
     rows: list[dict[str, float]] = []
     for alpha, model in alpha_sweep(zero_shot, fine_tuned, options.alphas):
         evaluator = evaluator_of(model, suite, processor, options)
-        metrics = evaluator.evaluate().flat()
-        rows.append({"alpha": alpha, **metrics, **(oracle_metrics(evaluator, suite) if options.oracle else {})})
+        found = evaluator.evaluate()
+        metrics = found.flat()
+        oracle = oracle_metrics(evaluator, suite, found.marks) if options.oracle else {}
+        rows.append({"alpha": alpha, **metrics, **oracle})
         print(f"alpha {alpha:g}: T {metrics['eval_temperature']:.3f}", flush=True)
     write(rows, list(argv), options.output_dir)
     print("\n" + comparison_table({f"alpha {row['alpha']:g}": row for row in rows}, TABLE))

@@ -46,7 +46,6 @@ BATCH = 512  # of the published runs
 SMOOTHINGS = (0.01, 0.03, 0.05, 0.1, 0.2)
 PUBLISHED_INTERVAL = 500 / 25030  # of the steps of a run, between updates of the teacher
 QUICK_EPOCHS, QUICK_SMOOTHINGS, QUICK_ALPHAS = 16, (0.1,), ("0", "0.5", "1")
-SHIFT = ("--calibration_method", "density", "--oracle")
 ALPHAS = tuple(f"{i / 10:g}" for i in range(11))
 
 
@@ -178,7 +177,12 @@ def start(options: argparse.Namespace, flag: str = "--model_name_or_path") -> tu
 def common(options: argparse.Namespace) -> tuple[str, ...]:
     """Arguments of all runs of finetune_imagenet.py."""
     quiet = ("--report_to", "none", "--disable_tqdm", "True", "--save_total_limit", "1")
-    return (*quiet, *SHIFT, "--use_cpu") if options.use_cpu else (*quiet, *SHIFT)
+    return (*quiet, *shift(options), *(("--use_cpu",) if options.use_cpu else ()))
+
+
+def shift(options: argparse.Namespace) -> tuple[str, ...]:
+    """What is measured beside the temperature of home; a density needs training images that are read by index."""
+    return ("--calibration_method", "perturbed" if options.streaming else "density", "--oracle")
 
 
 def plan(
@@ -222,7 +226,7 @@ def merge_plan(
             alphas = whole if seed == seeds[0] else ("0.5",)
             flags = ("--use_cpu",) if options.use_cpu else ()
             ends = ("--fine_tuned", str(runner.folder(cell)), *start(options, "--zero_shot"))
-            arguments = (*source(options), *ends, "--alphas", *alphas, *SHIFT, *flags)
+            arguments = (*source(options), *ends, "--alphas", *alphas, *shift(options), *flags)
             merges[f"wise-{base}"].append(Cell(f"wise-{cell.name}", "interpolate.py", arguments, "sweep.json"))
     return merges
 

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..basics.whole_file import whole_files
+
 METHODS = ("temperature", "perturbed", "density", "target")
 _HELP = """Fit on the held-out images of a suite what makes a checkpoint's confidences right; write a calibrated copy.
 Accuracy stays. A temperature that is in the weights already is taken out and fitted anew."""
@@ -29,7 +31,7 @@ def work(options: argparse.Namespace) -> None:
     from ..data.shift_set import ShiftSet
     from ..evaluation.evaluator import Evaluator
     from ..suites.load import load_suite
-    from .models import load
+    from .models import check_classes, load
     from .predict import images_of
 
     images = None
@@ -38,6 +40,7 @@ def work(options: argparse.Namespace) -> None:
         rows = [{"image": str(path)} for path in images_of(options.images)]
         images = ShiftSet(rows, name="target", num_classes=len(suite.class_names), label_column=None)
     loaded = load(options.model, options.device)
+    check_classes(loaded, suite.class_names)
     if getattr(loaded.model, "density", None) is not None:
         loaded.model.drop_density()
     if calibration_record(loaded.model) is not None:
@@ -45,10 +48,11 @@ def work(options: argparse.Namespace) -> None:
         unbake_temperature(loaded.model)
     evaluator = Evaluator(loaded.model, loaded.processor, suite, batch_size=options.batch_size)
     record = evaluator.calibrate(options.method, images)
-    loaded.model.save_pretrained(options.output_dir)
-    loaded.processor.save_pretrained(options.output_dir)
-    if evaluator.calibrator is not None:
-        evaluator.calibrator.save_pretrained(options.output_dir)
+    with whole_files(options.output_dir) as beside:
+        loaded.model.save_pretrained(beside)
+        loaded.processor.save_pretrained(beside)
+        if evaluator.calibrator is not None:
+            evaluator.calibrator.save_pretrained(beside)
     print(
         f"T = {record['temperature']:.3f} by {record['n']:,} held-out images: NLL {record['nll_before']:.4f} -> "
         f"{record['nll_after']:.4f}, ECE {record['ece_before']:.4f} -> {record['ece_after']:.4f} on them"

@@ -22,10 +22,11 @@ def main(argv: Sequence[str]) -> None:
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.memory import Memory
     from ..suites.load import load_suite
-    from .models import load
+    from .models import check_classes, load
 
     suite = load_suite(options.suite)
     loaded = load(options.model, options.device)
+    check_classes(loaded, suite.class_names)
     memory = Memory(calibrator=loaded.calibrator)
     evaluator = Evaluator(
         loaded.model, loaded.processor, suite, batch_size=options.batch_size, n_bins=options.n_bins, memory=memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,10 +74,27 @@ def classes_of(loaded: Loaded, name: str) -> tuple[list[str], list[str]]:
     return list(map(str, names)), list(map(str, templates))
 
 
+def check_classes(loaded: Loaded, names: Sequence[str]) -> None:
+    """Refuse a classifier whose classes are not these, in this order: its head knows them by number alone.
+
+    Raises:
+        ValueError: As said.
+    """
+    if not isinstance(loaded.model, CLIPClassifier):
+        return
+    own = classes_of(loaded, "")[0]
+    if own != list(names):
+        raise ValueError(
+            f"Expected the classes of the classifier in its order, {own[:3]} ... ({len(own)}), got "
+            f"{list(names)[:3]} ... ({len(names)}). Its head knows them by number: name the suite that it was trained on."
+        )
+
+
 def names_in(options: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
     """Return class names and captions of the command line; ``None``: there are none."""
-    if not options["classes"]:
-        return None
     given = options["classes"]
-    names = Path(given[0]).read_text(encoding="utf-8").splitlines() if Path(given[0]).is_file() else list(given)
+    if not given:
+        return None
+    listed = len(given) == 1 and Path(given[0]).is_file()
+    names = Path(given[0]).read_text(encoding="utf-8").splitlines() if listed else list(given)
     return [name for name in names if name.strip()], list(options["templates"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..basics.escape import printable
 from ..basics.whole_file import write_whole
 
 COLUMNS = ("image", "label", "confidence", "second", "second_confidence", "set", "distance")
@@ -26,9 +28,10 @@ def main(argv: Sequence[str]) -> None:
     write = Rows(options.output_file, overwrite=options.overwrite)  # refused before a model loads
     from tqdm import tqdm
 
+    from ..basics.fingerprint import fingerprint
     from ..evaluation.predictor import Predictor
     from ..suites.load import load_suite
-    from .models import classes_of, load, names_in
+    from .models import check_classes, classes_of, load, names_in
 
     loaded = load(options.model, options.device)
     suite = None if options.suite is None else load_suite(options.suite)
@@ -36,10 +39,14 @@ def main(argv: Sequence[str]) -> None:
     if suite is not None and given is None:
         given = list(suite.class_names), list(suite.templates)
     names, templates = classes_of(loaded, options.model) if given is None else given
+    check_classes(loaded, names)
+    if len(names) < 2:
+        raise ValueError(f"Expected two classes or more, got {names}. Name what the images may show.")
     predictor = Predictor(
         loaded.model, loaded.processor, names, templates, calibrator=loaded.calibrator, batch_size=options.batch_size
     )
-    left = write.begin({"model": options.model, "classes": names, "templates": templates}, files)
+    facts = {"model": options.model, "weights": fingerprint(loaded.model), "classes": names, "templates": templates}
+    left = write.begin(facts, files)
     with tqdm(total=len(files), initial=len(files) - len(left), desc="Images") as bar:
         for part in chunks(left, _CHUNK):
             write.add(*predictor.predict(part))
@@ -48,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     said = f"; {len(bad):,} could not be decoded" if bad else ""
     print(f"{options.output_file}: {len(files) - len(bad):,} images{said}")
     if options.estimate:
-        print(estimate(loaded, suite, [path for path in files if str(path) not in bad], options.batch_size))
+        print(estimate(loaded, suite, [path for path in files if printable(path) not in bad], options.batch_size))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -113,12 +120,11 @@ class Rows:
         self._path, self._lines = path, path.suffix == ".jsonl"
         self._made, self._bad = Path(f"{path}.json"), Path(f"{path}.bad")
         self._facts: dict[str, Any] = {}
-        if overwrite:
-            for old in (self._made, self._bad, path):
-                old.unlink(missing_ok=True)
-        if path.exists() and (not self._made.exists() or self._read()["finished"]):
+        self._anew = overwrite
+        there = [place for place in (path, self._made, self._bad) if place.exists()]
+        if there and not overwrite and (not self._made.exists() or self._read().get("finished") is not False):
             raise ValueError(
-                f"Expected a new --output_file, got {path}, which is there. Add --overwrite to replace it."
+                f"Expected a new --output_file, got {there[0]}, which is there. Add --overwrite to replace it."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -129,7 +135,8 @@ class Rows:
             ValueError: If rows are there that something else has made.
         """
         self._facts = {**facts, "columns": list(COLUMNS)}
-        if not self._path.exists():
+        if self._anew or not self._path.exists():
+            self._bad.unlink(missing_ok=True)
             self._write(finished=False)
             with self._path.open("w", encoding="utf-8", newline="") as file:
                 if not self._lines:
@@ -140,7 +147,7 @@ class Rows:
                 f"Expected to go on with {self._path}, but another model or other classes made it. Add --overwrite."
             )
         known = self._known()
-        return [path for path in files if str(path) not in known]
+        return [path for path in files if str(path) not in known and printable(path) not in self._undecoded()]
 
     def add(self, rows: Sequence[Any], bad: Sequence[str]) -> None:
         """Write rows, on the disk when this returns."""
@@ -160,7 +167,7 @@ class Rows:
             os.fsync(file.fileno())
         if bad:
             with self._bad.open("a", encoding="utf-8") as file:
-                file.writelines(f"{name}\n" for name in bad)
+                file.writelines(f"{printable(name)}\n" for name in bad)
 
     def end(self) -> set[str]:
         """Say that it is finished; return the images that could not be decoded."""
@@ -174,16 +181,20 @@ class Rows:
         if whole != text:
             with self._path.open("r+b") as file:
                 file.truncate(len(whole))
-        lines = whole.decode("utf-8").splitlines()
-        rows = [json.loads(line)["image"] for line in lines] if self._lines else [row[0] for row in csv.reader(lines)]
-        return {*rows, *self._undecoded()}
+        read = whole.decode("utf-8")
+        if self._lines:
+            return {json.loads(line)["image"] for line in read.split("\n")[:-1]}
+        return {row[0] for row in csv.reader(io.StringIO(read, newline=""))}
 
     def _undecoded(self) -> set[str]:
-        return set(self._bad.read_text(encoding="utf-8").splitlines()) if self._bad.exists() else set()
+        return set(self._bad.read_text(encoding="utf-8").split("\n")[:-1]) if self._bad.exists() else set()
 
     def _read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._made.read_text(encoding="utf-8"))
-        return found
+        try:
+            found = json.loads(self._made.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else {}  # a file of somebody else's
 
     def _write(self, *, finished: bool) -> None:
         write_whole(self._made, json.dumps({**self._facts, "finished": finished}, indent=2) + "\n")

@@ -22,6 +22,7 @@ from carot_hf import Evaluator
 from carot_hf.cli.main import COMMANDS, main
 from carot_hf.data.shift_set import ShiftSet
 from carot_hf.evaluation.predictor import Predictor
+from carot_hf.models.classifier import CLIPClassifier, CLIPClassifierConfig
 
 DIGITS = str(ROOT / "examples" / "digits" / "clip")
 
@@ -195,6 +196,45 @@ def test_a_calibrated_copy_is_what_the_evaluator_makes(tmp_path, capsys, method)
     assert json.loads((copy / "calibrator.json").read_text())["a"] == evaluator.calibrator.a
     assert main(words) == 2, "a model is there"
     assert main([*words, "--overwrite_output_dir"]) == 0
+
+
+def test_a_classifier_keeps_its_own_order_of_classes(pictures, tmp_path, capsys, suite):
+    """Its head knows classes by number: names in another order would be given to the wrong ones."""
+    processor = tiny_processor()
+    model = tiny_clip(processor.tokenizer)
+    names = list(suite.class_names)
+    config = CLIPClassifierConfig(
+        vision_config=model.config.vision_config,
+        projection_dim=model.config.projection_dim,
+        id2label=dict(enumerate(names)),
+    )
+    CLIPClassifier(config).save_pretrained(tmp_path / "head")
+    processor.save_pretrained(tmp_path / "head")
+    words = [
+        "predict",
+        str(tmp_path / "head"),
+        str(pictures),
+        "--device",
+        "cpu",
+        "--output_file",
+        str(tmp_path / "p.csv"),
+    ]
+    assert main([*words, "--classes", *reversed(names)]) == 2
+    assert "knows them by number" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+    assert main([*words, "--classes", *names]) == 0
+
+
+def test_files_of_somebody_else_stay(checkpoint, pictures, tmp_path, capsys):
+    words = ["predict", str(checkpoint[0]), str(pictures), "--device", "cpu", "--output_file", str(tmp_path / "p.csv")]
+    (tmp_path / "p.csv.json").write_text("[1]")
+    assert main(words) == 2
+    assert (tmp_path / "p.csv.json").read_text() == "[1]"
+    (tmp_path / "p.csv.json").unlink()
+    (tmp_path / "p.csv").write_text("mine")
+    assert main([words[0], str(tmp_path / "gone" / "model"), *words[2:], "--overwrite"]) == 2
+    assert (tmp_path / "p.csv").read_text() == "mine", "nothing is replaced before the model is there"
+    assert main([*words, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
