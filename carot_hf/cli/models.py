@@ -86,7 +86,8 @@ def check_classes(loaded: Loaded, names: Sequence[str]) -> None:
     if own != list(names):
         raise ValueError(
             f"Expected the classes of the classifier in its order, {own[:3]} ... ({len(own)}), got "
-            f"{list(names)[:3]} ... ({len(names)}). Its head knows them by number: name the suite that it was trained on."
+            f"{list(names)[:3]} ... ({len(names)}). Its head knows them by number: name the suite of its "
+            "training."
         )
 
 
