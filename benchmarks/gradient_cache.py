@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-CLIP = Path(__file__).resolve().parent.parent / "examples" / "digits" / "clip"
+CLIP = Path(__file__).resolve().parent.parent / "carot_hf" / "suites" / "digits_clip"
 
 
 def peak() -> float:

@@ -8,8 +8,8 @@ Prints a Markdown table: one process, one thread, the same JPEGs for all, made b
 repeat, so that a busy machine slows all of them; a row is the median. Ours gives uint8 batches, which are normalised on
 the device: that step is timed by itself here, on the CPU, and the target is given with and without it. transformers'
 processor resizes and crops the centre, torchvision and ours crop at random. The captions come from the tokenizer of
-examples/digits/clip in transformers' rows, from our table of tokens in ours, and torchvision's row has none. To be
-expected: the table in benchmarks/README.md.
+carot_hf/suites/digits_clip in transformers' rows, from our table of tokens in ours, and torchvision's row has none. To
+be expected: the table in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-CLIP = Path(__file__).resolve().parent.parent / "examples" / "digits" / "clip"
+CLIP = Path(__file__).resolve().parent.parent / "carot_hf" / "suites" / "digits_clip"
 SIDE = 224
 FACTOR = 2.0  # how much faster than transformers' processor ours should be
 Batch = dict[str, Any]

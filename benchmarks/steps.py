@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSet, ShiftSuite
 
-CLIP = Path(__file__).resolve().parent.parent / "examples" / "digits" / "clip"
+CLIP = Path(__file__).resolve().parent.parent / "carot_hf" / "suites" / "digits_clip"
 CONTEXT = 77
 SHORTEST, LONGEST = 7, 16  # tokens of a caption, markers included: what ImageNet's names give with CLIP's templates
 FULL_SIZE = {"depth": 12, "vision": 768, "text": 512, "image": 224}  # ViT-B/16

@@ -31,7 +31,7 @@ LINKED = ("carot_hf", "examples", "benchmarks", "docs", "setup.cfg", "Makefile")
 # What pages leave where they are run, beside `out`: data and suites that the reader makes.
 OF_PAGES = ("mine", "mine.yaml", "pets", "pets.yaml", "captioned.yaml")
 CUT = {
-    "finetune_imagenet": ["--max_steps", "4", "--save_steps", "2", "--use_cpu"],
+    "train": ["--max_steps", "4", "--save_steps", "2", "--use_cpu"],
     "interpolate": ["--alphas", "0", "1", "--use_cpu"],
 }
 NUMBER = re.compile(r"-?\d*\.?\d+(?:e-?\d+)?")
@@ -67,7 +67,7 @@ def blocks(path):
             code = "".join(text[indent:] + "\n" for text in lines[start + 1 : number])
             found.append(Block(language, title and title[1], code, start + 1))
             fence = None
-        elif fence is None and re.match(r"    (python|accelerate|torchrun|make|hf|pip) ", line):
+        elif fence is None and re.match(r"    (python|accelerate|torchrun|make|hf|pip|carot_hf) ", line):
             found.append(Block("bash", None, line.strip() + "\n", number))
     assert fence is None, f"{path}: a block is not closed"
     return found
@@ -81,6 +81,8 @@ def commands(code):
 
 def script_of(words):
     """The script that a command starts, and its arguments."""
+    if words[0] == "carot_hf":
+        return f"-m carot_hf {words[1]}", words[2:]
     if words[0] == "python":
         return words[1], words[2:]
     if words[:2] == ["accelerate", "launch"]:
@@ -88,6 +90,8 @@ def script_of(words):
 
         args = launch_command_parser().parse_args(words[2:])
         assert args.config_file is None or (ROOT / args.config_file).is_file(), args.config_file
+        if args.module:
+            return f"-m {args.training_script} {args.training_script_args[0]}", args.training_script_args[1:]
         return args.training_script, args.training_script_args
     if words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
@@ -97,10 +101,21 @@ def script_of(words):
     return None, []
 
 
+def ours(words):
+    """The name of our command that a command runs, by itself or as a script; of others none."""
+    script = script_of(words)[0]
+    if script is None or script.startswith("-m carot_hf "):
+        return script and script.split()[2]
+    found = re.search(r'^    script\("(\w+)"\)$', (ROOT / script).read_text(), re.MULTILINE)
+    return found and found[1]
+
+
 def check_command(words):
     """Raise unless the program exists and knows every option."""
     script, arguments = script_of(words)
-    if script is not None:
+    if script is not None and script.startswith("-m"):
+        check_ours(ours(words), arguments)
+    elif script is not None:
         assert (ROOT / script).is_file(), f"no script {script}"
         check_script(script, arguments)
     elif words[0] == "make":
@@ -108,8 +123,6 @@ def check_command(words):
         assert set(words[1:]) <= set(targets), words
     elif words[0] == "hf":
         check_help(["-c", "from huggingface_hub.cli.hf import main; main()", words[1]], words[2:])
-    elif words[0] == "carot_hf":
-        importlib.import_module(f"carot_hf.cli.{words[1]}").parse(words[2:])
     elif words[:2] == ["pip", "install"]:
         check_pip(words[2:])
     else:
@@ -118,16 +131,18 @@ def check_command(words):
 
 def check_script(script, arguments):
     """Let the parser of the script read its arguments; of one without, look them up in its help."""
-    module = importlib.import_module(Path(script).stem) if script.startswith("examples/") else None
-    if script == "examples/finetune_imagenet.py":
-        from transformers import HfArgumentParser
-
-        parser = HfArgumentParser((module.ScriptArguments, module.CaRotTrainingArguments), allow_abbrev=False)
-        parser.parse_args(arguments)
-    elif hasattr(module, "parse"):
-        module.parse(arguments)
+    if (name := ours(["python", script])) is not None:
+        check_ours(name, arguments)
     else:
         check_help([script], arguments, ROOT)
+
+
+def check_ours(name, arguments):
+    """Let the parser of a command read its arguments."""
+    if name == "train":
+        importlib.import_module("carot_hf.cli.train_options").parser_of().parse_args(arguments)
+    else:
+        importlib.import_module(f"carot_hf.cli.{name}").parse(arguments)
 
 
 def check_help(program, arguments, folder=None):
@@ -165,8 +180,7 @@ def check_suite(text):
 
 def small(words):
     """Whether a command runs here: one process, a suite and a model that are here, no tracker with an account."""
-    words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:] if words[0] == "python" else []
-    if not words or Path(words[0]).stem not in CUT or "--suite" not in words:
+    if words[0] not in ("accelerate", "python", "carot_hf") or "--suite" not in words or ours(words) not in CUT:
         return False
     given = dict(itertools.pairwise(words))
     if given.get("--report_to") in ("wandb", "trackio") or not Path(given.get("--model_name_or_path", ".")).exists():
@@ -176,12 +190,12 @@ def small(words):
 
 def run_command(words):
     script, arguments = script_of(words)
-    cut = CUT[Path(script).stem]
+    cut = CUT[ours(words)]
     if arguments[arguments.index("--suite") + 1] != "digits":
         cut = ["--use_cpu"]  # a page's own suite says how long it is trained
     launcher = ["-m", "accelerate.commands.launch"] if words[0] == "accelerate" else []
     result = subprocess.run(
-        [sys.executable, *launcher, script, *arguments, *cut], capture_output=True, text=True, check=False
+        [sys.executable, *launcher, *script.split(), *arguments, *cut], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     return result.stdout

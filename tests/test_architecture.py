@@ -36,7 +36,10 @@ ALLOWED = {
         "basics", "calibration", "data", "evaluation", "hub", "models", "objective", "run", "teacher",
         "training_args",
     },
-    "cli": {"basics", "calibration", "data", "evaluation", "models", "run", "suites"},
+    "cli": {
+        "basics", "calibration", "data", "ece", "evaluation", "hub", "models", "presets", "run", "suites", "trainer",
+        "training_args",
+    },
     "__main__": {"cli"},
 }  # fmt: skip
 THIRD_PARTY = {
@@ -71,7 +74,7 @@ THIRD_PARTY = {
     "evaluation": {"matplotlib", "numpy", "torch", "tqdm", "transformers"},
     "run": {"numpy", "torch", "tqdm", "transformers"},
     "hub": {"huggingface_hub", "transformers"},
-    "cli": {"torch", "tqdm", "transformers"},
+    "cli": {"accelerate", "numpy", "scipy", "torch", "tqdm", "transformers", "yaml"},
     "__main__": set(),
 }
 

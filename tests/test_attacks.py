@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import finetune_imagenet
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -42,6 +41,8 @@ from carot_hf.basics.escape import code, markdown, printable
 from carot_hf.basics.manifest import damage_of, write_manifest
 from carot_hf.basics.redaction import public, public_words
 from carot_hf.calibration.record import calibration_record
+from carot_hf.cli import main as command_line
+from carot_hf.cli import training
 from carot_hf.data.images import FORMATS, MAX_BYTES, MAX_PIXELS, BadImageError, read_image
 from carot_hf.evaluation.evaluation import comparison_table
 from carot_hf.hub.card import ZERO_SHOT, CardFacts, model_card
@@ -1025,10 +1026,13 @@ def test_the_scripts_escape_what_they_say_last(capsys, monkeypatch):
     def fail(argv):
         raise ValueError("Expected data at \x1b[2J\n\u202ex")
 
+    monkeypatch.setattr("carot_hf.cli.train.main", fail)
+
     monkeypatch.setattr(sys, "argv", ["finetune_imagenet.py"])
     with pytest.raises(SystemExit) as ended:
-        finetune_imagenet.run(fail)
-    assert ended.value.code == r"finetune_imagenet.py: Expected data at \x1b[2J \u202ex"
+        command_line.script("train")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "finetune_imagenet.py: Expected data at \\x1b[2J \\u202ex\n"
 
 
 # ---- the folder of a run ----
@@ -1045,7 +1049,7 @@ def test_an_output_dir_that_is_no_folder(tmp_path, name):
     ):
         made_trainer(tmp_path / name)
     with pytest.raises(ValueError, match="Expected a folder as `output_dir`"):
-        finetune_imagenet.main(["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path / name)])
+        training.main(["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path / name)])
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -1055,7 +1059,7 @@ def test_an_output_dir_that_cannot_be_written_to():
     with pytest.raises(
         ValueError, match=r"`output_dir` that can be written to, got /proc/self/run \(FileNotFoundError: No"
     ):
-        finetune_imagenet.main(["--suite", "digits", "--use_cpu", "--output_dir", place])
+        training.main(["--suite", "digits", "--use_cpu", "--output_dir", place])
     with (
         pytest.raises(ValueError, match=r"`output_dir` that can be written to, got /proc/self/fdinfo"),
         locked("/proc/self/fdinfo"),

@@ -10,12 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo
-import finetune_imagenet
 import pages as docs
 import pytest
-import reproduce_tables
 from toys import ROOT
+
+from carot_hf.cli import demo, tables, train_options
 
 OURS = ("carot_hf", "examples", "space", "benchmarks", "docs", "tests")
 FILES = ("Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.cfg")
@@ -47,7 +46,7 @@ def clone(tmp_path_factory):
     for name in FILES:
         shutil.copy(ROOT / name, folder / name)
     names = imported()
-    assert {"torch", "transformers", "wandb", "demo", "toys"} <= names
+    assert {"torch", "transformers", "wandb", "pages", "toys"} <= names
     for name in {*LEFT, *names}:
         (folder / name / "files").mkdir(parents=True)
         for file in ("a.py", "test_a.py", "conftest.py", "files/b.py"):
@@ -90,12 +89,12 @@ def test_make_lint_is_green(clone):
 
 def test_by_default_scripts_write_into_out(monkeypatch, tmp_path):
     """One place that is ignored by git, and that a reader may delete."""
-    assert re.search(r'"--output_dir", type=Path, default=Path\("out/demo"\)', Path(demo.__file__).read_text())
-    assert reproduce_tables.parse([]).output_dir == Path("out/report")
+    assert demo.parse([]).output_dir == Path("out/demo")
+    assert tables.parse([]).output_dir == Path("out/report")
     for flags, folder in (([], "carot"), (["--preset", "flyp"], "flyp"), (["--zero_shot"], "zero_shot")):
-        args = finetune_imagenet.parse(["--suite", "digits", "--use_cpu", *flags])[1]
+        args = train_options.parse(["--suite", "digits", "--use_cpu", *flags])[1]
         assert args.output_dir == os.path.join("out", folder)
-    args = finetune_imagenet.parse(["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path)])[1]
+    args = train_options.parse(["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path)])[1]
     assert args.output_dir == str(tmp_path)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..basics.whole_file import whole_files
+from .data_options import SUITE
+from .parser import Parser
 
 METHODS = ("temperature", "perturbed", "density", "target")
 _HELP = """Fit on the held-out images of a suite what makes a checkpoint's confidences right; write a calibrated copy.
@@ -62,9 +64,9 @@ def work(options: argparse.Namespace) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="carot_hf calibrate", description=_HELP, allow_abbrev=False)
+    parser = Parser("calibrate", _HELP)
     parser.add_argument("model", help="folder, or id on the Hub")
-    parser.add_argument("--suite", required=True, help="digits, imagenet, or a YAML file")
+    parser.add_argument("--suite", required=True, help=SUITE)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the calibrated copy")
     parser.add_argument(
         "--method",
@@ -77,7 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default: 64")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is there")
-    options = parser.parse_args(argv)
+    options = parser.read(argv)
     if (options.method == "target") != bool(options.images):
         parser.error("expected --images with --method target, and with no other")
     return options

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
+
+from .parser import nearest
 
 COMMANDS = {
-    "calibrate": "a calibrated copy of a checkpoint",
+    "train": "fine-tune, judge under shift, calibrate and save",
     "evaluate": "accuracy and calibration of a checkpoint on the sets of a suite; writes no model",
+    "calibrate": "a calibrated copy of a checkpoint",
     "predict": "class and calibrated confidence of images without labels; what to expect of them",
+    "interpolate": "WiSE-FT: the models between a zero-shot and a fine-tuned one",
+    "export": "a classifier for transformers' image-classification pipeline, or an ONNX file",
+    "tables": "the tables and figures of the papers, by one command",
+    "demo": "zero-shot, FLYP and CaRot on real images, offline",
 }
 _HELP = """usage: carot_hf COMMAND [options]
 
@@ -23,7 +30,7 @@ carot_hf COMMAND --help says more. --debug shows where an error came from.
 def main(argv: Sequence[str]) -> int:
     """Run a command; return the exit status."""
     words = list(argv)
-    shown = _HELP.format(commands="\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
+    shown = _HELP.format(commands="\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items()))
     if not words or words[0] in ("-h", "--help", "help"):
         print(shown)
         return 0
@@ -32,21 +39,31 @@ def main(argv: Sequence[str]) -> int:
 
         print(__version__)
         return 0
-    name, rest = words[0], [word for word in words[1:] if word != "--debug"]
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        print(f"carot_hf: expected a command, got {name!r}.{f' Did you mean {near[0]}?' if near else ''}\n\n{shown}")
+    if words[0] not in COMMANDS:
+        near = nearest(words[0], COMMANDS)
+        print(f"carot_hf: expected a command, got {words[0]!r}.{near}\n\n{shown}", file=sys.stderr)
         return 2
-    command = import_module(f".{name}", __package__)
+    return run_command(words[0], words[1:], f"carot_hf {words[0]}")
+
+
+def run_command(name: str, words: Sequence[str], called: str) -> int:
+    """Run one command; return the exit status: 0, 2 after an error that is said in one line, 130 if interrupted.
+
+    Args:
+        name: Of the command.
+        words: Behind it; ``--debug`` lets an error end in its traceback.
+        called: How the user called it.
+    """
+    debug, rest = _without_debug(words)
     try:
-        command.main(rest)
+        import_module(f".{name}", __package__).main(rest)
     except KeyboardInterrupt:
-        print(f"\ncarot_hf {name}: interrupted", file=sys.stderr)
+        print(f"\n{called}: interrupted", file=sys.stderr)
         return 130
     except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
-        if "--debug" in words:
+        if debug:
             raise
-        print(f"carot_hf {name}: {_in_a_line(error)}", file=sys.stderr)
+        print(f"{called}: {_in_a_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -54,6 +71,21 @@ def main(argv: Sequence[str]) -> int:
 def run() -> None:
     """The entry point of the console command."""
     sys.exit(main(sys.argv[1:]))
+
+
+def script(name: str) -> None:
+    """Run a command under the name of the script that was called."""
+    sys.exit(run_command(name, sys.argv[1:], Path(sys.argv[0]).name))
+
+
+def _without_debug(words: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether ``--debug`` is among words, and the others; with a value it is an option of ``TrainingArguments``."""
+    kept = [
+        word
+        for word, behind in zip(words, [*words[1:], "-"], strict=True)
+        if word != "--debug" or behind in ("underflow_overflow", "tpu_metrics_debug")
+    ]
+    return len(kept) < len(words), kept
 
 
 def _in_a_line(error: BaseException) -> str:

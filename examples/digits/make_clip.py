@@ -1,6 +1,6 @@
 """Make the small CLIP of the digits suite: a CLIPModel and its processor, in about three minutes on one CPU core.
 
-    python examples/digits/make_clip.py                    # rebuilds examples/digits/clip, prints the table below
+    python examples/digits/make_clip.py                    # rebuilds carot_hf/suites/digits_clip, prints this table
     python examples/digits/make_clip.py --evaluate_only    # the table alone, of the folder as it is
 
 It pretrains on MNIST digits and printed ones in varied renditions (`carot_hf.suites.digits.pretraining_split`) with
@@ -240,7 +240,9 @@ def print_table(model: CLIPModel, processor: CLIPProcessor) -> None:
 def main() -> None:
     """Make, save and evaluate the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "clip")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(__file__).resolve().parents[2] / "carot_hf" / "suites" / "digits_clip"
+    )
     parser.add_argument("--evaluate_only", action="store_true", help="print the table of the folder as it is")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the checkpoint that is there")
     arguments = parser.parse_args()

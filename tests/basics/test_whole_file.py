@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 
-import common
-import finetune_imagenet
 import pytest
 from safetensors.torch import load_file
 
 from carot_hf.basics.whole_file import whole_file, write_whole
+from carot_hf.cli import training
+from carot_hf.cli.data_options import START_MODELS
 from carot_hf.evaluation import diagrams as reporting
 
 
@@ -73,8 +73,8 @@ def test_the_script_keeps_the_weights_before_it_evaluates(tmp_path, monkeypatch)
         "no",
     ]
     with pytest.raises(OSError, match="No space"):
-        finetune_imagenet.main(flags)
-    start = load_file(str(common.START_MODELS["digits"]) + "/model.safetensors")
+        training.main(flags)
+    start = load_file(str(START_MODELS["digits"]) + "/model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == start.keys()
     assert any((value != start[name]).any() for name, value in saved.items())

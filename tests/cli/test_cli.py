@@ -24,7 +24,7 @@ from carot_hf.data.shift_set import ShiftSet
 from carot_hf.evaluation.predictor import Predictor
 from carot_hf.models.classifier import CLIPClassifier, CLIPClassifierConfig
 
-DIGITS = str(ROOT / "examples" / "digits" / "clip")
+DIGITS = str(ROOT / "carot_hf" / "suites" / "digits_clip")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_help_is_there_at_once_and_names_each_command():
 
 def test_a_word_that_is_none_gets_the_nearest(capsys):
     assert main(["evalute"]) == 2
-    assert "got 'evalute'. Did you mean evaluate?" in capsys.readouterr().out
+    assert "got 'evalute'. Did you mean evaluate?" in capsys.readouterr().err
     assert main([]) == 0
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.endswith(f"{carot_hf.__version__}\n")

@@ -6,14 +6,13 @@ import csv
 import json
 import math
 
-import common
-import interpolate
 import pytest
 import torch
 from tolerances import float32_bound
 from transformers import CLIPModel, CLIPProcessor
 
 from carot_hf import bake_temperature
+from carot_hf.cli import data_options, interpolate
 from carot_hf.models.classifier import CLIPClassifier
 from carot_hf.models.merging import interpolate as merge
 
@@ -21,7 +20,7 @@ from carot_hf.models.merging import interpolate as merge
 @pytest.fixture
 def ends(tmp_path, model, processor, make_trainer, suite, monkeypatch):
     """Folders of a zero-shot and of a fine-tuned end, baked with T = 2, and the unbaked fine-tuned end itself."""
-    monkeypatch.setattr(interpolate, "load_suite", lambda name, **options: suite)
+    monkeypatch.setattr("carot_hf.suites.load.load_suite", lambda name, **options: suite)
     model.save_pretrained(tmp_path / "zero_shot")
     trained = make_trainer(model, preset="flyp", learning_rate=2e-3, max_steps=6)
     trained.train()
@@ -121,7 +120,7 @@ def test_defaults_are_wise_ft():
     ("start", "suite", "expected"),
     [
         ("openai/clip-vit-base-patch32", "my.yaml", "openai/clip-vit-base-patch32"),
-        ("the suite's (clip)", "digits", common.START_MODELS["digits"]),
+        ("the suite's (clip)", "digits", data_options.START_MODELS["digits"]),
         ("the suite's (clip-vit-base-patch16)", "imagenet", "openai/clip-vit-base-patch16"),
     ],
 )
@@ -145,15 +144,15 @@ def test_an_earlier_sweep_is_not_written_over(tmp_path, name):
     (tmp_path / name).write_text("mine")
     flags = ["--fine_tuned", "x", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="without a finished model"):
-        interpolate.parse(flags)
-    assert interpolate.parse([*flags, "--overwrite_output_dir"]).output_dir == tmp_path
+        interpolate.main(flags)
+    with pytest.raises(ValueError, match="to say which model the run started from"):
+        interpolate.main([*flags, "--overwrite_output_dir"])
 
 
 @pytest.mark.parametrize("flags", [["--alpha", "1.5"], ["--alphas", "0", "nan"]])
-def test_weights_out_of_range_end_before_anything_is_loaded(flags, capsys):
-    with pytest.raises(SystemExit):
+def test_weights_out_of_range_end_before_anything_is_loaded(flags):
+    with pytest.raises(ValueError, match=r"expected a weight in \[0, 1\], got"):
         interpolate.parse(["--fine_tuned", "x", "--output_dir", "y", *flags])
-    assert "expected a weight in [0, 1], got" in capsys.readouterr().err
 
 
 def test_another_kind_of_model_is_refused(tmp_path, model):

@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import finetune_imagenet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from toys import CLASSES, TEMPLATES, tiny_clip, tiny_processor
 from transformers import AutoModel, AutoProcessor, ViTConfig, ViTModel, pipeline
 
 from carot_hf import bake_temperature, interpolate, unbake_temperature
+from carot_hf.cli import training
 from carot_hf.data.captions import CaptionTable, class_embeddings
 from carot_hf.models.backbones import (
     BACKBONES,
@@ -302,7 +302,7 @@ def test_the_script_fine_tunes_a_folder_of_another_family(tmp_path):
     processor = processor_of("siglip2")
     processor.save_pretrained(tmp_path / "start")
     model_of("siglip2", processor.tokenizer).save_pretrained(tmp_path / "start")
-    report = finetune_imagenet.main(
+    report = training.main(
         [
             "--suite", "digits", "--model_name_or_path", str(tmp_path / "start"), "--output_dir", str(tmp_path / "out"),
             "--max_steps", "2", "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true",

@@ -248,7 +248,7 @@ def test_other_contents_are_refused():
     with pytest.raises(ValueError, match="several under"):
         clip_from_state_dict({"state_dict": bare, "model": bare}, hidden_act="gelu")
     with pytest.raises(ValueError, match=r"CLIPModel\.from_pretrained"):
-        clip_from_state_dict(CLIPModel.from_pretrained(ROOT / "examples" / "digits" / "clip").state_dict())
+        clip_from_state_dict(CLIPModel.from_pretrained(ROOT / "carot_hf" / "suites" / "digits_clip").state_dict())
     with pytest.raises(TypeError, match=r"got list\. Pass"):
         clip_from_state_dict([1.0])
     with pytest.raises(ValueError, match="got no tensor at all"):

@@ -372,7 +372,7 @@ def test_scripts_end_with_a_line_on_what_the_user_can_mend(command, tmp_path):
     result = subprocess.run(
         [sys.executable, str(ROOT / "examples" / script), *options], capture_output=True, text=True, cwd=tmp_path
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(f"{script}: ")

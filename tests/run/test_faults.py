@@ -261,14 +261,14 @@ def slow_train(out):
 
 def end_with_full_disk(out, moment):
     """The whole script on a disk that is full from a moment on: weights are saved once, the rest comes after it."""
-    import finetune_imagenet
-
+    import carot_hf.cli.training
     import carot_hf.evaluation.diagrams
+    from carot_hf.cli.main import script
 
     places = {
         "picture": (carot_hf.evaluation.diagrams, "write_diagrams"),
         "second save": (carot_hf.CaRotTrainer, "calibrate"),
-        "metrics": (finetune_imagenet, "write_whole"),
+        "metrics": (carot_hf.cli.training, "write_whole"),
     }
     owner, name = places[moment]
     original = getattr(owner, name)
@@ -281,7 +281,7 @@ def end_with_full_disk(out, moment):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     options = ["--suite", "digits", "--use_cpu", "--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "true"]
     sys.argv = ["finetune_imagenet.py", *options, "--report_to", "none", "--output_dir", out]
-    finetune_imagenet.run(finetune_imagenet.main)
+    script("train")
 
 
 @pytest.mark.slow
@@ -307,7 +307,7 @@ def test_a_full_disk_at_the_end_loses_no_training(tmp_path, moment):
     """Without any checkpoint: what was trained is there, and each failure is one sentence."""
     out = tmp_path / "run"
     status, log = finish(f"end_with_full_disk({str(out)!r}, {moment!r})")
-    assert status == 1, log
+    assert status == 2, log
     weights = load_file(out / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert not (out / "metrics.json").exists()
@@ -377,7 +377,7 @@ def test_an_output_dir_that_cannot_be_used_is_said_before_anything_is_loaded(tmp
     script = [sys.executable, str(ROOT / "examples" / "finetune_imagenet.py"), "--suite", "digits", "--use_cpu"]
     script += ["--model_name_or_path", str(tmp_path / "no-model")]  # which nobody looks for
     result = subprocess.run([*script, "--output_dir", str(place)], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("finetune_imagenet.py: Expected a"), result.stderr
     assert "`output_dir`" in last

@@ -11,7 +11,6 @@ from collections import Counter
 from types import SimpleNamespace
 
 import datasets
-import finetune_imagenet
 import numpy as np
 import pytest
 import torch
@@ -24,6 +23,7 @@ import carot_hf.data.shift_set
 import carot_hf.evaluation.evaluator
 from carot_hf import load_suite
 from carot_hf.calibration.metrics import METRICS
+from carot_hf.cli import training
 from carot_hf.suites.imagenet.sets import SETS, wnids
 
 TRAIN = np.repeat([0, 1, 2, 134, 517, 999], 10)
@@ -339,7 +339,7 @@ def test_the_main_job_on_local_copies(root, model, processor, tmp_path, flags):
     command = ["--data_root", str(root), "--partial", "--shifts", "r", "objectnet", "--use_cpu", "--max_steps", "2"]
     command += ["--model_name_or_path", str(tmp_path / "start"), "--per_device_train_batch_size", "4", *flags]
     command += ["--output_dir", str(tmp_path / "out"), "--report_to", "none", "--reliability_diagrams", "False"]
-    report = finetune_imagenet.main(command)
+    report = training.main(command)
     saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert saved["suite_version"] == "1.0"
     assert len(saved["suite_sha256"]) == 64

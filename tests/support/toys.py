@@ -13,7 +13,7 @@ from carot_hf import ShiftSet, ShiftSuite
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = str(ROOT / "tests" / "support")
-CLIP = ROOT / "examples" / "digits" / "clip"
+CLIP = ROOT / "carot_hf" / "suites" / "digits_clip"
 CLASSES = ["zero", "one", "two", "three"]
 TEMPLATES = ["a photo of the digit {}", "the number {}", "an image of {}"]
 

@@ -1,4 +1,4 @@
-"""The report of reproduce_tables.py: tables with intervals, figures, and the page that puts them together."""
+"""The report of `carot_hf tables`: tables with intervals, figures, and the page that puts them together."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 import transformers
 from scipy.stats import t as student_t
 
-import carot_hf
-from carot_hf import ShiftSuite
-from carot_hf.basics.escape import table
-from carot_hf.basics.whole_file import whole_file, write_whole
-from carot_hf.ece.binning import CalibrationBins
-from carot_hf.evaluation.plots import ece_by_set, id_ood_scatter, reliability_grid
+from .. import __version__
+from ..basics.escape import table
+from ..basics.whole_file import whole_file, write_whole
+from ..data.suite import ShiftSuite
+from ..ece.binning import CalibrationBins
+from ..evaluation.plots import ece_by_set, id_ood_scatter, reliability_grid
 
 Metrics = Mapping[str, float]
 TITLES = {
@@ -173,7 +173,7 @@ def introduction(
         *parts,
         f"    {command}",
         f"Seeds {', '.join(map(str, seeds))}. Cells {seconds[0] / 60:.0f} min of computing in all, this call "
-        f"{seconds[1] / 60:.0f} min. carot_hf {carot_hf.__version__}, torch {torch.__version__}, transformers "
+        f"{seconds[1] / 60:.0f} min. carot_hf {__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, Python {platform.python_version()}.",
         f"ID: {suite.test.name}. OOD: unweighted mean over {', '.join(suite.shifts)}. ECE: 10 bins, whole set. "
         "T: with a temperature fitted on the validation split. Values are means over the seeds, ± half of a 95 % "

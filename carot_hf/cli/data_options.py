@@ -1,0 +1,41 @@
+"""What several commands share: the options that name data, and the models that suites start from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+START_MODELS = {
+    "imagenet": "openai/clip-vit-base-patch16",
+    "digits": str(Path(__file__).resolve().parent.parent / "suites" / "digits_clip"),
+}
+OF_THE_SUITE = "the suite's"  # start model, in metrics.json
+LOCAL_NAME = "local.json"  # what metrics.json, which is published, does not say: places on this machine
+SUITE = "digits, imagenet, a YAML file, or a folder of images"
+METHODS = ("temperature", "perturbed", "density")
+
+
+def add_suite_options(
+    parser: argparse.ArgumentParser, default: str | None = "digits", *, required: bool = False
+) -> None:
+    """Add the options that name data."""
+    group = parser.add_argument_group("data")
+    said = "" if required else f"; default: {default or 'none'}"
+    group.add_argument("--suite", default=default, required=required, help=f"{SUITE}{said}")
+    group.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts, in place of the Hub")
+    group.add_argument("--streaming", action="store_true", help="read the data as streams")
+    group.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; default: v2 r a sketch objectnet")
+    group.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
+
+
+def suite_options(script: Any) -> dict[str, Any]:
+    """The options of `load_suite` that were given; each suite refuses those that it does not have."""
+    options = {"root": script.data_root, "shifts": script.shifts, "streaming": script.streaming or None}
+    options["check_counts"] = False if script.partial else None
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def start_model_of(suite: str) -> str:
+    """The checkpoint that a suite is fine-tuned from: CLIP ViT-B/16, or the small one of the digits."""
+    return START_MODELS.get(suite, START_MODELS["imagenet"])
