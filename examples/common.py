@@ -25,7 +25,7 @@ LOCAL_NAME = "local.json"  # what metrics.json, which is published, does not say
 SUITES = (
     "'imagenet' (ImageNet-1K and five shifts from the Hub, or from --data_root), 'digits' (embedded, offline), or a "
 )
-SUITES += "YAML file of your own (examples/suites/pets.yaml)"
+SUITES += "YAML file (examples/suites/pets.yaml) or a folder of your own"
 
 
 def add_suite_options(parser: argparse.ArgumentParser, default: str | None = "digits") -> None:

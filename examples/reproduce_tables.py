@@ -37,6 +37,7 @@ from tables import write_report
 from carot_hf import ShiftSuite, load_suite
 from carot_hf.basics.redaction import public_words
 from carot_hf.basics.whole_file import write_whole
+from carot_hf.data.suite import needed
 from carot_hf.run.checkpoint import checkpoint_folders, is_complete
 from carot_hf.run.lock import locked
 
@@ -141,7 +142,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def teacher_interval(suite: ShiftSuite, options: argparse.Namespace) -> int:
     """Steps between updates of the teacher: the published share of the run."""
     epochs = QUICK_EPOCHS if options.quick else int(suite.recommended.get("num_train_epochs", 10))
-    batches = len(suite.train) // int(suite.recommended.get("per_device_train_batch_size", BATCH))
+    train = needed(suite.train, "training", "for tables of methods that train")
+    batches = len(train) // int(suite.recommended.get("per_device_train_batch_size", BATCH))
     return max(1, round(batches * epochs * PUBLISHED_INTERVAL))
 
 

@@ -30,12 +30,14 @@ def work(options: argparse.Namespace) -> None:
     from ..calibration.record import calibration_record, unbake_temperature
     from ..data.shift_set import ShiftSet
     from ..evaluation.evaluator import Evaluator
+    from ..evaluation.fitting import check_home
     from ..suites.load import load_suite
     from .models import check_classes, load
     from .predict import images_of
 
     images = None
     suite = load_suite(options.suite)
+    check_home(suite.validation, suite.train, options.method)
     if options.images:
         rows = [{"image": str(path)} for path in images_of(options.images)]
         images = ShiftSet(rows, name="target", num_classes=len(suite.class_names), label_column=None)
@@ -64,7 +66,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="carot_hf calibrate", description=_HELP, allow_abbrev=False)
     parser.add_argument("model", help="folder, or id on the Hub")
-    parser.add_argument("--suite", required=True, help="digits, imagenet, or a YAML file")
+    parser.add_argument("--suite", required=True, help="digits, imagenet, a YAML file, or a folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the calibrated copy")
     parser.add_argument(
         "--method",
