@@ -134,7 +134,7 @@ def _listed(folder: Path, where: str) -> tuple[list[str], list[str]]:
         if path.name.startswith(".") or path.name in LEFT_BY_OTHERS:
             continue
         to = os.path.realpath(path)
-        if path.is_dir() and os.path.commonpath([to, real]) == to:
+        if path.is_dir() and os.path.join(real, "").startswith(os.path.join(to, "")):
             logger.warning("%s: %r leads back to the folder itself, or above it, and is passed over.", where, path.name)
         else:
             names[0 if path.is_dir() else 1].append(path.name)

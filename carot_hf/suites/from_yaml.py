@@ -352,8 +352,7 @@ def _class_names_of(rows: Any, label: str, where: str, role: str) -> list[str]:
     if hasattr(feature, "names"):
         return list(feature.names)
     if is_text(feature):
-        whole = hasattr(rows, "__len__")
-        values = list(rows.with_format(None)[label]) if whole else [row[label] for row in rows.select_columns([label])]
+        values = list(rows.with_format(None)[label])
         for row, value in enumerate(values):
             if (reason := not_a_label(value)) is not None or not value.strip():
                 raise ValueError(f"{where}: expected a label in each row, got {reason or repr(value)} in row {row}.")
