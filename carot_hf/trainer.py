@@ -72,7 +72,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             another family of :data:`~carot_hf.models.backbones.BACKBONES`. With the objective "cross_entropy" a
             ``CLIPModel`` is turned into a :class:`~carot_hf.CLIPClassifier` with the suite's zero-shot head.
         args: The arguments; presets are in ``CaRotTrainingArguments.from_preset``.
-        suite: Training, validation, test and shifted sets, class names and templates.
+        suite: Training, validation, test and shifted sets, class names and templates. For one that is evaluated only
+            there is :class:`~carot_hf.Evaluator`.
         processing_class: The model's processor, e.g. a ``CLIPProcessor``.
         data_collator: Replaces :class:`~carot_hf.data.batches.CaRotCollator`. Training samples carry ``draw``, a number
             that is unique to the sample and the epoch; seed whatever is random with it.
@@ -247,7 +248,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             self._suite_of = (self.train_dataset, replace(self.suite, train=train))
         return self._suite_of[1]
 
-    def training_set(self) -> ShiftSet:
+    def training_set(self) -> ShiftSet | None:
         """Return the set that is trained on, the suite's or another that was passed."""
         return self._run_suite.train
 

@@ -169,13 +169,13 @@ def check_suite(text):
     """Read a suite, or a part of one, by the rules of load_suite; its data need not be there."""
     from carot_hf.suites import from_yaml as rules
 
-    content = rules._checked(yaml.safe_load(text), "page", "", rules._SUITE_KEYS, ())
+    content = rules.checked_keys(yaml.safe_load(text), "page", "", rules._SUITE_KEYS, ())
     sets = {"train": rules._TRAIN_KEYS, "validation": rules._SET_KEYS, "test": rules._TEST_KEYS}
     for key in sets.keys() & content.keys():
         if isinstance(content[key], dict):
-            rules._checked(content[key], "page", key, sets[key], ("path",))
+            rules.checked_keys(content[key], "page", key, sets[key], ("path",))
     for name, value in content.get("shifts", {}).items():
-        rules._checked(value, "page", f"shifts.{name}", rules._SHIFT_KEYS, ("path",))
+        rules.checked_keys(value, "page", f"shifts.{name}", rules._SHIFT_KEYS, ("path",))
 
 
 def small(words):

@@ -32,12 +32,14 @@ def work(options: argparse.Namespace) -> None:
     from ..calibration.record import calibration_record, unbake_temperature
     from ..data.shift_set import ShiftSet
     from ..evaluation.evaluator import Evaluator
+    from ..evaluation.fitting import check_home
     from ..suites.load import load_suite
     from .models import check_classes, load
     from .predict import images_of
 
     images = None
     suite = load_suite(options.suite)
+    check_home(suite.validation, suite.train, options.method)
     if options.images:
         rows = [{"image": str(path)} for path in images_of(options.images)]
         images = ShiftSet(rows, name="target", num_classes=len(suite.class_names), label_column=None)

@@ -9,7 +9,8 @@ from pathlib import Path
 from ..basics.whole_file import write_whole
 
 _HELP = """Accuracy and calibration of a checkpoint on the sets of a suite, with the temperature that is in its weights
-and the calibrator beside it. Trains nothing and writes no model: a table, metrics.json and reliability diagrams."""
+and the calibrator beside it. A test set is enough. Trains nothing and writes no model: a table, metrics.json and
+reliability diagrams."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,7 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="carot_hf evaluate", description=_HELP, allow_abbrev=False)
     parser.add_argument("model", help="folder, or id on the Hub")
-    parser.add_argument("--suite", required=True, help="digits, imagenet, or a YAML file")
+    parser.add_argument("--suite", required=True, help="digits, imagenet, a YAML file, or a folder")
     parser.add_argument("--sets", nargs="+", help="names of its sets; default: all")
     parser.add_argument("--output_dir", type=Path, help="where metrics.json and the diagrams go; default: nowhere")
     parser.add_argument("--n_bins", type=int, default=10, help="confidence bins of the ECE; default: 10")

@@ -145,8 +145,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def teacher_interval(suite: ShiftSuite, options: argparse.Namespace) -> int:
     """Steps between updates of the teacher: the published share of the run."""
+    from ..data.suite import needed
+
     epochs = QUICK_EPOCHS if options.quick else int(suite.recommended.get("num_train_epochs", 10))
-    batches = len(suite.train) // int(suite.recommended.get("per_device_train_batch_size", BATCH))
+    train = needed(suite.train, "training", "for tables of methods that train")
+    batches = len(train) // int(suite.recommended.get("per_device_train_batch_size", BATCH))
     return max(1, round(batches * epochs * PUBLISHED_INTERVAL))
 
 

@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..basics.yaml_text import load_yaml
-from ..data.suite import ShiftSuite
+from ..data.suite import ShiftSuite, needed
 from ..presets import PRESETS, preset_arguments
 from ..run.checkpoint import checkpoint_folders, is_complete
 from ..run.header import refuse_finished
@@ -112,25 +112,24 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, CaRotTrainingArguments,
         refuse_finished(early.output_dir)
         refuse_checkpoints(early.output_dir)
     suite = load_suite(script.suite, **suite_options(script))
-    few = _batch_of_few(suite, words, early)
+    train = needed(suite.train, "training", "to train on")
+    few = _batch_of_few(len(train), {*suite.recommended}, words, early)
     if few and early.process_index == 0:
-        print(f"Batches of {min(few.values())}, for {suite.name} has {len(suite.train):,} training images.")
+        print(f"Batches of {min(few.values())}, for {suite.name} has {len(train):,} training images.")
     parser.set_defaults(**few, **suite.recommended)
     return script, parser.read(words)[1], suite
 
 
-def _batch_of_few(suite: ShiftSuite, words: Sequence[str], args: CaRotTrainingArguments) -> dict[str, int]:
+def _batch_of_few(
+    images: int, recommended: set[str], words: Sequence[str], args: CaRotTrainingArguments
+) -> dict[str, int]:
     """The batch of a training set that is too small for the published one, where nobody has named a batch."""
     named = {word.partition("=")[0].replace("-", "_") for word in words}
-    fixed = {f"__{name}" for name in ("per_device_train_batch_size", "contrastive_batch_size")} & named
     name = "per_device_train_batch_size"
-    if (
-        fixed
-        or name in suite.recommended
-        or len(suite.train) >= _STEPS_AN_EPOCH * getattr(args, name) * args.world_size
-    ):
+    fixed = {f"__{name}", "__contrastive_batch_size"} & named or name in recommended
+    if fixed or images >= _STEPS_AN_EPOCH * getattr(args, name) * args.world_size:
         return {}
-    whole = 2 ** int(math.log2(max(2, len(suite.train) // _STEPS_AN_EPOCH)))
+    whole = 2 ** int(math.log2(max(2, images // _STEPS_AN_EPOCH)))
     return {name: max(1, whole // args.world_size)}
 
 

@@ -101,9 +101,10 @@ def bank_of(train: ShiftSet | None) -> ShiftSet:
         ValueError: If there is none, or they can be read in order only.
     """
     if train is None or not can_be_bank(train):
+        got, cure = ("none", "Add one to the suite") if train is None else ("a stream", "Load it without `streaming`")
         raise ValueError(
-            f"Expected a training set that can be read by index for the method 'density', got "
-            f"{'none' if train is None else 'a stream'}. Load it without `streaming`, or use 'perturbed'."
+            f"Expected a training set that can be read by index for the method 'density', got {got}. {cure}, or use "
+            "'perturbed'."
         )
     rows = drawn_rows(train, MOST_IN_BANK)
     return train if rows is None else train.subset(rows, train.name)

@@ -116,7 +116,8 @@ def say_warnings(suite: ShiftSuite) -> None:
 
 
 def _survey(suite: ShiftSuite) -> Survey:
-    sets = {_TRAIN: suite.train, **{_shown_name(name): data for name, data in suite.evaluation_sets.items()}}
+    trained = {} if suite.train is None else {_TRAIN: suite.train}
+    sets = {**trained, **{_shown_name(name): data for name, data in suite.evaluation_sets.items()}}
     sizes = {name: len(data) for name, data in sets.items()}
     compared = sum(sizes.values()) <= MOST_IMAGES
     return Survey(

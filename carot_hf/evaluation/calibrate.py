@@ -85,7 +85,7 @@ def calibrate(
     logits, embeds, labels = home.held_out()
     scaling = home.fit(logits, labels)
     record: dict[str, Any] = {
-        "split": home.validation.name,
+        "split": home.home().name,
         "n": len(labels),
         "criterion": home.criterion,
         "bounds": list(home.bounds),

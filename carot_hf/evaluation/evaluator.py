@@ -34,7 +34,7 @@ from .calibrate import TARGET, calibrate, check_request, conformal_sets
 from .embed import Embedded, Embedder
 from .estimated import estimated
 from .evaluation import Evaluation, Reported, with_aggregates
-from .fitting import HomeFit
+from .fitting import HomeFit, check_home
 from .home import METHODS, check_calibration_method
 from .logits import Head, SetLogits, head_of
 from .marks import marks_of
@@ -52,7 +52,7 @@ class Evaluator:
             :class:`~carot_hf.CLIPClassifier` of the suite's classes; unwrapped. Its start and end markers become those
             of the tokenizer, as in training.
         processor: The model's.
-        suite: Sets, class names and templates.
+        suite: Sets, class names and templates. One without a validation set is measured as the model is.
         batch_size: Images at a time in one process.
         n_bins: Confidence bins.
         device: Where the model is put; ``None``: where it is.
@@ -62,7 +62,7 @@ class Evaluator:
         method: What :meth:`evaluate` measures beside the plain figures: "temperature", fitted on the validation set
             (``_ts``); "perturbed", which adds one that is fitted on perturbed copies of it, too (``_pts``); "density",
             which adds a temperature for each image (``_dts``).
-        train: Images of the training, of which "density" keeps a bank; ``None``: the suite's.
+        train: Images of the training, of which "density" keeps a bank; ``None``: the suite's, if it has any.
         captions: The suite's captions in the model's tokens; ``None``: made when they are needed.
         embedder: Embeds images; ``None``: made of the rest.
         memory: What is kept between calls; ``None``: a new one.
@@ -138,19 +138,20 @@ class Evaluator:
             remember: Use again what was computed of the same weights, and measure without a baked temperature, too.
             title: Of the bar.
         Raises:
-            ValueError: If there is no such set, or one without labels.
+            ValueError: If there is no such set, or one without labels; without a training set for "density".
         """
         chosen = self._chosen(sets)
         if missing := [data.name for data in chosen.values() if data.label_column is None]:
             raise ValueError(f"Expected labels in every set, got none in {missing}. Use `predict` for those.")
+        scalings = given_scalings(calibrator, getattr(base_model(self.model), "density", None))
+        fits = self._will_fit(chosen, scalings, remember)
         parts = self.embed(chosen, title)
         known = self._memory.of(self.model) if remember else {}
-        if chosen.get("validation") is self.suite.validation:
-            known["validation"] = (self.suite.validation, self.embedder.collator, *parts["validation"])
+        if (held := chosen.get("validation")) is not None and held is self.suite.validation:
+            known["validation"] = (held, self.embedder.collator, *parts["validation"])
         home, record = self._home(known), calibration_record(base_model(self.model)) if remember else None
         logits, labels = self._logits(chosen, parts, home.head)
-        scalings = given_scalings(calibrator, getattr(base_model(self.model), "density", None))
-        if not scalings and "validation" in chosen:
+        if fits:
             scalings = self._fitted(home, logits["validation"], labels["validation"], remember)
         made = {name: self._scalings_of(scalings, embeds) for name, (embeds, _) in parts.items()}
         common: dict[str, Any] = {"n_bins": self.n_bins, "link": self.link, "n_bootstrap": n_bootstrap * remember}
@@ -175,6 +176,13 @@ class Evaluator:
             rows={name: part.rows for name, part in found.items() if part.rows},
             marks=marks,
         )
+
+    def _will_fit(self, sets: Mapping[str, ShiftSet], given: Mapping[str, Any], remember: bool) -> bool:
+        """Whether a calibration is fitted on the validation set; refuse, before any work, what cannot be."""
+        fits = not given and "validation" in sets
+        if fits and remember:
+            check_home(sets["validation"], self._train, self.method)
+        return fits
 
     def _fitted(self, home: HomeFit, logits: SetLogits, labels: Tensor, remember: bool) -> dict[str, Any]:
         """What the methods up to the evaluator's and the latest calibration's find, by the ending of their metrics."""
@@ -223,12 +231,16 @@ class Evaluator:
 
         The confidences are those of the model as it is, divided by the calibrator's temperatures if there is one:
         calibrate it first. Under shift an estimate can be wrong; its interval says how far it depends on the draw.
+
+        Raises:
+            ValueError: If the suite has no validation set.
         """
         home = self._home(self._memory.of(self.model))
+        held = home.held_out("Validation")
         away = self.embed({"": data}, title)[""][0]
         own = getattr(base_model(self.model), "density", None)
         return estimated(
-            home.held_out("Validation"),
+            held,
             (SetLogits(away, home.head, data), away),
             self.calibrator if own is None else own,
             link=self.link,
@@ -276,10 +288,12 @@ class Evaluator:
             the conformal sets that were fitted on it.
         Raises:
             RuntimeError: If the model is calibrated already.
-            ValueError: If it is in half precision, or images are missing or too many.
+            ValueError: If it is in half precision, images are missing or too many, or the suite has no validation set,
+                or for "density" no training set.
         """
         method = self.method if method is None else method
         check_request(self.model, method, images)
+        check_home(self.suite.validation, self._train, method)
         return calibrate(
             self._home(self._memory.of(self.model)),
             self.model,

@@ -15,6 +15,7 @@ from ..calibration.fit import fit_scaling
 from ..calibration.rows import LogitRows
 from ..data.perturbed_set import bank_of, drawn_rows, perturbed_sets
 from ..data.shift_set import ShiftSet
+from ..data.suite import needed
 from ..data.transforms import short_side
 from .embed import Embedded, Embedder
 from .home import METHODS, MOST_PERTURBED, HomeRows, fit_perturbed, fit_relative_density, home_rows
@@ -23,6 +24,7 @@ from .memory import Memory
 
 logger = guarded(logging.getLogger(__name__))
 
+_HELD_OUT = "to calibrate on"  # what a validation set is for
 _WHOLE = 1 << 24  # logits of the validation set that are kept while its temperature is fitted
 
 
@@ -31,7 +33,7 @@ class HomeFit:
     """Fits on the validation set, its perturbed copies and a bank of the training, each image embedded once.
 
     Attributes:
-        validation: The held-out set.
+        validation: The held-out set; ``None``: there is none, and nothing can be fitted on it.
         train: Images of the training, for a bank; ``None``: there are none.
         embed: Embeds sets.
         head: From embeddings to logits.
@@ -43,7 +45,7 @@ class HomeFit:
         known: Of the weights as they are, in that memory.
     """
 
-    validation: ShiftSet
+    validation: ShiftSet | None
     train: ShiftSet | None
     embed: Callable[[Mapping[str, ShiftSet], str], dict[str, Embedded]]
     head: Head
@@ -56,8 +58,17 @@ class HomeFit:
 
     def held_out(self, title: str = "Calibration") -> tuple[SetLogits, Tensor, Tensor]:
         """Logits, embeddings and labels of the validation set."""
-        embeds, labels = self._embedded("validation", self.validation, self.validation, title)
-        return SetLogits(embeds, self.head, self.validation), embeds, labels
+        data = self.home()
+        embeds, labels = self._embedded("validation", data, data, title)
+        return SetLogits(embeds, self.head, data), embeds, labels
+
+    def home(self) -> ShiftSet:
+        """The validation set.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        return needed(self.validation, "validation", _HELD_OUT)
 
     def fit(self, logits: LogitRows, labels: Tensor, *, warn: bool = True) -> dict[str, float]:
         """Fit what calibrates logits: "temperature" and, for SigLIP, "bias". One process does it for all.
@@ -105,7 +116,7 @@ class HomeFit:
 
     def rows(self) -> HomeRows:
         """Held-out images and perturbed copies of them."""
-        data, collator = self.validation, self.embedder.collator
+        data, collator = self.home(), self.embedder.collator
         _, embeds, labels = self.held_out()
         rows = drawn_rows(data, MOST_PERTURBED)
         if self.known.get("copies", ())[:2] != (data, collator):
@@ -124,3 +135,18 @@ class HomeFit:
             found = self.embed({"": part}, title)[""]
             self.known[key] = (data, self.embedder.collator, *found)
         return self.known[key][2:]
+
+
+def check_home(validation: ShiftSet | None, train: ShiftSet | None, method: str) -> None:
+    """Refuse, before any work, what cannot be fitted.
+
+    Args:
+        validation: The held-out set.
+        train: Images of the training.
+        method: Of `METHODS`, or "target".
+    Raises:
+        ValueError: If there is no validation set, or for "density" no training set that can be read by index.
+    """
+    needed(validation, "validation", _HELD_OUT)
+    if method == "density":
+        bank_of(train)

@@ -81,8 +81,8 @@ class EvaluatingTrainer(Trainer, ABC):
             ValueError: If there is none.
         """
 
-    def training_set(self) -> ShiftSet:
-        """The set that is trained on."""
+    def training_set(self) -> ShiftSet | None:
+        """The set that is trained on, if there is one."""
         return self.suite.train
 
     # ---- sets ----

@@ -12,7 +12,7 @@ from ..calibration.metrics import METRICS, scaled_metrics
 from ..calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, chosen_by
 from ..data.perturbed_set import bank_of
 from ..data.shift_set import ShiftSet
-from ..data.suite import ShiftSuite
+from ..data.suite import ShiftSuite, needed
 from ..data.transforms import check_processor
 from ..training_args import CaRotTrainingArguments
 
@@ -51,6 +51,9 @@ def check_options(
             f"Expected one process a device, got one process with {args.n_gpu} GPUs. nn.DataParallel would split the "
             "contrastive batch; start with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
+    if kwargs.get("train_dataset") is None:
+        needed(suite.train, "training", "to train on")
+    needed(suite.validation, "validation", "to fit a temperature and to choose checkpoints on")
     if args.calibration_method == "density" and "train_dataset" not in kwargs:
         bank_of(suite.train)  # refused now, and not after the training
     if args.metric_for_best_model is not None:

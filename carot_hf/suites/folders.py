@@ -26,7 +26,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval"),
 }
-_LEFT_BY_OTHERS = {"__MACOSX", "$RECYCLE.BIN", "@eaDir", "System Volume Information"}
+LEFT_BY_OTHERS = {"__MACOSX", "$RECYCLE.BIN", "@eaDir", "System Volume Information", "lost+found"}
 
 
 class Found(NamedTuple):
@@ -49,18 +49,29 @@ def walk(folder: Path) -> list[Path]:
     """Return the files below a folder, sorted; links to folders are followed, each folder once.
 
     What is hidden does not count, nor what systems and programs leave behind.
+
+    Raises:
+        ValueError: If a folder cannot be read: its images would be missing in silence.
     """
     found: list[Path] = []
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in _LEFT_BY_OTHERS]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in LEFT_BY_OTHERS]
         found += [Path(place, name) for name in files if not name.startswith(".")]
     return sorted(found)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise ValueError(
+            f"Expected a folder that can be read at {error.filename}, got {error.strerror}. Change its permissions, or "
+            "take it away."
+        ) from error
 
 
 def split_of(name: str) -> str | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ import numpy as np
 import yaml
 
 from ..basics.escape import guarded
-from ..basics.yaml_text import as_number, load_yaml, short
+from ..basics.yaml_text import load_yaml, short
 from ..data.captions import check_class_names, check_distinct
 from ..data.columns import found_label_column, image_column, is_text, label_column
 from ..data.labels import ClassNames, LabelNames, not_a_label
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite
 from ..data.survey import survey
+from .keys import checked_keys
 from .recommended import checked_arguments
 from .rows import LAYOUTS, Opened, open_source, refuse_local_look
 from .splits import as_set, split_off
@@ -60,11 +60,13 @@ _SUITE_KEYS = {
     "allow_shared_files": (bool, "allow_shared_files: true"),
     "image_roots": (list, "image_roots: [/data/images]"),
 }
-_REQUIRED = {"suite": ("train", "validation", "test"), "set": ("path",)}
+_REQUIRED = {"suite": ("test",), "set": ("path",)}
 
 
 def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
     """Load the suite that a YAML file describes.
+
+    One without `train` and `validation` is evaluated only; its class names are `class_names`, or those of the test set.
 
     Args:
         path: The file. Relative paths in it are relative to its folder.
@@ -81,33 +83,46 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
         content = load_yaml(read_text(path, "YAML"))
     except yaml.YAMLError as error:
         raise ValueError(f"Expected YAML in {path}, got {error}. Correct that line.") from error
-    description = _checked(content, str(path), "", _SUITE_KEYS, _REQUIRED["suite"])
-    recommended = checked_arguments(description.get("recommended", {}), f"{path}: recommended")
-    reader = _Reader(path, description, streaming)
-    train = reader.read("train", _TRAIN_KEYS)
-    validation = description["validation"]
-    if isinstance(validation, dict):
+    return suite_from_description(content, str(path), path.parent, name=path.stem, streaming=streaming)
+
+
+def suite_from_description(
+    content: Any, where: str, base: Path, *, name: str, streaming: bool = False, hint: str = ""
+) -> ShiftSuite:
+    """Load the suite that a mapping describes, with the keys of a YAML file.
+
+    Args:
+        content: The mapping.
+        where: What it stands in, for errors.
+        base: Relative paths in it are relative to this folder.
+        name: Of the suite, where the mapping says none.
+        streaming: Read the test set and the shifts as streams.
+        hint: Said at the end of an error about the rows of a set.
+    Raises:
+        ValueError: As `suite_from_file`.
+    """
+    description = checked_keys(content, where, "", _SUITE_KEYS, _REQUIRED["suite"])
+    recommended = checked_arguments(description.get("recommended", {}), f"{where}: recommended")
+    _check_home(description, where)
+    reader = _Reader(where, base, description, streaming, hint)
+    train, held, test = None, None, None
+    if "train" in description:
+        train = reader.read("train", _TRAIN_KEYS)
+    else:  # the class names are the test set's
+        test = reader.read("test", _TEST_KEYS)
+    if isinstance(description.get("validation"), dict):
         held = reader.read("validation", _SET_KEYS)
-    else:
-        train, held = _held_out(train, validation, f"{path}: validation")
-        _say_held_out(train, held, validation, reader.class_names)
-    shifts = {}
-    for name, value in description.get("shifts", {}).items():
-        if not isinstance(name, str):
-            raise ValueError(
-                f"{path}: shifts: expected names that are text, got {name!r}. Quote it. Example: shifts: "
-                f'{{"{name}": {{path: data/sketch}}}}'
-            )
-        _checked({"path": value} if value is None else value, str(path), f"shifts.{name}", _SHIFT_KEYS, ("path",))
-        shifts[name] = reader.read(f"shifts.{name}", _SHIFT_KEYS)
-    test = reader.read("test", _TEST_KEYS)
+    elif train is not None:
+        train, held = _held_out(train, description["validation"], f"{where}: validation")
+        _say_held_out(train, held, description["validation"], reader.class_names)
+    shifts = _shifts(reader, description.get("shifts", {}), where)
     suite = ShiftSuite(
-        name=description.get("name", path.stem),
+        name=description.get("name", name),
         class_names=reader.class_names,
-        templates=_lines(description.get("templates", DEFAULT_TEMPLATES), path, "templates"),
+        templates=_lines(description.get("templates", DEFAULT_TEMPLATES), where, base, "templates"),
         train=train,
         validation=held,
-        test=test,
+        test=reader.read("test", _TEST_KEYS) if test is None else test,
         shifts=shifts,
         recommended=recommended,
         version=description.get("version"),
@@ -118,11 +133,41 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
     return suite
 
 
-class _Reader:
-    """Opens the sets of one file; the class names come from the file, or else from the training set."""
+def _check_home(description: Mapping[str, Any], where: str) -> None:
+    """Refuse a training set without a validation set, and a share of no training set."""
+    if "train" in description and "validation" not in description:
+        raise ValueError(
+            f"{where}: validation: expected this key beside `train`, got none. Temperatures are fitted and checkpoints "
+            f"chosen on it. Example: {_SUITE_KEYS['validation'][1]}"
+        )
+    share = description.get("validation", {})
+    if "train" not in description and not isinstance(share, dict):
+        raise ValueError(
+            f"{where}: train: expected this key, got none, and `validation` is a share of it ({share:g}). Leave both "
+            f"out for a suite that is evaluated only. Example: {_SUITE_KEYS['train'][1]}"
+        )
 
-    def __init__(self, path: Path, description: Mapping[str, Any], streaming: bool) -> None:
-        self._path, self._description, self._streaming = path, description, streaming
+
+def _shifts(reader: _Reader, described: Mapping[Any, Any], where: str) -> dict[str, ShiftSet]:
+    """The shifted sets by name."""
+    shifts = {}
+    for name, value in described.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{where}: shifts: expected names that are text, got {name!r}. Quote it. Example: shifts: "
+                f'{{"{name}": {{path: data/sketch}}}}'
+            )
+        checked_keys({"path": value} if value is None else value, where, f"shifts.{name}", _SHIFT_KEYS, ("path",))
+        shifts[name] = reader.read(f"shifts.{name}", _SHIFT_KEYS)
+    return shifts
+
+
+class _Reader:
+    """Opens the sets of one description; the class names come from it, or else from the set that is read first."""
+
+    def __init__(self, where: str, base: Path, description: Mapping[str, Any], streaming: bool, hint: str) -> None:
+        self._where, self._base, self._description, self._streaming = where, base, description, streaming
+        self._hint = hint
         self._read: dict[str, str] = {}  # which set a file was read for
         self._roots = self._allowed(description.get("image_roots", []))
         self.label_names: LabelNames | None = description.get("label_names")
@@ -130,7 +175,7 @@ class _Reader:
         if names is None and self.label_names is not None:
             given = self.label_names.values() if isinstance(self.label_names, Mapping) else self.label_names
             names = list(dict.fromkeys(given))
-        self.class_names: list[str] = [] if names is None else _lines(names, path, "class_names")
+        self.class_names: list[str] = [] if names is None else _lines(names, where, base, "class_names")
         if self.class_names:
             self._fits("label_names", self.label_names)
             check_distinct(self.class_names)
@@ -139,7 +184,7 @@ class _Reader:
         """Open the set under a key such as ``shifts.sketch``."""
         first, _, second = key.partition(".")
         content = self._description[first][second] if second else self._description[first]
-        entry = _checked(content, str(self._path), key, keys, _REQUIRED["set"])
+        entry = checked_keys(content, self._where, key, keys, _REQUIRED["set"])
         name = entry.get("name", second or first)
         opened = self._open(key, entry, entry.get("split", first if not second else "test"))
         self._refuse_twice(key, entry, opened)
@@ -147,54 +192,69 @@ class _Reader:
         if "caption_column" in entry and label is None and found_label_column(rows.features) is None:
             return self._captioned(opened, name, entry)
         if not self.class_names:
-            self.class_names = _class_names_of(rows, label or label_column(rows), f"{self._path}: class_names")
+            with self._told(key):
+                label = label or label_column(rows)
+            self.class_names = _class_names_of(
+                rows, label, f"{self._where}: class_names", "training" if first == "train" else first
+            )
             check_class_names(self.class_names)
         options = {"caption_column": entry["caption_column"]} if "caption_column" in entry else {}
-        return as_set(
-            rows,
-            name=name,
-            num_classes=len(self.class_names),
-            label_names=self._names_for(key, entry),
-            columns=entry.get("columns"),
-            image=entry.get("image_column"),
-            label=label,
-            content=_content(entry),
-            **self._places(opened),
-            **options,
-        )
+        names = self._names_for(key, entry)
+        with self._told(key):
+            return as_set(
+                rows,
+                name=name,
+                num_classes=len(self.class_names),
+                label_names=names,
+                columns=entry.get("columns"),
+                image=entry.get("image_column"),
+                label=label,
+                content=_content(entry),
+                **self._places(opened),
+                **options,
+            )
+
+    @contextmanager
+    def _told(self, key: str) -> Iterator[None]:
+        """Say of which set an error about rows is."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {key}: {error}{self._hint}") from error
 
     def _open(self, key: str, entry: Mapping[str, Any], split: str) -> Opened:
         words = re.split(r"[^a-z0-9]+", entry["path"].lower())
         if key in ("train", "validation") and "objectnet" in words:
             raise ValueError(
-                f"{self._path}: {key}: expected data that may be trained and tuned on, got {entry['path']!r}. The "
+                f"{self._where}: {key}: expected data that may be trained and tuned on, got {entry['path']!r}. The "
                 "terms of ObjectNet forbid it; use it under `shifts`. Example: path: data/train"
             )
-        local = _there(self._path.parent, entry["path"])
+        local = _there(self._base, entry["path"])
         if local is None and Path(entry["path"]).exists():  # it would be read in place of a data set on the Hub
             raise ValueError(
-                f"{self._path}: {key}.path: expected data at {(self._path.parent / entry['path']).resolve()}, found "
+                f"{self._where}: {key}.path: expected data at {(self._base / entry['path']).resolve()}, found "
                 f"none, but some at {Path(entry['path']).resolve()}. Paths are relative to the file's folder: correct "
                 "it."
             )
         if local is None:
             try:
-                refuse_local_look(entry["path"], self._path.parent)
+                refuse_local_look(entry["path"], self._base)
             except ValueError as error:
-                raise ValueError(f"{self._path}: {key}.path: {error}") from None
+                raise ValueError(f"{self._where}: {key}.path: {error}") from None
         layout = entry.get("layout")
         if layout is not None and layout not in LAYOUTS:
             raise ValueError(
-                f"{self._path}: {key}.layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}. Example: layout: "
+                f"{self._where}: {key}.layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}. Example: layout: "
                 "webdataset"
             )
-        return open_source(
-            entry["path"] if local is None else local,
-            split,
-            layout=layout,
-            streaming=self._streaming and key not in ("train", "validation"),
-            revision=entry.get("revision"),
-        )
+        with self._told(key):
+            return open_source(
+                entry["path"] if local is None else local,
+                split,
+                layout=layout,
+                streaming=self._streaming and key not in ("train", "validation"),
+                revision=entry.get("revision"),
+            )
 
     def _places(self, opened: Opened) -> dict[str, Any]:
         """Where the images of a set may be: its own folder, and those that the file allows."""
@@ -207,13 +267,13 @@ class _Reader:
         """Further folders for images."""
         found = []
         for folder in folders:
-            path = self._path.parent / Path(folder).expanduser() if isinstance(folder, str) and folder else None
+            path = self._base / Path(folder).expanduser() if isinstance(folder, str) and folder else None
             if path is None or not path.is_dir():
                 raise ValueError(
-                    f"{self._path}: image_roots: expected folders, got {short(folder)}. Paths are relative to the "
+                    f"{self._where}: image_roots: expected folders, got {short(folder)}. Paths are relative to the "
                     f"file's folder. Example: {_SUITE_KEYS['image_roots'][1]}"
                 )
-            logger.info("%s: tables may name images in %s, too.", self._path, path)
+            logger.info("%s: tables may name images in %s, too.", self._where, path)
             found.append(path)
         return found
 
@@ -226,8 +286,8 @@ class _Reader:
             return  # other sets that share files on purpose are warned of
         reason = "both are the same split of it" if opened.named else "nothing in it names a split"
         raise ValueError(
-            f"{self._path}: {key}: expected other files than those of `{before}`, got the same: {entry['path']!r}, and "
-            f"{reason}. Name a folder or file for each, folders such as train/ and test/ in it, or a share for "
+            f"{self._where}: {key}: expected other files than those of `{before}`, got the same: {entry['path']!r}, "
+            f"and {reason}. Name a folder or file for each, folders such as train/ and test/ in it, or a share for "
             "`validation`; to judge on files that were seen on purpose, say `allow_shared_files: true`. Example: "
             "path: data/train"
         )
@@ -238,8 +298,8 @@ class _Reader:
         labels = len(entry["columns"]) if "columns" in entry else classes
         if isinstance(own, list) and len(own) != labels:
             raise ValueError(
-                f"{self._path}: {key}: Expected {labels} `label_names` for '{key.rpartition('.')[2]}', one for each of "
-                f"its labels, got {len(own)}. Name all labels in order; for a set with labels of its own pass "
+                f"{self._where}: {key}: Expected {labels} `label_names` for '{key.rpartition('.')[2]}', one for each "
+                f"of its labels, got {len(own)}. Name all labels in order; for a set with labels of its own pass "
                 "`columns` too."
             )
         if "columns" in entry:
@@ -250,13 +310,13 @@ class _Reader:
         try:
             return ClassNames(self.class_names, label_names)
         except ValueError as error:
-            raise ValueError(f"{self._path}: {key}: {error} Example: {_NAMES[1]}") from None
+            raise ValueError(f"{self._where}: {key}: {error} Example: {_NAMES[1]}") from None
 
     def _captioned(self, opened: Opened, name: str, entry: Mapping[str, Any]) -> ShiftSet:
         """A set of images with captions and without labels."""
         if not self.class_names:
             raise ValueError(
-                f"{self._path}: class_names: expected a list of names, got none, and the captions of the training set "
+                f"{self._where}: class_names: expected a list of names, got none, and the captions of the training set "
                 "are no classes. Example: class_names: [cat, dog]"
             )
         image = entry.get("image_column") or image_column(opened.rows)
@@ -286,7 +346,7 @@ def _content(entry: Mapping[str, Any]) -> str | None:
     return f"{entry['path']}@{entry['revision']}" if "revision" in entry else None
 
 
-def _class_names_of(rows: Any, label: str, where: str) -> list[str]:
+def _class_names_of(rows: Any, label: str, where: str, role: str) -> list[str]:
     """Class names as a data set has them: those of a ``ClassLabel``, or the sorted texts of the label column."""
     feature = rows.features.get(label)
     if hasattr(feature, "names"):
@@ -298,8 +358,8 @@ def _class_names_of(rows: Any, label: str, where: str) -> list[str]:
                 raise ValueError(f"{where}: expected a label in each row, got {reason or repr(value)} in row {row}.")
         return sorted(set(values))
     raise ValueError(
-        f"{where}: expected a list of names, got none, and the training set has only numbers as labels. "
-        "Example: class_names: [cat, dog]"
+        f"{where}: expected a list of names, got none, and the {role} set has only numbers as labels. Example: "
+        "class_names: [cat, dog]"
     )
 
 
@@ -331,69 +391,17 @@ def _say_held_out(kept: ShiftSet, held: ShiftSet, share: float, names: Sequence[
         )
 
 
-def _lines(value: list[Any] | str, path: Path, key: str) -> list[str]:
+def _lines(value: list[Any] | str, where: str, base: Path, key: str) -> list[str]:
     """A list of strings; a string is the path of a file with one a line."""
     if isinstance(value, str):
-        file = path.parent / value
+        file = base / value
         if not file.is_file():
-            raise ValueError(f"{path}: {key}: expected a list or a file with one a line, found no file {file}.")
+            raise ValueError(f"{where}: {key}: expected a list or a file with one a line, found no file {file}.")
         return [line.strip() for line in read_text(file, "names").splitlines() if line.strip()]
     wrong = [item for item in value if not isinstance(item, str) or not item.strip()]
     if wrong or not value:
         raise ValueError(
-            f"{path}: {key}: expected a list of strings, got {short(wrong[:1] or value)}. YAML reads some words as "
+            f"{where}: {key}: expected a list of strings, got {short(wrong[:1] or value)}. YAML reads some words as "
             f"numbers or booleans; quote them. Example: {_SUITE_KEYS[key][1]}"
         )
     return list(value)
-
-
-def _checked(content: Any, file: str, key: str, keys: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
-    """Return the mapping if its keys are known, of the right kind, and none is missing."""
-    where = f"{file}: {key}" if key else file
-    if not isinstance(content, dict):
-        example = keys[required[0]][1]
-        raise ValueError(f"{where}: expected a mapping of {', '.join(keys)}, got {short(content)}. Example: {example}")
-    checked = {}
-    for name, value in content.items():
-        full = f"{file}: {key}.{name}" if key else f"{file}: {name}"
-        if name not in keys:
-            near = difflib.get_close_matches(str(name), keys, n=1)
-            hint = f"Did you mean {near[0]!r}? Example: {keys[near[0]][1]}" if near else "Leave it out."
-            line = getattr(content, "lines", {}).get(name)
-            at = "" if line is None else f" in line {line}"
-            raise ValueError(f"{full}: expected one of the keys {', '.join(keys)}, got {name!r}{at}. {hint}")
-        kinds, example = keys[name]
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        checked[name] = _as_kind(value, kinds)
-        if checked[name] is None:
-            expected = " or ".join(_KINDS[kind] for kind in kinds)
-            raise ValueError(f"{full}: expected {expected}, got {short(value)}. Example: {example}")
-    for name in required:
-        if name not in content:
-            full = f"{file}: {key}.{name}" if key else f"{file}: {name}"
-            raise ValueError(f"{full}: expected this key, got none. Example: {keys[name][1]}")
-    return checked
-
-
-def _as_kind(value: Any, kinds: tuple[type, ...]) -> Any:
-    """A value as what is expected: a number in the place of text is the text that stands there; ``None`` if it is none.
-
-    A person who writes ``validation: "0.1"`` or ``version: 2`` means what is expected.
-    """
-    if isinstance(value, bool):
-        return value if bool in kinds else None
-    if float in kinds and isinstance(value, int | float):
-        try:
-            return float(value)
-        except OverflowError:  # a whole number beyond all floats
-            return math.inf if value > 0 else -math.inf
-    if float in kinds and isinstance(value, str) and (number := as_number(value)) is not None:
-        return number
-    if kinds == (str,) and isinstance(value, int | float):
-        return value.text if hasattr(value, "text") else None
-    if dict in kinds and isinstance(value, dict):
-        return {getattr(name, "text", name): item for name, item in value.items()} if value else {}
-    return value if isinstance(value, kinds) else None
-
-
-_KINDS = {str: "text", list: "a list", dict: "a mapping", float: "a number", bool: "true or false"}

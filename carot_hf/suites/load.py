@@ -1,4 +1,4 @@
-"""Suites by name: the embedded digits, ImageNet and its shifts, or a YAML file of one's own."""
+"""Suites by name: the embedded digits, ImageNet and its shifts, or a YAML file or a folder of one's own."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ def load_suite(name_or_yaml: str | Path, **options: Any) -> ShiftSuite:
     Args:
         name_or_yaml: ``"digits"``: real images of digits from installed packages, no network; a demonstration, not
             evidence for ImageNet. ``"imagenet"``: ImageNet-1K and its shifts from the Hub or from local copies. A path
-            that ends in ``.yaml`` or ``.yml``: a suite of one's own, see `examples/suites/`.
+            that ends in ``.yaml`` or ``.yml``: a suite of one's own, see `examples/suites/`. Any other path: a folder
+            with test/, train/ and so on, see :func:`~carot_hf.suites.from_folder.suite_from_folder`. A folder that is
+            called ``digits`` or ``imagenet`` is named as ``digits/``: without a slash it is the suite of that name.
         **options: Those of :func:`~carot_hf.suites.imagenet.suite.imagenet_suite` (``root``, ``streaming``, ``shifts``,
-            ...) or of :func:`~carot_hf.suites.from_yaml.suite_from_file` (``streaming``); ``digits`` has none.
+            ...) or of :func:`~carot_hf.suites.from_yaml.suite_from_file` and a folder (``streaming``); ``digits`` has
+            none.
     Raises:
         ValueError: If there is no such suite or option, or the data are not as described.
     """
@@ -40,9 +43,13 @@ def load_suite(name_or_yaml: str | Path, **options: Any) -> ShiftSuite:
     if name == "digits":
         _known(options, name, ())
         return _digits_suite()
+    if Path(name).expanduser().is_dir():
+        from .from_folder import suite_from_folder
+
+        return suite_from_folder(name, **_known(options, name, ("streaming",)))
     raise ValueError(
-        f"Expected 'digits', 'imagenet' or a file .yaml, got {name!r}. Describe other data in a YAML file (see "
-        "examples/suites/), or build a carot_hf.ShiftSuite of carot_hf.ShiftSet."
+        f"Expected 'digits', 'imagenet', a file .yaml or a folder, got {name!r}, which is none. Correct the path, "
+        "describe data in a YAML file (see examples/suites/), or build a carot_hf.ShiftSuite of carot_hf.ShiftSet."
     )
 
 

@@ -148,7 +148,15 @@ def test_captions_of_ones_own(pets, tmp_path, labelled):
             r"shifts\.zoo\.colums: .*Did you mean 'columns'\? Example: columns: \[\[0\], \[1, 2\]\]",
         ),
         ({"version": ["1.0"]}, r"version: expected text, got \['1\.0'\]\. Example: version: \"1\.0\""),
-        ({"train": None}, r"pets\.yaml: train: expected this key, got none\. Example: train: \{path: data/train\}"),
+        (
+            {"train": None},
+            r"pets\.yaml: train: expected this key, got none, and `validation` is a share of it \(0\.2\)\. .* Ex",
+        ),
+        (
+            {"validation": None},
+            r"pets\.yaml: validation: expected this key beside `train`, got none\. .* Example: validation: 0\.1",
+        ),
+        ({"test": None}, r"pets\.yaml: test: expected this key, got none\. Example: test: \{path: data/test\}"),
         ({"shifts__zoo__path": None}, r"shifts\.zoo\.path: expected this key, got none\. Example: path: data/train"),
         ({"train": "pets/home"}, r"train: expected a mapping, got 'pets/home'\. Example: train: \{path"),
         (
