@@ -34,6 +34,7 @@ from carot_hf.basics.redaction import public
 from carot_hf.basics.whole_file import write_whole
 from carot_hf.data.survey import say_warnings, survey
 from carot_hf.evaluation.evaluation import COLUMNS, Reported, comparison_table
+from carot_hf.evaluation.per_image_file import write_per_image
 from carot_hf.hub.card import command_line
 from carot_hf.presets import PRESETS, preset_arguments
 from carot_hf.run.checkpoint import checkpoint_folders, is_complete
@@ -154,6 +155,7 @@ def work(argv: list[str]) -> dict[str, Any]:
         trainer.save_model()
     report = report_of(argv, script, suite, trainer, start_model, metrics, calibration)
     if trainer.is_world_process_zero():
+        write_per_image(output_dir, trainer.latest_rows, calibration["method"])
         write_whole(output_dir / "metrics.json", json.dumps(report, indent=2) + "\n")
         here = {"suite": script.suite, "start_model": script.model_name_or_path}
         write_whole(output_dir / LOCAL_NAME, json.dumps(here, indent=2) + "\n")

@@ -9,6 +9,7 @@ from importlib import import_module
 
 COMMANDS = {
     "calibrate": "a calibrated copy of a checkpoint",
+    "compare": "runs side by side: accuracy, ECE, and differences with intervals",
     "evaluate": "accuracy and calibration of a checkpoint on the sets of a suite; writes no model",
     "predict": "class and calibrated confidence of images without labels; what to expect of them",
 }
