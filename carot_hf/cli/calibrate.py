@@ -28,17 +28,22 @@ def main(argv: Sequence[str]) -> None:
 def work(options: argparse.Namespace) -> None:
     """Fit, and write the copy."""
     from ..calibration.record import calibration_record, unbake_temperature
+    from ..data.pictures import PictureRows
     from ..data.shift_set import ShiftSet
     from ..evaluation.evaluator import Evaluator
     from ..suites.load import load_suite
+    from ..suites.pictures import pictures_of
     from .models import check_classes, load
-    from .predict import images_of
 
     images = None
     suite = load_suite(options.suite)
     if options.images:
-        rows = [{"image": str(path)} for path in images_of(options.images)]
-        images = ShiftSet(rows, name="target", num_classes=len(suite.class_names), label_column=None)
+        images = ShiftSet(
+            PictureRows(pictures_of(options.images)),
+            name="target",
+            num_classes=len(suite.class_names),
+            label_column=None,
+        )
     loaded = load(options.model, options.device)
     check_classes(loaded, suite.class_names)
     if getattr(loaded.model, "density", None) is not None:

@@ -92,10 +92,15 @@ def check_classes(loaded: Loaded, names: Sequence[str]) -> None:
 
 
 def names_in(options: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
-    """Return class names and captions of the command line; ``None``: there are none."""
+    """Return class names and captions of the command line; ``None``: there are none.
+
+    Raises:
+        ValueError: If one name is given, and it is no file.
+    """
     given = options["classes"]
     if not given:
         return None
-    listed = len(given) == 1 and Path(given[0]).is_file()
-    names = Path(given[0]).read_text(encoding="utf-8").splitlines() if listed else list(given)
+    if len(given) == 1 and not Path(given[0]).is_file():
+        raise ValueError(f"Expected --classes as two names or more, or a file with a name a line, got {given[0]}.")
+    names = Path(given[0]).read_text(encoding="utf-8").splitlines() if len(given) == 1 else list(given)
     return [name for name in names if name.strip()], list(options["templates"])

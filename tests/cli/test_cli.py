@@ -273,7 +273,7 @@ def test_digits_are_evaluated_and_estimated(tmp_path, capsys):
     assert found["metrics"]["uci"]["accuracy"] == pytest.approx(0.795, abs=0.005)
     assert "0.795 (" in printed
     assert (tmp_path / "ev" / "reliability.png").exists()
-    assert not list((tmp_path / "ev").glob("*.safetensors"))
+    assert [path.name for path in (tmp_path / "ev").glob("*.safetensors")] == ["per_image.safetensors"], "no model"
     assert main([*command, "--output_dir", str(tmp_path / "ev")]) == 2
     suite = carot_hf.load_suite("digits")
     (tmp_path / "pictures").mkdir()
