@@ -23,20 +23,23 @@ class Chunk:
         targets: ``(n,)`` int64.
         shifted: ``rows`` less the maximum of each.
         margins: ``(n,)``, ``shifted`` at the labels.
-        hits: ``(n,)`` bool, whether the argmax (the first among equals) is the label.
+        predictions: ``(n,)`` int64, the argmax (the first among equals).
+        hits: ``(n,)`` bool, whether that is the label.
     """
 
     rows: Tensor
     targets: Tensor
     shifted: Tensor
     margins: Tensor
+    predictions: Tensor
     hits: Tensor
 
     def divided(self, temperature: float, bias: float, further: Tensor) -> Chunk:
         """Return the chunk at a temperature and a bias, divided by ``further`` ``(n,)`` then; the hits stay."""
         by = temperature * further
         rows = (self.rows / temperature + bias) / further[:, None]
-        return Chunk(rows, self.targets, self.shifted / by[:, None], self.margins / by, self.hits)
+        shifted, margins = self.shifted / by[:, None], self.margins / by
+        return Chunk(rows, self.targets, shifted, margins, self.predictions, self.hits)
 
 
 def at_scaling(chunk: Chunk, scaling: Mapping[str, Any], rows: slice) -> tuple[Chunk, float, float]:
@@ -55,9 +58,10 @@ def at_scaling(chunk: Chunk, scaling: Mapping[str, Any], rows: slice) -> tuple[C
 
 def chunk_of(rows: Tensor, targets: Tensor) -> Chunk:
     """Return rows with what every link needs of them."""
-    maxima, predictions = rows.max(dim=1, keepdim=True)  # the first index among equals
-    shifted = rows - maxima
-    return Chunk(rows, targets, shifted, shifted.gather(1, targets[:, None])[:, 0], predictions[:, 0] == targets)
+    maxima, indices = rows.max(dim=1, keepdim=True)  # the first index among equals
+    shifted, predictions = rows - maxima, indices[:, 0]
+    margins = shifted.gather(1, targets[:, None])[:, 0]
+    return Chunk(rows, targets, shifted, margins, predictions, predictions == targets)
 
 
 @dataclass(frozen=True, eq=False)

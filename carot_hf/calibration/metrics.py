@@ -47,6 +47,7 @@ class Seen:
     Attributes:
         confidences: ``(N,)`` largest probability of each row.
         correct: ``(N,)`` bool.
+        predicted: ``(N,)`` int32, the likeliest class of each row; ``labels`` ``(N,)`` int32, the right one.
         n_bins: Confidence bins.
         n_classes: ``K``.
         mass: Rows, or the sum of their weights.
@@ -57,6 +58,8 @@ class Seen:
 
     confidences: NDArray[Any]
     correct: NDArray[np.bool_]
+    predicted: NDArray[np.int32]
+    labels: NDArray[np.int32]
     n_bins: int
     n_classes: int
     mass: float
@@ -163,8 +166,9 @@ def read_set(
     logits, labels = checked_shapes(logits, labels)
     n_rows, n_classes = logits.shape
     mass = float(n_rows) if weights is None else float(weights.sum())
-    correct = np.empty(n_rows, dtype=bool)
-    seen = {name: Seen(empty_like_rows(logits), correct, n_bins, n_classes, mass, weights) for name in scalings}
+    same = np.empty(n_rows, bool), np.empty(n_rows, np.int32), labels.to(torch.int32).cpu().numpy()
+    correct, predicted, _ = same
+    seen = {name: Seen(empty_like_rows(logits), *same, n_bins, n_classes, mass, weights) for name in scalings}
     needs = {
         name: {need for metric in (METRICS if wanted is None else wanted) for need in METRICS[metric].needs}
         for name, (_, wanted) in scalings.items()
@@ -175,7 +179,7 @@ def read_set(
         probable = probable and looks_like_probabilities(rows)
         at, chunk = slice(start, start + len(rows)), chunk_of(rows, targets)
         own = None if weights is None else weights[at]
-        correct[at] = chunk.hits.cpu().numpy()
+        correct[at], predicted[at] = chunk.hits.cpu().numpy(), chunk.predictions.cpu().numpy()
         for name, (scaling, _) in scalings.items():
             part, scale, shift = at_scaling(chunk, scaling, at)
             if not needs[name] and name not in (also or {}):

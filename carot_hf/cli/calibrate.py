@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..basics.whole_file import whole_files
-from .data_options import SUITE
+from .data_options import SUITE, add_model_options
 from .parser import Parser
 
 METHODS = ("temperature", "perturbed", "density", "target")
@@ -30,20 +30,25 @@ def main(argv: Sequence[str]) -> None:
 def work(options: argparse.Namespace) -> None:
     """Fit, and write the copy."""
     from ..calibration.record import calibration_record, unbake_temperature
+    from ..data.pictures import PictureRows
     from ..data.shift_set import ShiftSet
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.fitting import check_home
     from ..suites.load import load_suite
+    from ..suites.pictures import pictures_of
     from .models import check_classes, load
-    from .predict import images_of
 
     images = None
     suite = load_suite(options.suite)
     check_home(suite.validation, suite.train, options.method)
     if options.images:
-        rows = [{"image": str(path)} for path in images_of(options.images)]
-        images = ShiftSet(rows, name="target", num_classes=len(suite.class_names), label_column=None)
-    loaded = load(options.model, options.device)
+        images = ShiftSet(
+            PictureRows(pictures_of(options.images)),
+            name="target",
+            num_classes=len(suite.class_names),
+            label_column=None,
+        )
+    loaded = load(options.model, options)
     check_classes(loaded, suite.class_names)
     if getattr(loaded.model, "density", None) is not None:
         loaded.model.drop_density()
@@ -67,7 +72,7 @@ def work(options: argparse.Namespace) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser("calibrate", _HELP)
-    parser.add_argument("model", help="folder, or id on the Hub")
+    add_model_options(parser)
     parser.add_argument("--suite", required=True, help=SUITE)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the calibrated copy")
     parser.add_argument(
@@ -79,7 +84,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--images", nargs="+", type=Path, help="of the place of use, with --method target; no labels")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default: 64")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is there")
     options = parser.read(argv)
     if (options.method == "target") != bool(options.images):

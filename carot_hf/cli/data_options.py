@@ -29,6 +29,18 @@ def add_suite_options(
     group.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
 
 
+def add_model_options(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """Add the options that name a checkpoint."""
+    shown = "folder, id on the Hub, or a file of weights in the naming of OpenAI's CLIP (FLYP, WiSE-FT, open_clip)"
+    parser.add_argument("model", help=shown, **options)
+    group = parser.add_argument_group("model")
+    group.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    group.add_argument("--processor", help="of a file of weights: folder, or id on the Hub")
+    group.add_argument(
+        "--hidden_act", help="of a file of weights: quick_gelu (OpenAI's), or gelu (most of open_clip's)"
+    )
+
+
 def suite_options(script: Any) -> dict[str, Any]:
     """The options of `load_suite` that were given; each suite refuses those that it does not have."""
     options = {"root": script.data_root, "shifts": script.shifts, "streaming": script.streaming or None}

@@ -3,55 +3,116 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ..basics.escape import printable
 from ..basics.whole_file import write_whole
+from .data_options import SUITE, add_model_options
+from .parser import Parser
 
+METRICS, FIGURES, CONFUSION, DIAGRAMS = "metrics.json", "per_class.csv", "confusion.png", "reliability.png"
+WORST = 10  # classes that are shown
 _HELP = """Accuracy and calibration of a checkpoint on the sets of a suite, with the temperature that is in its weights
-and the calibrator beside it. A test set is enough. Trains nothing and writes no model: a table, metrics.json and
-reliability diagrams."""
+and the calibrator beside it. A test set is enough. Trains nothing and writes no model: tables, metrics.json, figures of
+each class (per_class.csv), answers to each image (per_image.safetensors, for carot_hf compare), reliability diagrams
+and confusion matrices."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = parse(argv)
     place = options.output_dir
-    if place is not None and (place / "metrics.json").exists() and not options.overwrite_output_dir:
-        raise ValueError(f"Expected a new --output_dir, got {place}, with metrics.json. Add --overwrite_output_dir.")
-    from ..evaluation.diagrams import can_draw, diagram_tables, keep_diagrams
+    from ..evaluation.per_image_file import PER_IMAGE_NAME
+
+    if place is not None and not options.overwrite_output_dir:
+        refuse_written(place, (METRICS, FIGURES, CONFUSION, DIAGRAMS, PER_IMAGE_NAME))
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.memory import Memory
     from ..suites.load import load_suite
     from .models import check_classes, load
 
     suite = load_suite(options.suite)
-    loaded = load(options.model, options.device)
+    loaded = load(options.model, options)
     check_classes(loaded, suite.class_names)
     memory = Memory(calibrator=loaded.calibrator)
     evaluator = Evaluator(
         loaded.model, loaded.processor, suite, batch_size=options.batch_size, n_bins=options.n_bins, memory=memory
     )
     found = evaluator.evaluate(options.sets, calibrator=loaded.calibrator)
+    per_image = loaded.calibrator is not None or getattr(loaded.model, "density", None) is not None
+    method = "density" if per_image else ""
     print(found.table())
-    if place is None:
-        return
+    figures = figures_of(suite, found, method)
+    if suite.test.name in figures:
+        print(f"\n{worst_of(suite.test.name, figures[suite.test.name])}")
+    if place is not None:
+        keep(place, suite, found, figures, method)
+        names = ", ".join(sorted(printable(path.name) for path in place.iterdir()))
+        print(f"\nSaved to {printable(place)}: {names}")
+
+
+def figures_of(suite: Any, found: Any, method: str) -> dict[str, Any]:
+    """Figures of the classes of each set, by what the checkpoint answers to each image."""
+    from ..evaluation.per_class import class_figures
+    from ..evaluation.per_image import ending_of, label_names
+
+    figures = {}
+    for name, part in found.per_image.items():
+        confidences = part.confidences.get(ending_of(method), part.confidences[""])  # validation has no further ones
+        names = label_names(suite.evaluation_sets[name], suite.class_names)
+        figures[name] = class_figures(part.labels, part.predicted, confidences, names)
+    return figures
+
+
+def worst_of(name: str, figures: Any) -> str:
+    """The classes of a set that are recognised least often, as a title and a table."""
+    from ..evaluation.per_class import per_class_table
+
+    many = len(figures.names) > WORST
+    which = f"The {WORST} of {len(figures.names):,} classes" if many else "The classes"
+    return f"{which} of {name}, the lowest recall first:\n{per_class_table(figures, WORST if many else None)}"
+
+
+def keep(place: Path, suite: Any, found: Any, figures: Any, method: str) -> None:
+    """Write the numbers, metrics.json last of them, and then the pictures."""
+    from ..evaluation.confusion import write_confusion
+    from ..evaluation.diagrams import can_draw, diagram_tables, keep_diagrams
+    from ..evaluation.per_class import per_class_csv
+    from ..evaluation.per_image import ending_of
+    from ..evaluation.per_image_file import write_per_image
+
     place.mkdir(parents=True, exist_ok=True)
-    write_whole(place / "metrics.json", found.to_json() + "\n")
+    write_per_image(place, found.per_image, method)
+    write_whole(place / FIGURES, per_class_csv(figures))
+    facts = {"suite": suite.name, "suite_sha256": suite.content_hash, "answers": ending_of(method)}
+    write_whole(place / METRICS, json.dumps({**facts, **json.loads(found.to_json())}, indent=2) + "\n")
     if can_draw():
-        keep_diagrams(place / "reliability.png", diagram_tables(found.bins, found.bins_dts, None))
-    print(f"\nSaved to {place}: {', '.join(sorted(path.name for path in place.iterdir()))}")
+        keep_diagrams(place / DIAGRAMS, diagram_tables(found.bins, found.bins_dts, None))
+        write_confusion(
+            place / CONFUSION, {name: (found.per_image[name], part.names) for name, part in figures.items()}
+        )
+
+
+def refuse_written(place: Path, names: Sequence[str]) -> None:
+    """Raise a ValueError if files of an earlier call are there."""
+    there = [name for name in names if (place / name).exists()]
+    if there:
+        raise ValueError(f"Expected a new --output_dir, got {place}, with {there[0]}. Add --overwrite_output_dir.")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="carot_hf evaluate", description=_HELP, allow_abbrev=False)
-    parser.add_argument("model", help="folder, or id on the Hub")
-    parser.add_argument("--suite", required=True, help="digits, imagenet, a YAML file, or a folder")
+    parser = Parser("evaluate", _HELP)
+    add_model_options(parser)
+    parser.add_argument("--suite", required=True, help=SUITE)
     parser.add_argument("--sets", nargs="+", help="names of its sets; default: all")
-    parser.add_argument("--output_dir", type=Path, help="where metrics.json and the diagrams go; default: nowhere")
+    parser.add_argument("--output_dir", type=Path, help="where the files go; default: nowhere")
     parser.add_argument("--n_bins", type=int, default=10, help="confidence bins of the ECE; default: 10")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default: 64")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier metrics.json there")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace the files of an earlier call there"
+    )
+    return parser.read(argv)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..basics.whole_file import whole_files
-from .data_options import add_suite_options, suite_options
+from .data_options import add_model_options, add_suite_options, suite_options
 from .parser import Parser
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> Path:
     from ..models.onnx import export_onnx
     from .models import load
 
-    loaded = load(options.model, "cpu")
+    options.device = "cpu"
+    loaded = load(options.model, options)
     classifier = classifier_of(options, loaded)
     if place.suffix == ".onnx":
         export_onnx(classifier, loaded.processor, place)
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> Path:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser("export", __doc__ or "")
-    parser.add_argument("model", nargs="?", help="folder, id on the Hub, or a file of weights")
+    add_model_options(parser, nargs="?")
     parser.add_argument("--model", dest="named", help=argparse.SUPPRESS)  # as of the script
     parser.add_argument("--output", type=Path, required=True, help="a file .onnx, or a folder for a CLIPClassifier")
     add_suite_options(parser, None)

@@ -12,6 +12,7 @@ from .parser import nearest
 COMMANDS = {
     "train": "fine-tune, judge under shift, calibrate and save",
     "evaluate": "accuracy and calibration of a checkpoint on the sets of a suite; writes no model",
+    "compare": "runs side by side: accuracy, ECE, and differences with intervals",
     "calibrate": "a calibrated copy of a checkpoint",
     "predict": "class and calibrated confidence of images without labels; what to expect of them",
     "interpolate": "WiSE-FT: the models between a zero-shot and a fine-tuned one",

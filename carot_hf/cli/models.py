@@ -13,6 +13,7 @@ from ..calibration.density import DensityCalibrator
 from ..calibration.record import calibration_record, needs_calibrator
 from ..models.backbones import BACKBONES, embedding_size
 from ..models.classifier import CLIPClassifier, check_tower
+from ..models.convert import load_clip_checkpoint
 
 
 class Loaded(NamedTuple):
@@ -29,16 +30,21 @@ class Loaded(NamedTuple):
     calibrator: DensityCalibrator | None
 
 
-def load(name: str, device: str | None = None) -> Loaded:
+def load(name: str, options: Any) -> Loaded:
     """Load a checkpoint with what calibrates it.
 
     Args:
-        name: A folder, or an id on the Hub.
-        device: Where it is put; ``None``: a GPU if there is one.
+        name: A folder, an id on the Hub, or a file of weights in the naming of OpenAI's CLIP.
+        options: Those of :func:`~carot_hf.cli.data_options.add_model_options`.
     Raises:
         OSError: If there is no such model.
         ValueError: If it is of no family that is known, or the calibrator is of other weights.
     """
+    chosen = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if Path(name).is_file():
+        return _from_file(name, options, chosen)
+    if options.processor or options.hidden_act:
+        raise ValueError(f"Expected --processor and --hidden_act with a file of weights only, got {name}.")
     if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ValueError(f"Expected a folder with a model, or an id on the Hub, got {name}, which is not there.")
     kind = AutoConfig.from_pretrained(name).model_type  # nosec B615  # JSON; no code is run
@@ -52,8 +58,19 @@ def load(name: str, device: str | None = None) -> Loaded:
     calibrator = DensityCalibrator.from_pretrained(name) if needs_calibrator(record) and own is None else None
     if calibrator is not None:
         check_tower(calibrator, model, embedding_size(model))
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Loaded(model.to(chosen), processor, calibrator)
+
+
+def _from_file(name: str, options: Any, device: str) -> Loaded:
+    """Load plain weights."""
+    if not options.processor:
+        raise ValueError(
+            f"Expected --processor with {name}: weights do not say how text and images are read. For ViT-B/16 name "
+            "openai/clip-vit-base-patch16."
+        )
+    model = load_clip_checkpoint(name, hidden_act=options.hidden_act)
+    processor = AutoProcessor.from_pretrained(options.processor)  # nosec B615  # the user's choice
+    return Loaded(model.to(device), processor, None)
 
 
 def classes_of(loaded: Loaded, name: str) -> tuple[list[str], list[str]]:
@@ -92,10 +109,15 @@ def check_classes(loaded: Loaded, names: Sequence[str]) -> None:
 
 
 def names_in(options: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
-    """Return class names and captions of the command line; ``None``: there are none."""
+    """Return class names and captions of the command line; ``None``: there are none.
+
+    Raises:
+        ValueError: If one name is given, and it is no file.
+    """
     given = options["classes"]
     if not given:
         return None
-    listed = len(given) == 1 and Path(given[0]).is_file()
-    names = Path(given[0]).read_text(encoding="utf-8").splitlines() if listed else list(given)
+    if len(given) == 1 and not Path(given[0]).is_file():
+        raise ValueError(f"Expected --classes as two names or more, or a file with a name a line, got {given[0]}.")
+    names = Path(given[0]).read_text(encoding="utf-8").splitlines() if len(given) == 1 else list(given)
     return [name for name in names if name.strip()], list(options["templates"])

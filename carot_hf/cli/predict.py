@@ -7,12 +7,18 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..basics.escape import printable
 from ..basics.whole_file import write_whole
+from .data_options import add_model_options
+from .parser import Parser
+
+if TYPE_CHECKING:
+    from ..data.pictures import Picture
 
 COLUMNS = ("image", "label", "confidence", "second", "second_confidence", "set", "distance")
 _CHUNK = 512  # images between two moments at which what is known is on the disk
@@ -24,18 +30,23 @@ in OUTPUT_FILE.bad."""
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = parse(argv)
-    files = images_of(options.images)
+    from ..suites.pictures import is_table, pictures_of
+
+    pictures = pictures_of(options.images, options.image_column)
     write = Rows(options.output_file, overwrite=options.overwrite)  # refused before a model loads
     from tqdm import tqdm
 
     from ..basics.fingerprint import fingerprint
+    from ..evaluation.fitting import check_home
     from ..evaluation.predictor import Predictor
     from ..suites.load import load_suite
     from .models import check_classes, classes_of, load, names_in
 
-    loaded = load(options.model, options.device)
-    suite = None if options.suite is None else load_suite(options.suite)
     given = names_in(vars(options))
+    suite = None if options.suite is None else load_suite(options.suite)
+    if suite is not None and options.estimate:
+        check_home(suite.validation, suite.train, "temperature")
+    loaded = load(options.model, options)
     if suite is not None and given is None:
         given = list(suite.class_names), list(suite.templates)
     names, templates = classes_of(loaded, options.model) if given is None else given
@@ -46,23 +57,32 @@ def main(argv: Sequence[str]) -> None:
         loaded.model, loaded.processor, names, templates, calibrator=loaded.calibrator, batch_size=options.batch_size
     )
     facts = {"model": options.model, "weights": fingerprint(loaded.model), "classes": names, "templates": templates}
-    left = write.begin(facts, files)
-    with tqdm(total=len(files), initial=len(files) - len(left), desc="Images") as bar:
+    if tables := {str(place): place.stat().st_size for place in options.images if is_table(place)}:
+        facts["tables"] = tables  # a row of another table of this name may hold another image
+    left = write.begin(facts, pictures)
+    with tqdm(total=len(pictures), initial=len(pictures) - len(left), desc="Images") as bar:
         for part in chunks(left, _CHUNK):
             write.add(*predictor.predict(part))
             bar.update(len(part))
     bad = write.end()
     said = f"; {len(bad):,} could not be decoded" if bad else ""
-    print(f"{options.output_file}: {len(files) - len(bad):,} images{said}")
+    print(f"{printable(options.output_file)}: {len(pictures) - len(bad):,} images{said}")
     if options.estimate:
-        print(estimate(loaded, suite, [path for path in files if printable(path) not in bad], options.batch_size))
+        good = [picture for picture in pictures if printable(picture.name) not in bad]
+        print(estimate(loaded, suite, good, options.batch_size))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="carot_hf predict", description=_HELP, allow_abbrev=False)
-    parser.add_argument("model", help="folder, or id on the Hub")
-    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders of them")
+    parser = Parser("predict", _HELP)
+    add_model_options(parser)
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        help="image files, folders of them, and tables (.csv, .tsv, .jsonl, .json, .parquet)",
+    )
+    parser.add_argument("--image_column", help="of tables: paths, or encoded images; default: the one that there is")
     parser.add_argument("--output_file", type=Path, default=Path("predictions.csv"), help=".csv, or .jsonl")
     parser.add_argument("--suite", help="whose classes and captions are taken; default: those the model was made for")
     parser.add_argument("--classes", nargs="+", help="names of the classes, or a file with a name a line")
@@ -71,9 +91,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--estimate", action="store_true", help="say what accuracy to expect, by the held-out images of --suite"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default: 64")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
-    options = parser.parse_args(argv)
+    options = parser.read(argv)
     if options.estimate and options.suite is None:
         parser.error("expected --suite with --estimate: its held-out images say which confidences are right")
     if options.output_file.suffix not in (".csv", ".jsonl"):
@@ -81,29 +100,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def images_of(places: Iterable[Path]) -> list[Path]:
-    """Return the image files of places, those of a folder sorted, each once.
-
-    Raises:
-        ValueError: If a place is not there, or has no image.
-    """
-    from ..suites.folders import images_in, walk
-
-    found: list[Path] = []
-    for place in places:
-        if not place.exists():
-            raise ValueError(f"Expected an image or a folder of images, got {place}, which is not there.")
-        files = images_in(walk(place)) if place.is_dir() else [place]
-        if not files:
-            raise ValueError(f"Expected images in the folder {place}, found none.")
-        found += files
-    return list(dict.fromkeys(found))
-
-
-def chunks(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
-    """Yield so many files after the others."""
-    for start in range(0, len(files), size):
-        yield files[start : start + size]
+def chunks(pictures: Sequence[Picture], size: int) -> Iterator[Sequence[Picture]]:
+    """Yield so many pictures after the others."""
+    for start in range(0, len(pictures), size):
+        yield pictures[start : start + size]
 
 
 class Rows:
@@ -113,6 +113,7 @@ class Rows:
         path: ``.csv`` or ``.jsonl``; beside it ``.json`` with what made it, and ``.bad`` with what cannot be decoded.
         overwrite: Begin anew.
     Raises:
+        OSError: If they cannot be written.
         ValueError: If a finished file is there.
     """
 
@@ -126,32 +127,36 @@ class Rows:
             raise ValueError(
                 f"Expected a new --output_file, got {there[0]}, which is there. Add --overwrite to replace it."
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK):
+                raise PermissionError(f"the folder {path.parent} is read-only")
 
-    def begin(self, facts: dict[str, Any], files: Sequence[Path]) -> list[Path]:
-        """Say what makes the rows; return the files that have none yet.
+    def begin(self, facts: dict[str, Any], pictures: Sequence[Picture]) -> list[Picture]:
+        """Say what makes the rows; return the pictures that have none yet.
 
         Raises:
             ValueError: If rows are there that something else has made.
         """
         self._facts = {**facts, "columns": list(COLUMNS)}
         if self._anew or not self._path.exists():
-            self._bad.unlink(missing_ok=True)
-            self._write(finished=False)
-            with self._path.open("w", encoding="utf-8", newline="") as file:
-                if not self._lines:
-                    csv.writer(file).writerow(COLUMNS)
-            return list(files)
+            with self._writing():
+                self._bad.unlink(missing_ok=True)
+                self._write(finished=False)
+                with self._path.open("w", encoding="utf-8", newline="") as file:
+                    if not self._lines:
+                        csv.writer(file).writerow(COLUMNS)
+            return list(pictures)
         if {key: value for key, value in self._read().items() if key != "finished"} != self._facts:
             raise ValueError(
                 f"Expected to go on with {self._path}, but another model or other classes made it. Add --overwrite."
             )
-        known = self._known()
-        return [path for path in files if str(path) not in known and printable(path) not in self._undecoded()]
+        known, bad = self._known(), self._undecoded()
+        return [picture for picture in pictures if picture.name not in known and printable(picture.name) not in bad]
 
     def add(self, rows: Sequence[Any], bad: Sequence[str]) -> None:
         """Write rows, on the disk when this returns."""
-        with self._path.open("a", encoding="utf-8", newline="") as file:
+        with self._writing(), self._path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             for row in rows:
                 classes = None if row.classes is None else list(row.classes)
@@ -166,7 +171,7 @@ class Rows:
             file.flush()
             os.fsync(file.fileno())
         if bad:
-            with self._bad.open("a", encoding="utf-8") as file:
+            with self._writing(), self._bad.open("a", encoding="utf-8") as file:
                 file.writelines(f"{printable(name)}\n" for name in bad)
 
     def end(self) -> set[str]:
@@ -176,18 +181,24 @@ class Rows:
 
     def _known(self) -> set[str]:
         """Images that have a row; a row that was cut short is taken away."""
-        text = self._path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
-        read = whole.decode("utf-8")
+        read = _whole_lines(self._path).decode("utf-8")
         if self._lines:
             return {json.loads(line)["image"] for line in read.split("\n")[:-1]}
         return {row[0] for row in csv.reader(io.StringIO(read, newline=""))}
 
     def _undecoded(self) -> set[str]:
-        return set(self._bad.read_text(encoding="utf-8").split("\n")[:-1]) if self._bad.exists() else set()
+        return set(_whole_lines(self._bad).decode("utf-8").split("\n")[:-1]) if self._bad.exists() else set()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say of an error where it was, and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"Expected to write {self._path}, got {type(error).__name__}: {error}. The rows that are there stay: "
+                "make room, or choose another --output_file, and give the command again."
+            ) from error
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -200,21 +211,31 @@ class Rows:
         write_whole(self._made, json.dumps({**self._facts, "finished": finished}, indent=2) + "\n")
 
 
-def estimate(loaded: Any, suite: Any, files: Sequence[Path], batch_size: int) -> str:
+def _whole_lines(path: Path) -> bytes:
+    """Return a file whose last line may have been cut short; that is taken away."""
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return whole
+
+
+def estimate(loaded: Any, suite: Any, pictures: Sequence[Picture], batch_size: int) -> str:
     """Say what accuracy to expect of images, by the held-out ones of a suite."""
+    from ..data.pictures import PictureRows
     from ..data.shift_set import ShiftSet
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.memory import Memory
 
     memory = Memory(calibrator=loaded.calibrator)
     evaluator = Evaluator(loaded.model, loaded.processor, suite, batch_size=batch_size, memory=memory)
-    rows = [{"image": str(path)} for path in files]
-    data = ShiftSet(rows, name="images", num_classes=len(suite.class_names), label_column=None)
+    data = ShiftSet(PictureRows(pictures), name="images", num_classes=len(suite.class_names), label_column=None)
     found = evaluator.estimate(data)
     beyond = (
         f"; {found['beyond']:.0%} are farther from home than 99 % of the held-out images" if "beyond" in found else ""
     )
-    lines = [f"Accuracy to expect of {len(files):,} images{beyond}:"]
+    lines = [f"Accuracy to expect of {len(pictures):,} images{beyond}:"]
     lines += [
         f"  {name:5} {found[name]:.3f} ({found[f'{name}_low']:.3f} to {found[f'{name}_high']:.3f})"
         for name in ("mean", "atc")

@@ -22,6 +22,7 @@ from ..data.suite import ShiftSuite
 from ..data.survey import say_warnings, survey
 from ..evaluation.evaluation import COLUMNS, Reported, comparison_table
 from ..evaluation.oracle import oracle_metrics
+from ..evaluation.per_image_file import write_per_image
 from ..hub.card import command_line
 from ..run.checkpoint import checkpoint_folders
 from ..run.header import FINISHED
@@ -71,6 +72,7 @@ def work(argv: list[str]) -> dict[str, Any]:
         trainer.save_model()
     report = report_of(argv, script, suite, trainer, start_model, metrics, calibration)
     if trainer.is_world_process_zero():
+        write_per_image(output_dir, trainer.latest_rows, calibration["method"])
         write_whole(output_dir / "metrics.json", json.dumps(report, indent=2) + "\n")
         here = {"suite": script.suite, "start_model": script.model_name_or_path}
         write_whole(output_dir / LOCAL_NAME, json.dumps(here, indent=2) + "\n")

@@ -29,7 +29,7 @@ def image_column(rows: Any) -> str:
     features = rows.features or {}
     found: list[str] = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not found:
-        found = [name for name, kind in features.items() if name.lower() in PATH_COLUMNS and _may_be_images(kind)]
+        found = [name for name, kind in features.items() if name.lower() in PATH_COLUMNS and may_be_images(kind)]
     if len(found) != 1:
         raise ValueError(
             f"Expected one column of images, got {found} among {sorted(features)}. Name it with `image_column`."
@@ -62,7 +62,8 @@ def is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in _TEXTS
 
 
-def _may_be_images(feature: Any) -> bool:
+def may_be_images(feature: Any) -> bool:
+    """Whether a column without the feature ``Image`` may hold images: texts, bytes, or both in a mapping."""
     if isinstance(feature, dict):
         return {"bytes", "path"} & feature.keys() != set()
     return is_text(feature) or getattr(feature, "dtype", None) in _BYTES

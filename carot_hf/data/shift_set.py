@@ -339,9 +339,14 @@ class ShiftSet(Dataset):
             return dict(zip((self.image_column, self.label_column or "label"), item, strict=True))
         return item
 
+    @property
+    def stored_rows(self) -> Any:
+        """The data, before a transform of the user's."""
+        return self.data if self._encoded is None else self._encoded
+
     def encoded_column(self) -> Any:
         """The images of all rows as they are stored, by index; empty if the data are no ``datasets.Dataset``."""
-        rows = self.data if self._encoded is None else self._encoded
+        rows = self.stored_rows
         feature = facts_of(rows, "features").get(self.image_column)
         if feature is None or getattr(feature, "decode", False) or not hasattr(rows, "with_format"):
             return ()
@@ -352,7 +357,7 @@ class ShiftSet(Dataset):
         import pyarrow as pa  # of a datasets.Dataset; the rest of the package runs without it
         import pyarrow.compute as pc
 
-        rows = self.data if self._encoded is None else self._encoded
+        rows = self.stored_rows
         column = rows.data.column(self.image_column)
         kind = column.type
         if pa.types.is_struct(kind):

@@ -15,6 +15,7 @@ from ..basics.escape import printable, table, with_interval
 from ..calibration.selective import confidence_for_accuracy
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
+from .per_image import PerImage
 
 Metrics = dict[str, float]
 Intervals = Mapping[str, tuple[float, float]]
@@ -68,6 +69,7 @@ class Evaluation:
         comparison: The same without any temperature beside it with one, also where one is in the weights.
         intervals: By set and metric ("accuracy", "ece", ``ece_<ending>``) lowest and highest value of a 95 % interval.
         marks: Sets that are no evidence for a calibration that has seen their like, and why; they stay out of ``ood``.
+        per_image: By set what is said of each image, at each scaling, too, and what tells these images from others.
     """
 
     metrics: Mapping[str, Metrics]
@@ -81,6 +83,7 @@ class Evaluation:
     bins_dts: Mapping[str, CalibrationBins] = field(default_factory=dict)
     rows: Mapping[str, Rows] = field(default_factory=dict)
     marks: Mapping[str, str] = field(default_factory=dict)
+    per_image: Mapping[str, PerImage] = field(default_factory=dict)
 
     def flat(self, prefix: str = "eval") -> dict[str, float]:
         """Return one dict of ``<prefix>_<set>_<metric>``, with ``<prefix>_temperature``."""
@@ -113,7 +116,7 @@ class Evaluation:
         return confidence_for_accuracy(*self.rows[name], accuracy)
 
     def to_json(self) -> str:
-        """Return all of it but the comparison as JSON; nan, e.g. an AUROC without errors, as null."""
+        """Return all of it but the comparison and the images as JSON; nan, e.g. an AUROC without errors, as null."""
         content = {
             "metrics": self.metrics,
             "scaling": self.scaling,

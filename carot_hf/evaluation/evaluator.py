@@ -7,6 +7,7 @@ them; all must call the same methods in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,8 +39,9 @@ from .fitting import HomeFit, check_home
 from .home import METHODS, check_calibration_method
 from .logits import Head, SetLogits, head_of
 from .marks import marks_of
-from .measure import bins_at, compared, given_scalings, intervals_by_set, measure_all, scaling_of
+from .measure import Measured, bins_at, compared, given_scalings, intervals_by_set, measure_all, scaling_of
 from .memory import Memory
+from .per_image import PerImage, facts_of_images
 
 OwnMetrics = Callable[[Tensor, Tensor], Mapping[str, float]]
 
@@ -173,8 +175,9 @@ class Evaluator:
             sizes={name: len(part) for name, part in labels.items()},
             comparison=compared(self.model, found, record, scalings, self.suite, marks) if remember else Reported(),
             intervals=intervals_by_set(found),
-            rows={name: part.rows for name, part in found.items() if part.rows},
+            rows={name: part.per_image.at("") for name, part in found.items() if part.per_image},
             marks=marks,
+            per_image=self._with_facts(chosen, found) if remember else {},
         )
 
     def _will_fit(self, sets: Mapping[str, ShiftSet], given: Mapping[str, Any], remember: bool) -> bool:
@@ -183,6 +186,14 @@ class Evaluator:
         if fits and remember:
             check_home(sets["validation"], self._train, self.method)
         return fits
+
+    def _with_facts(self, sets: Mapping[str, ShiftSet], found: Mapping[str, Measured]) -> dict[str, PerImage]:
+        """What is said of each image, with what tells the images from others."""
+        names = self.suite.class_names
+        parts = {name: part.per_image for name, part in found.items() if part.per_image is not None}
+        return {
+            name: replace(part, facts=facts_of_images(sets[name], part.labels, names)) for name, part in parts.items()
+        }
 
     def _fitted(self, home: HomeFit, logits: SetLogits, labels: Tensor, remember: bool) -> dict[str, Any]:
         """What the methods up to the evaluator's and the latest calibration's find, by the ending of their metrics."""

@@ -16,8 +16,9 @@ from ..calibration.metrics import Scaling, Seen, read_set, scaled_metrics
 from ..calibration.rows import Logits
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
-from .evaluation import Reported, Rows, flat_names, with_aggregates
+from .evaluation import Reported, flat_names, with_aggregates
 from .intervals import intervals_of
+from .per_image import PerImage
 
 Metrics = dict[str, float]
 _KEPT = ("_pts", "_dts", "_coverage", "_size")
@@ -34,7 +35,7 @@ class Measured:
         plain: With the temperature taken out that is in the weights.
         plain_bins: So, too.
         intervals: Of "accuracy" and "ece", and of ``ece_<ending>`` and "plain", where asked for.
-        rows: Confidence and hit of each row, as the logits are.
+        per_image: What is said of each row, as the logits are and at each scaling.
     """
 
     metrics: Metrics
@@ -43,7 +44,7 @@ class Measured:
     plain: Metrics | None = None
     plain_bins: CalibrationBins | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    rows: Rows | None = None
+    per_image: PerImage | None = None
 
 
 def measure(
@@ -81,7 +82,8 @@ def measure(
     seen, _ = read_set(logits, labels, wanted, n_bins=n_bins, link=link, also=also)
     found = {name: _found(seen[name], names) for name, (_, names) in wanted.items()}
     metrics, bins = found[""]
-    measured = Measured(dict(metrics), bins, rows=(seen[""].confidences, seen[""].correct))
+    confidences = {ending: seen[ending].confidences for ending in ("", *made)}
+    measured = Measured(dict(metrics), bins, per_image=PerImage(confidences, seen[""].predicted, seen[""].labels))
     for ending in made:
         scaled, measured.scaled_bins[ending] = found[ending]
         measured.metrics |= {f"{name}_{ending}": value for name, value in scaled.items()}

@@ -23,8 +23,8 @@ OVER, UNDER = "#D55E00", "#0072B2"  # told apart by colour-blind readers; the ha
 OVER_HATCH, UNDER_HATCH = "//", "\\\\"
 _BAR, _EDGE, _NOISE = "#D4D4D4", "#555555", "#C9B800"
 _LINES = ["-", "--", ":", "-."]
-_MARKERS = "osD^vP*X<>h8"
-_COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
+MARKERS = "osD^vP*X<>h8"
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
 _NOISE_SDS = 1.96  # 95 % of a normal distribution
 _NUMBERED = 20  # bins whose rows are written above the bars
 
@@ -82,7 +82,7 @@ def reliability_diagram(
         _draw_reliability(ax, table, words, title, temperature)
         ax.set_xlabel(words.confidence)
         return figure
-    figure = _new_figure((4.8, 6.4))
+    figure = new_figure((4.8, 6.4))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     _draw_reliability(top, table, words, title, temperature)
     _draw_histogram(bottom, table, words)
@@ -110,7 +110,7 @@ def confidence_histogram(
     Raises:
         ImportError: If matplotlib is missing.
     """
-    figure = _new_figure((4.8, 3.0)) if ax is None else ax.figure.figure
+    figure = new_figure((4.8, 3.0)) if ax is None else ax.figure.figure
     target = figure.subplots() if ax is None else ax
     _draw_histogram(target, _table(bins), _words(bins, mode))
     if title is not None:
@@ -136,7 +136,7 @@ def reliability_grid(tables: Mapping[str, Mapping[str, CalibrationBins]], *, tit
     columns = list(dict.fromkeys(column for row in tables.values() for column in row))
     if not columns:
         raise ValueError(f"Expected `tables` with at least one cell, got {tables}. Pass {{row: {{column: bins}}}}.")
-    figure = _new_figure((2.5 * len(columns) + 0.5, 2.5 * len(tables) + 0.5))
+    figure = new_figure((2.5 * len(columns) + 0.5, 2.5 * len(tables) + 0.5))
     axes = figure.subplots(len(tables), len(columns), sharex=True, sharey=True, squeeze=False)
     for i, (row, cells) in enumerate(tables.items()):
         for j, column in enumerate(columns):
@@ -185,14 +185,14 @@ def id_ood_scatter(
     """
     if not points:
         raise ValueError("Expected at least one point, got none. Pass {method: (id_accuracy, ood_accuracy)}.")
-    figure = _new_figure((6.4, 4.8)) if ax is None else ax.figure.figure
+    figure = new_figure((6.4, 4.8)) if ax is None else ax.figure.figure
     target = figure.subplots() if ax is None else ax
     for line, (name, path) in zip(_LINES * len(curves or {}), (curves or {}).items(), strict=False):
         xs, ys = zip(*path, strict=True)
         label = f"{name}, sweep"
         target.plot(xs, ys, color=_EDGE, linestyle=line, marker=".", markersize=4, zorder=1, label=label)
     for i, (name, (home, shifted)) in enumerate(points.items()):
-        color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         target.plot([home], [shifted], color=color, marker=marker, linestyle="none", markersize=8, label=name)
     target.set(xlabel="accuracy in distribution", ylabel="accuracy under shift (mean)")
     target.grid(alpha=0.3)
@@ -218,15 +218,15 @@ def ece_by_set(
     """
     if not panels:
         raise ValueError("Expected at least one panel, got none. Pass {model: {way: {set: [ece, ...]}}}.")
-    figure = _new_figure((3.2 * len(panels) + 1.4, 4.2))
+    figure = new_figure((3.2 * len(panels) + 1.4, 4.2))
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for ax, (model, ways) in zip(axes, panels.items(), strict=True):
         for i, (way, by_set) in enumerate(ways.items()):
-            names, color = list(by_set), _COLORS[i % len(_COLORS)]
+            names, color = list(by_set), COLORS[i % len(COLORS)]
             heights = [place + 0.12 * (i - (len(ways) - 1) / 2) for place in range(len(names))]
             means = [float(np.mean(by_set[name])) for name in names]
             ax.hlines(heights, [min(by_set[n]) for n in names], [max(by_set[n]) for n in names], color=color)
-            ax.plot(means, heights, color=color, marker=_MARKERS[i % len(_MARKERS)], linestyle="none", label=way)
+            ax.plot(means, heights, color=color, marker=MARKERS[i % len(MARKERS)], linestyle="none", label=way)
         ax.set(title=model, xlabel="ECE", yticks=range(len(names)), yticklabels=names)
         ax.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
@@ -385,7 +385,12 @@ def _words(bins: CalibrationBins | Mapping[str, Any], mode: str | None) -> _Word
     return FORECAST if mode == "positive" or (mode is None and found) else CONFIDENCE
 
 
-def _new_figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Make a figure of so many inches, of no window.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

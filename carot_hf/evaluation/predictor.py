@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..calibration.record import calibration_record, kept_sets
 from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.images import BadImageError
+from ..data.pictures import Picture, PictureRows
 from ..data.shift_set import ShiftSet
 from ..data.transforms import check_image_size, image_transform
 from ..models.backbones import backbone_of, caption_options
@@ -30,7 +30,7 @@ class Prediction:
     """What is said of one image.
 
     Attributes:
-        image: Its place.
+        image: Its name: where it is.
         label: The likeliest class.
         confidence: Its probability, calibrated as the model is.
         second: The next one, and
@@ -90,25 +90,24 @@ class Predictor:
         same = record is not None and record.get("classes", self.class_names) == self.class_names
         self._sets: ConformalSets | None = known.get("aps") if same else None
 
-    def predict(self, images: Sequence[Path]) -> tuple[list[Prediction], list[str]]:
-        """Return what is said of images, in their order, and the places of those that cannot be decoded.
+    def predict(self, images: Sequence[Picture]) -> tuple[list[Prediction], list[str]]:
+        """Return what is said of images, in their order, and the names of those that cannot be decoded.
 
         Args:
-            images: Places of files.
+            images: Of files, or of rows of a table.
         """
-        rows = [{"image": str(path)} for path in images]
-        data = ShiftSet(rows, name="images", num_classes=len(self.class_names), label_column=None)
+        data = ShiftSet(PictureRows(images), name="images", num_classes=len(self.class_names), label_column=None)
         try:
             embeds = self._embedder.embed(self.model, {"images": data})["images"][0]
         except BadImageError:  # not one of them
             self._embedder.bad_images.take()
-            return [], [str(path) for path in images]
+            return [], [image.name for image in images]
         replaced = set(self._embedder.bad_images.take().get("images", ()))
         found = self._described(images, data, embeds)
         kept = [prediction for row, prediction in enumerate(found) if row not in replaced]
-        return kept, [str(images[row]) for row in sorted(replaced)]
+        return kept, [images[row].name for row in sorted(replaced)]
 
-    def _described(self, images: Sequence[Path], data: ShiftSet, embeds: Tensor) -> list[Prediction]:
+    def _described(self, images: Sequence[Picture], data: ShiftSet, embeds: Tensor) -> list[Prediction]:
         divisors: Mapping[str, Any] = {}
         distances: list[float | None] = [None] * len(images)
         if self.calibrator is not None:
@@ -121,7 +120,7 @@ class Predictor:
         sets = None if self._sets is None else self._sets.sets(scaled.probabilities.cpu())
         return [
             Prediction(
-                image=str(path),
+                image=image.name,
                 label=self.class_names[places[row][0]],
                 confidence=float(values[row][0]),
                 second=self.class_names[places[row][1]],
@@ -129,5 +128,5 @@ class Predictor:
                 classes=None if sets is None else tuple(self.class_names[k] for k in sets[row].nonzero()[0].tolist()),
                 distance=distances[row],
             )
-            for row, path in enumerate(images)
+            for row, image in enumerate(images)
         ]

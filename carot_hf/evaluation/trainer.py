@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from .embed import Embedder
 from .evaluation import Reported
 from .evaluator import Evaluator
 from .memory import Memory
+from .per_image import PerImage
 
 logger = guarded(logging.get_logger(__name__))
 
@@ -47,6 +48,7 @@ class EvaluatingTrainer(Trainer, ABC):
         bins: Bin tables of the latest :meth:`evaluate` by set; ``bins_ts`` those with the fitted temperature,
             ``bins_pts`` and ``bins_dts`` those of the methods "perturbed" and "density".
         latest: The latest evaluation of the whole suite, for a card.
+        latest_rows: What it says of each image, by set; empty: there is none of these weights.
     """
 
     args: Any
@@ -70,6 +72,7 @@ class EvaluatingTrainer(Trainer, ABC):
     def forget(self) -> None:
         """Forget what was measured: the weights will be others."""
         self.latest, self._memory = Reported(), Memory()
+        self.latest_rows: Mapping[str, PerImage] = {}
 
     # ---- what a subclass says ----
 
@@ -157,7 +160,7 @@ class EvaluatingTrainer(Trainer, ABC):
         flat = found.flat(prefix) if named else one
         compared = found.comparison
         if final and eval_dataset is None and self._evaluated is None:
-            self.latest = replace(compared, model=self.model)
+            self.latest, self.latest_rows = replace(compared, model=self.model), found.per_image
         samples = sum(found.sizes.values())
         flat.update(speed_metrics(prefix, start, num_samples=samples, num_steps=evaluator.embedder.steps(samples)))
         self.log(flat)

@@ -258,10 +258,12 @@ def test_what_is_wrong_is_one_line(checkpoint, pictures, tmp_path, capsys, words
 def test_options_that_do_not_go_together(capsys):
     target = ["calibrate", "m", "--suite", "digits", "--output_dir", "o", "--method", "target"]
     for words in (["predict", "m", "i", "--output_file", "p.txt"], target, ["predict", "m", "i", "--estimate"]):
-        with pytest.raises(SystemExit) as ended:
-            main(words)
-        assert ended.value.code == 2
-    assert "expected --suite with --estimate" in capsys.readouterr().err
+        assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "carot_hf predict: Expected --suite with --estimate" in said
+    assert len(said.splitlines()) == 3
+    assert main(["predict", "m", "i", "--overwrit"]) == 2
+    assert "got '--overwrit'. Did you mean --overwrite?" in capsys.readouterr().err
 
 
 def test_digits_are_evaluated_and_estimated(tmp_path, capsys):
@@ -273,7 +275,7 @@ def test_digits_are_evaluated_and_estimated(tmp_path, capsys):
     assert found["metrics"]["uci"]["accuracy"] == pytest.approx(0.795, abs=0.005)
     assert "0.795 (" in printed
     assert (tmp_path / "ev" / "reliability.png").exists()
-    assert not list((tmp_path / "ev").glob("*.safetensors"))
+    assert [path.name for path in (tmp_path / "ev").glob("*.safetensors")] == ["per_image.safetensors"], "no model"
     assert main([*command, "--output_dir", str(tmp_path / "ev")]) == 2
     suite = carot_hf.load_suite("digits")
     (tmp_path / "pictures").mkdir()
