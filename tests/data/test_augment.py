@@ -199,6 +199,13 @@ def test_images_are_decoded_as_large_as_the_smallest_crop_needs(name):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_the_loader_asks_for_images_of_that_size(make_trainer, name):
+    trainer = make_trainer(augment=name)
+    expected = augmented(trainer._transform, name).train_size
+    assert trainer.get_train_dataloader().base_dataloader.dataset.dataset.min_size == expected
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_models_of_patches_take_them_too(name):
     transform, image = image_transform(processor_of("siglip2")), photo(90, 70)
     varied = augmented(transform, name)

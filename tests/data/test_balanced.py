@@ -117,6 +117,18 @@ def test_the_order_is_of_seed_and_epoch_alone():
     assert len(set(places)) > 7  # which sample is the first
 
 
+def test_which_images_take_turns_is_of_the_seed():
+    """Of the 12 images of class 0 an epoch has 7; rows are in the order of their class."""
+    chosen = []
+    for seed in range(40):
+        draws = sampler([12, 2], seed=seed, mixed=False)[0]
+        chosen.append(frozenset(draw % 14 for draw in draws if draw % 14 < 12))
+    assert {len(images) for images in chosen} == {7}
+    assert len(set(chosen)) > 30
+    times = Counter(image for images in chosen for image in images)
+    assert all(abs(times[image] - 40 * 7 / 12) < 4.5 * math.sqrt(40 * 7 / 12 * 5 / 12) for image in range(12))
+
+
 # ---- repeats ----
 
 
@@ -131,6 +143,19 @@ def test_the_same_image_is_as_seldom_in_one_batch_as_can_be(counts, pairs):
         for start in range(0, len(draws), pairs):
             batch = Counter(draw % order.size for draw in draws[start : start + pairs])
             assert all(count <= math.ceil(times[image] / max(1, full)) for image, count in batch.items())
+
+
+def test_the_repeats_of_an_image_are_no_nearer_than_by_chance():
+    """Twice in 8 batches: next to each other in 7 of 28 cases. Dealt like cards alone, it would be in all."""
+    near, epochs = 0, 1000
+    draws = np.arange(32)  # 0 and 31 are the same image of 31
+    for epoch in range(epochs):
+        order = spread(draws, 31, 4, np.random.default_rng(epoch))
+        one, two = np.flatnonzero(order % 31 == 0) // 4
+        assert one != two
+        near += abs(int(one) - int(two)) == 1
+    assert sorted(order.tolist()) == draws.tolist()
+    assert near / epochs == pytest.approx(1 / 4, abs=4.5 * math.sqrt(1 / 4 * 3 / 4 / epochs))
 
 
 def test_without_repeats_the_batches_are_a_random_partition():
@@ -206,6 +231,10 @@ def test_the_cache_has_whole_batches_of_it(make_trainer, uneven):
     assert torch.bincount(torch.cat(labels)).tolist() == [6, 6, 6, 6]
     for step in range(3):
         assert int((torch.cat(labels[2 * step : 2 * step + 2]) == 3).sum()) == 2
+    shares = list(trainer.get_train_dataloader().base_dataloader.batch_sampler)
+    for step in range(3):  # the two of class 2 come three times: once in each
+        rows = Counter(draw % 26 for share in shares[2 * step : 2 * step + 2] for draw in share)
+        assert (rows[23], rows[24], rows[25]) == (1, 1, 2)
 
 
 def test_a_rest_that_is_kept_is_counted(make_trainer, uneven):
@@ -271,6 +300,12 @@ def test_labels_that_are_known_by_reading_only_are_refused(make_trainer, suite):
     with pytest.raises(ValueError, match="Expected the labels of set 'mine' at once"):
         make_trainer(class_balanced=True, trainer={"train_dataset": passed})
     make_trainer(class_balanced=True, trainer={"train_dataset": noise_set("mine", 8, 5)})
+
+
+def test_it_is_refused_before_the_model_is_looked_at(make_trainer, suite):
+    train = ShiftSet(Noise(26, 0), name="train", num_classes=4)
+    with pytest.raises(ValueError, match="only by reading its images"):
+        make_trainer(torch.nn.Linear(1, 1), suite=replaced(suite, train), class_balanced=True)
 
 
 def rows(**columns):

@@ -14,6 +14,7 @@ from PIL import Image
 from runs import assert_equal_runs, first_batches, run
 from toys import noise_set
 
+from carot_hf.data.batches import DrawPlace
 from carot_hf.data.own_transform import OwnTransform, name_of, seeded, training_transform
 from carot_hf.data.transforms import ImageTransform, image_transform, normalize_pixels
 from carot_hf.suites.splits import as_set
@@ -199,6 +200,11 @@ def test_the_row_of_a_stream_is_named(make_trainer, suite, tmp_path):
     trainer = make_trainer(suite=streamed, trainer={"transform": lambda image: image})
     with pytest.raises(ValueError, match=r"`transform` for set 'train' at row \d+, got PngImageFile"):
         trainer.train()
+
+
+def test_the_place_of_a_draw():
+    assert DrawPlace("train", 26)(2 * 26 + 7) == "set 'train' at index 7"
+    assert DrawPlace("train", None)(3 << 64 | 5 << 32 | 7) == f"set 'train' at row {5 * 2**32 + 7}"
 
 
 def test_one_dtype_in_a_batch(make_trainer):
