@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .data.augment import AUGMENTATIONS
 from .objective.losses import SAME_CLASS
 from .objective.terms import TEXT, VISUAL, penalties, weight_fields
 from .teacher.average import check_momentum
@@ -97,6 +98,11 @@ def check_ranges(args: Any) -> None:
             f"Expected `calibration_bounds` as a lowest and a highest temperature above 0, got {bounds}. The "
             "papers use 0.5 and 10."
         )
+    if args.class_balanced and args.train_sampling_strategy == "sequential":
+        raise ValueError(
+            "Expected `train_sampling_strategy` 'random' with `class_balanced`, got 'sequential'. The order of the "
+            "data set has the classes as they are: leave one of them out."
+        )
     if args.bf16_full_eval or args.fp16_full_eval:
         raise ValueError(
             "Expected `bf16_full_eval` and `fp16_full_eval` False, got True. They round the model's own weights, "
@@ -109,6 +115,7 @@ def _check_objective(args: Any) -> None:
         ("objective", ("contrastive", "cross_entropy")),
         ("teacher", TEACHERS),
         ("same_class", SAME_CLASS),
+        ("augment", (*AUGMENTATIONS,)),
         ("freeze", (None, "vision", "text")),
         ("on_bad_image", ON_BAD_IMAGE),
     ):

@@ -24,6 +24,7 @@ from .calibration.record import calibration_record
 from .data.batches import collator_of
 from .data.captions import CaptionTable
 from .data.loaders import training_loader
+from .data.own_transform import name_of, training_transform
 from .data.shift_set import ShiftSet
 from .data.suite import ShiftSuite
 from .data.survey import survey
@@ -75,6 +76,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         suite: Training, validation, test and shifted sets, class names and templates. For one that is evaluated only
             there is :class:`~carot_hf.Evaluator`.
         processing_class: The model's processor, e.g. a ``CLIPProcessor``.
+        transform: Varies the training images in place of ``args.augment``: from a PIL image to ``(3, h, w)`` uint8, or
+            float32 that is normalised already, such as torchvision's v2. Its draws from global generators repeat.
         data_collator: Replaces :class:`~carot_hf.data.batches.CaRotCollator`. Training samples carry ``draw``, a number
             that is unique to the sample and the epoch; seed whatever is random with it.
         compute_metrics: Called for each set with its logits ``(n, labels)`` and labels; its metrics join ours.
@@ -104,6 +107,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         *,
         suite: ShiftSuite,
         processing_class: Any,
+        transform: Callable[[Any], Tensor] | None = None,
         data_collator: Any = None,
         compute_metrics: Any = None,
         **kwargs: Any,
@@ -111,8 +115,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         args = CaRotTrainingArguments() if args is None else args
         check_options(args, suite, processing_class, compute_metrics, kwargs)
         refuse_file(args.output_dir)
-        self.args = args  # the parent sets it later
-        self.suite, self._processor = suite, processing_class
+        self.args, self._collates = args, data_collator is None  # the parent sets the arguments later
+        self.suite, self._processor, self._own_transform = suite, processing_class, transform
         self._transform: Any = image_transform(processing_class)
         self.captions: CaptionTable
         self._prepared: Prepared
@@ -131,7 +135,6 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         self.model_accepts_loss_kwargs = False
         self.label_smoother = None  # label_smoothing_factor acts in our own loss
         self.teacher: Teacher | None = None
-        self._collates = data_collator is None
         self._written_teacher: list[str] = []  # files of the latest `save_teacher`
         self._teachers, self._made_callbacks = TeacherMaker(), list[Any]()
         self._teacher_callback: TeacherCallback | None = None
@@ -149,16 +152,21 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
     def _prepare(self, model: Any) -> Any:
         """Make a model ready; from here on it is the one that is trained and evaluated."""
         check_image_size(model, self._transform)
+        self._vary()
         self._prepared = prepare_model(model, self.args, self.suite, self._processor)
         self._link, self.captions = self._prepared.link, self._prepared.captions
         return self._prepared.model
+
+    def _vary(self) -> Any:
+        """What makes training images of the data, by the arguments of this moment."""
+        return training_transform(self._transform, self.args.augment, self._own_transform, collates=self._collates)
 
     def _set_up(self) -> None:
         """Make collator, objective, teacher and callbacks."""
         args: CaRotTrainingArguments = self.args
         check_optimizer(self.optimizer, self.model)
         if self._collates:
-            self.data_collator = collator_of(self._transform, self.captions, self._data_seed, self.train_dataset)
+            self.data_collator = collator_of(self._vary(), self.captions, args.order_seed, self.train_dataset)
         self._set_up_method(args)
 
     def _set_up_method(self, args: CaRotTrainingArguments) -> None:
@@ -210,10 +218,6 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
 
     # ---- data ----
 
-    @property
-    def _data_seed(self) -> int:
-        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
-
     def get_train_dataloader(self) -> Any:
         """Return the training loader; see :func:`~carot_hf.data.loaders.training_loader`."""
         data = self._training_set(self.train_dataset)
@@ -225,8 +229,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             batch_size=self._train_batch_size,
             collator=self.data_collator,
             epoch=lambda: int(self.state.epoch or 0),
-            seed=self._data_seed,
-            min_size=self._transform.train_size,
+            seed=self.args.order_seed,
+            min_size=self._vary().train_size,
             device=self.accelerator.device,
         )
 
@@ -236,7 +240,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         return {**inputs, "pixel_values": pixels}
 
     def _training_set(self, data: Any) -> ShiftSet | None:
-        return None if data is None else check_training_set(self.as_set("train", data), self.args.objective)
+        return None if data is None else check_training_set(self.as_set("train", data), self.args)
 
     @property
     def _run_suite(self) -> ShiftSuite:
@@ -384,8 +388,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
 
     def facts(self) -> dict[str, Any]:
         """What this run is."""
-        train = self._training_set(self.train_dataset)
-        return facts_of_run(self.args, self.suite, train, self._student, self._link)
+        train, own = self._training_set(self.train_dataset), name_of(self._own_transform)
+        return facts_of_run(self.args, self.suite, train, self._student, self._link, own)
 
     def before_run(self) -> None:
         """Refuse a test set that is trained on."""
@@ -407,6 +411,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             epochs=epochs,
             first_step=0 if saved is None else saved.step,
             update_every=None if self._teacher_callback is None else self._teacher_callback.update_every,
+            transform=name_of(self._own_transform),
         )
 
     def teacher_files(self) -> list[str]:

@@ -18,6 +18,7 @@ from .argument_checks import ON_BAD_IMAGE, TEACHERS, check_ranges
 from .basics.redaction import SECRET, public
 from .basics.sharding import sharding
 from .calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, greater_is_better
+from .data.augment import AUGMENTATIONS
 from .models.lora import check_lora_options, check_penalties
 from .objective.losses import SAME_CLASS
 from .objective.terms import needs_teacher
@@ -103,6 +104,19 @@ class CaRotTrainingArguments(TrainingArguments):
         "What other samples of the same class in the batch are: 'negative' (as published), 'positive' "
         "(they share the target) or 'ignore' (left out).",
         choices=list(SAME_CLASS),
+    )
+    augment: str = _option(
+        "crop",
+        "How training images vary. 'none': not at all, as in evaluation. 'crop' (as published): random crops of 0.9 to "
+        "1 of the area. 'light': of 0.6 to 1, and brightness, contrast, saturation x 0.8 to 1.2. 'strong': of 0.35 to "
+        "1, x 0.6 to 1.4, one in ten grey, one in ten blurred. None of them flips: mirrored digits and text are "
+        "others, and captions name left and right.",
+        choices=list(AUGMENTATIONS),
+    )
+    class_balanced: bool = _option(
+        False,
+        "Draw every class as often as every other, in epochs as long as before: images of rare classes repeat within "
+        "an epoch, those of frequent ones take turns over the epochs. Needs the labels of all training images.",
     )
     freeze: str | None = _option(None, "Tower that is not trained, with its projection.", choices=["vision", "text"])
     lora_rank: int = _option(
@@ -300,6 +314,11 @@ class CaRotTrainingArguments(TrainingArguments):
     def to_json_string(self) -> str:
         """Return the arguments as they stand in event files: no token, password or folder of the machine."""
         return json.dumps(public(self.to_dict()), indent=2)
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of the training samples, of their crops and templates."""
+        return int(self.seed if self.data_seed is None else self.data_seed)
 
     @property
     def skips_bad_images(self) -> bool:

@@ -36,9 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser, **options: Any) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     group.add_argument("--processor", help="of a file of weights: folder, or id on the Hub")
-    group.add_argument(
-        "--hidden_act", help="of a file of weights: quick_gelu (OpenAI's), or gelu (most of open_clip's)"
-    )
+    group.add_argument("--hidden_act", help="of a file of weights: quick_gelu (OpenAI), or gelu (most of open_clip)")
 
 
 def suite_options(script: Any) -> dict[str, Any]:

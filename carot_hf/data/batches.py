@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from torch.utils.data import Dataset, Sampler
 from ..basics.escape import guarded
 from .captions import CaptionTable
 from .images import BadImageError
-from .transforms import ImageTransform, PatchTransform, image_batch
+from .own_transform import WrongPixelsError
+from .shift_set import note
+from .stream import StreamedSet, row_of
+from .transforms import image_batch
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -151,13 +155,16 @@ class CaRotCollator:
     filled with its class name. Without one it is resized and centre-cropped.
 
     Args:
-        transform: The image transform.
+        transform: The image transform, as it is or of :mod:`carot_hf.data.own_transform`.
         captions: Tokens by class and template.
         seed: Seed of the crops and templates.
+        place: Says which sample a draw is of, for errors.
     """
 
-    def __init__(self, transform: ImageTransform | PatchTransform, captions: CaptionTable, seed: int) -> None:
-        self.transform, self.captions, self.seed = transform, captions, seed
+    def __init__(
+        self, transform: Any, captions: CaptionTable, seed: int, place: Callable[[int], str] = "draw {}".format
+    ) -> None:
+        self.transform, self.captions, self.seed, self.place = transform, captions, seed, place
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``pixel_values`` ``(b, 3, h, w)`` uint8, ``labels`` ``(b,)`` int64 and, in training, the tokens.
@@ -182,19 +189,47 @@ class CaRotCollator:
         generator = np.random.default_rng((self.seed, sample["draw"], _CAPTION))
         return str(caption[int(generator.integers(len(caption)))])
 
+    def _varied(self, sample: Mapping[str, Any], generator: np.random.Generator) -> Any:
+        """A training image; an error of a transform of the user's says which sample it is of."""
+        try:
+            return self.transform.train(sample["image"], generator)
+        except WrongPixelsError as error:
+            raise ValueError(error.of(self.place(sample["draw"]))) from None
+        except Exception as error:  # of the transform's own code, which is not ours to judge
+            note(error, f"Raised by the transform of training images for {self.place(sample['draw'])}.")
+            raise
+
     def _drawn(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Random crops, and each sample's own caption or a template with its class name."""
         pixels, templates = [], []
         for sample in samples:
             generator = np.random.default_rng((self.seed, sample["draw"]))
             templates.append(int(generator.integers(self.captions.n_templates)))
-            pixels.append(self.transform.train(sample["image"], generator))
+            pixels.append(self._varied(sample, generator))
         if "caption" in samples[0]:
             tokens = self.captions.tokenize([self._caption(sample) for sample in samples])
         else:
             labels = torch.tensor([sample["label"] for sample in samples])
             tokens = self.captions.lookup(labels, torch.tensor(templates))
         return {**image_batch(pixels), **tokens}
+
+
+@dataclass(frozen=True)
+class DrawPlace:
+    """Says which sample of a set a draw is of.
+
+    Attributes:
+        name: Of the set.
+        size: Of the set; ``None``: it is a stream.
+    """
+
+    name: str
+    size: int | None
+
+    def __call__(self, draw: int) -> str:
+        """``set 'train' at index 7``; of a stream its row."""
+        where = f"row {row_of(draw)}" if self.size is None else f"index {draw % self.size}"
+        return f"set '{self.name}' at {where}"
 
 
 def collator_of(transform: Any, captions: CaptionTable, seed: int, data: Any) -> CaRotCollator:
@@ -210,4 +245,5 @@ def collator_of(transform: Any, captions: CaptionTable, seed: int, data: Any) ->
     texts = [text for given in own for text in ([given] if isinstance(given, str) else given)]
     if texts and (cut := captions.remember(texts)):
         logger.warning("%d of %d captions are longer than the model's context, and are cut.", cut, len(texts))
-    return CaRotCollator(transform, captions, seed)
+    size = None if isinstance(data, StreamedSet) or not hasattr(data, "__len__") else len(data)
+    return CaRotCollator(transform, captions, seed, DrawPlace(getattr(data, "name", "train"), size))

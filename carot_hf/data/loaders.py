@@ -13,6 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
+from .balanced import BalancedSampler, balanced_labels
 from .batches import DrawnSet, DrawSampler, ReadSet, ReplacedCollator, ShareSampler
 from .shift_set import ShiftSet
 from .stream import StreamedDraws, StreamedSet
@@ -78,15 +79,28 @@ def training_loader(
             f"'{data.name}' in batches of {whole_batch}. Choose another batch size, or set `dataloader_drop_last`."
         )
     drawn = DrawnSet(ReadSet(data, skip=args.skips_bad_images, min_size=min_size))
-    order = DrawSampler(
-        len(drawn),
-        seed,
-        epoch,
-        shuffle=args.train_sampling_strategy != "sequential",
-        whole=args.contrastive_batch_size or 1,
-    )
+    order = _order(data, args, batch_size * args.world_size, seed, epoch)
     shares = ShareSampler(order, batch_size, args.process_index, args.world_size, drop_last=args.dataloader_drop_last)
     return _moved(drawn, args, collator, device, batch_sampler=shares)
+
+
+def whole_of(args: Any, at_once: int) -> int:
+    """Return what the samples of a class-balanced epoch are a multiple of: none that it counts is left out.
+
+    Args:
+        args: :class:`~carot_hf.CaRotTrainingArguments`.
+        at_once: Samples of a batch, over all processes.
+    """
+    return int(args.contrastive_batch_size or (at_once if args.dataloader_drop_last else 1))
+
+
+def _order(data: ShiftSet, args: Any, at_once: int, seed: int, epoch: Callable[[], int]) -> DrawSampler:
+    """The samples of an epoch, in their order."""
+    if args.class_balanced:
+        pairs = args.contrastive_batch_size or at_once
+        return BalancedSampler(balanced_labels(data), seed, epoch, pairs=pairs, whole=whole_of(args, at_once))
+    shuffle = args.train_sampling_strategy != "sequential"
+    return DrawSampler(len(data), seed, epoch, shuffle=shuffle, whole=args.contrastive_batch_size or 1)
 
 
 def evaluation_loader(data: Any, args: Any, *, collator: Any, device: torch.device) -> Any:

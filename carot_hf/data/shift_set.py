@@ -275,7 +275,7 @@ class ShiftSet(Dataset):
             if self._is_of_the_image(error, index):
                 raise self._unreadable(where, f"{type(error).__name__}: {error}") from error
             if -len(self) <= index < len(self):  # else it is the end of the set
-                _note(error, f"Raised by the data of set '{self.name}' at {where}, by its own code or transform.")
+                note(error, f"Raised by the data of set '{self.name}' at {where}, by its own code or transform.")
             raise
         result = self.decode(item, where, min_size=min_size)
         if "label" in result and self.labels is not None and result["label"] != self.labels[index]:
@@ -440,9 +440,9 @@ class ShiftSet(Dataset):
         return label_in_range(label, self.num_labels, self.name, where)
 
 
-def _note(error: Exception, note: str) -> None:
+def note(error: Exception, text: str) -> None:
     """Let an error of foreign code say where it happened; it stays what it is."""
     if sys.version_info >= (3, 11):
-        error.add_note(note)
+        error.add_note(text)
     else:
-        logger.error(note)
+        logger.error(text)

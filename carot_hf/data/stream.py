@@ -38,6 +38,11 @@ def shard_rows(rows: Any, shard: int) -> Iterator[dict[str, Any]]:
         yield from (dict(zip(keys, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
+def row_of(draw: int) -> int:
+    """Return the number of the row that a draw of `StreamedDraws` is of."""
+    return draw & ((1 << _EPOCH_BITS) - 1)
+
+
 def count_rows(rows: Any) -> int:
     """Count the rows of a stream by reading it."""
     logger.info("Counting the rows of a stream of %d files", rows.num_shards)

@@ -100,8 +100,8 @@ class ImageTransform:
         left, top = (target[0] - width) // 2, (target[1] - height) // 2
         box = (left, top, left + width, top + height)
         if not isinstance(size, tuple) and max(image.size) > _LONG * min(image.size):
-            return _to_tensor(_resized_part(image, target, box, self.resample))
-        return _to_tensor(_resized(image, target, self.resample).crop(box))
+            return to_tensor(_resized_part(image, target, box, self.resample))
+        return to_tensor(_resized(image, target, self.resample).crop(box))
 
     @property
     def train_size(self) -> tuple[int, int]:
@@ -120,9 +120,9 @@ class ImageTransform:
         box = random_box(image.width, image.height, generator, self.scale, self.ratio)
         shrinks = box[2] - box[0] >= width and box[3] - box[1] >= height
         if shrinks and self.resample in _TORCH_MODES and _has_vector_resize():
-            pixels = _to_tensor(image.crop(box))[None]
+            pixels = to_tensor(image.crop(box))[None]
             return F.interpolate(pixels, (height, width), mode=_TORCH_MODES[self.resample], antialias=True)[0]
-        return _to_tensor(image.resize((width, height), self.resample, box=box))
+        return to_tensor(image.resize((width, height), self.resample, box=box))
 
 
 class PatchTransform:
@@ -390,7 +390,7 @@ def _resized_part(
     return part.resize(size, resample, box=(left_, top_, min(right_, part.width), min(bottom_, part.height)))
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     """``(3, h, w)`` uint8, a view of ``(h, w, 3)``: channels last, as the image is."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -404,6 +404,11 @@ def image_batch(images: Sequence[Any]) -> dict[str, Tensor]:
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
     """``(b, 3, h, w)`` of ``(3, h, w)``, in the memory format of the images: values are copied once, in order."""
+    if len(kinds := {image.dtype for image in images}) > 1:  # torch would make floats of pixels from 0 to 255
+        raise ValueError(
+            f"Expected images of one dtype in a batch, got {', '.join(sorted(map(str, kinds)))}. Let the transform "
+            "return the same one of all images."
+        )
     if images[0].is_contiguous():
         return torch.stack([*images])
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)

@@ -8,11 +8,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..basics.escape import guarded, printable
+from ..data.augment import PUBLISHED, described
+from ..data.balanced import balanced_counts
+from ..data.loaders import whole_of
 from ..data.suite import ShiftSuite
 from ..data.survey import say_warnings, survey
 from ..training_args import PUBLISHED_STEPS, CaRotTrainingArguments
 from .checkpoint import checkpoint_folders, is_complete
-from .header import Plan, every, header, model_line, plan_warnings, shared_class_share
+from .header import Balance, Plan, every, header, model_line, plan_warnings, shared_class_share
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -27,6 +30,7 @@ def announce(
     epochs: float,
     first_step: int,
     update_every: int | None,
+    transform: str | None = None,
 ) -> None:
     """Write the header of a run and, of a fresh one, what is likely to be a mistake.
 
@@ -39,11 +43,17 @@ def announce(
         epochs: That they are.
         first_step: Steps that are done already.
         update_every: Steps between updates of the teacher; ``None``: there is none.
+        transform: What varies the training images in place of ``augment``, in words; ``None``: nothing.
     """
     found = survey(suite)
-    counts = found.counts["train"]
+    counts, balance = found.counts["train"], None
     contrastive = args.objective == "contrastive"
     pairs = args.contrastive_batch_size or args.per_device_train_batch_size * args.world_size
+    if args.class_balanced and counts is not None:
+        at_once = args.per_device_train_batch_size * args.world_size
+        size = len(suite.train) - len(suite.train) % whole_of(args, at_once)
+        balance = Balance.of(counts, suite.class_names, size, args.contrastive_batch_size or at_once)
+        counts = balanced_counts(counts, size)
     hidden = contrastive and args.same_class == "negative" and counts is not None and counts.sum() > 0
     unnamed = {name: int(getattr(args, name)) for name in args.unnamed()}
     plan = Plan(
@@ -64,12 +74,21 @@ def announce(
         device=str(args.device),
         scaled={name: steps for name, steps in unnamed.items() if steps != PUBLISHED_STEPS},
         writes=will_write(args),
+        augment=_augment(args, transform),
+        balance=balance,
     )
     tqdm.write(f"{header(plan)}\n")
     if plan.first_step == 0:  # a run that goes on has said it
         for sentence in plan_warnings(plan):
             logger.warning("%s", sentence)
         say_warnings(suite)
+
+
+def _augment(args: CaRotTrainingArguments, transform: str | None) -> str | None:
+    """How training images vary, in words; ``None``: as published."""
+    if transform is not None:
+        return f"by a transform: {transform}"
+    return None if args.augment == PUBLISHED else described(args.augment)
 
 
 def will_write(args: CaRotTrainingArguments) -> list[str]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ..basics.escape import guarded
 from ..calibration.metrics import METRICS, scaled_metrics
 from ..calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, chosen_by
+from ..data.balanced import balanced_labels
 from ..data.perturbed_set import bank_of
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite, needed
@@ -56,6 +57,8 @@ def check_options(
     needed(suite.validation, "validation", "to fit a temperature and to choose checkpoints on")
     if args.calibration_method == "density" and "train_dataset" not in kwargs:
         bank_of(suite.train)  # refused now, and not after the training
+    if args.class_balanced and "train_dataset" not in kwargs:
+        balanced_labels(suite.train)
     if args.metric_for_best_model is not None:
         _check_best_metric(args, suite, others=compute_metrics is not None or "eval_dataset" in kwargs)
 
@@ -101,12 +104,13 @@ def check_optimizer(optimizer: Any, model: Any) -> None:
         logger.warning("%d of %d trained parameters are not in the optimizer: they stay.", missing, len(trained))
 
 
-def check_training_set(train: ShiftSet, objective: str) -> ShiftSet:
+def check_training_set(train: ShiftSet, args: CaRotTrainingArguments) -> ShiftSet:
     """Return a set that is to be trained on.
 
     Raises:
-        ValueError: If it has neither labels nor captions, or its terms forbid it.
+        ValueError: If it has neither labels nor captions, its terms forbid it, or its classes cannot be balanced.
     """
+    objective = args.objective
     if train.label_column is None and (train.caption_column is None or objective == "cross_entropy"):
         raise ValueError(
             f"Expected labels in set '{train.name}', got none. Each training caption is made from a class name; "
@@ -114,4 +118,6 @@ def check_training_set(train: ShiftSet, objective: str) -> ShiftSet:
         )
     if train.test_only:
         raise ValueError(f"Expected a set that may be trained on, got '{train.name}', whose terms forbid it.")
+    if args.class_balanced:
+        balanced_labels(train)
     return train

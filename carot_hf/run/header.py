@@ -21,6 +21,50 @@ _INDENT = 11
 
 
 @dataclass(frozen=True)
+class Balance:
+    """An epoch with every class in it as often as every other.
+
+    Attributes:
+        classes: That have images.
+        each: How often each of them comes in an epoch, in words.
+        least: How often the images of the most frequent class come at least.
+        most: How often those of the rarest one come at most.
+        together: How often the same image comes in one batch at most.
+        named: The rarest class.
+    """
+
+    classes: int
+    each: str
+    least: int
+    most: int
+    together: int
+    named: str
+
+    @classmethod
+    def of(cls, counts: NDArray[np.int64], names: Sequence[str], size: int, pairs: int) -> Balance:
+        """Count what an epoch holds.
+
+        Args:
+            counts: ``(K,)`` images of each class.
+            names: Of the classes.
+            size: Samples of an epoch.
+            pairs: Of a batch.
+        """
+        there = counts[counts > 0]
+        each, more = divmod(size, len(there))
+        most = -(-(each + (more > 0)) // int(there.min()))
+        rarest = names[int(np.flatnonzero(counts == there.min())[0])]
+        together = -(-most // max(1, size // pairs))
+        often = f"{each:,} or {each + 1:,}" if more else f"{each:,}"
+        return cls(len(there), often, each // int(there.max()), most, together, repr(rarest))
+
+    def __str__(self) -> str:
+        times = f"{self.least:,} to {self.most:,} times" if self.least < self.most else f"{self.most:,} times"
+        times = "once" if self.least == self.most == 1 else times
+        return f"each of {self.classes:,} classes {self.each} times an epoch, an image of them {times}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run before its first step.
 
@@ -42,6 +86,8 @@ class Plan:
         device: What it runs on.
         scaled: Published numbers of steps that became shares.
         writes: What will be written where, a line each.
+        augment: How training images vary, in words; ``None``: as published.
+        balance: How the classes are balanced; ``None``: they are not.
     """
 
     model: str
@@ -61,6 +107,8 @@ class Plan:
     device: str
     scaled: Mapping[str, int]
     writes: Sequence[str]
+    augment: str | None = None
+    balance: Balance | None = None
 
     @property
     def moves(self) -> int:
@@ -83,6 +131,10 @@ def header(plan: Plan) -> str:
         "batch": f"{batch}{'' if plan.pairs is None else f', {plan.pairs:,} pairs in the loss'}, on {plan.device}",
         "writes": "\n".join(plan.writes),
     }
+    if plan.augment is not None:
+        lines["augment"] = plan.augment
+    if plan.balance is not None:
+        lines["balanced"] = str(plan.balance)
     if plan.scaled:
         named = ", ".join(f"{name} {value:,}" for name, value in sorted(plan.scaled.items()))
         lines["scaled"] = f"{named}: this run's share of the papers' 500 of 25,030 steps; name them to have others"
@@ -107,6 +159,11 @@ def plan_warnings(plan: Plan) -> list[str]:
         found.append(
             f"In a batch of {plan.pairs:,} pairs {100 * plan.shared:.0f} % share their class with another pair, which "
             "the loss takes for a negative. `same_class` 'ignore' (--same_class ignore) leaves such pairs out."
+        )
+    if plan.balance is not None and plan.balance.together > 1 and plan.shared is not None:
+        found.append(
+            f"Of {plan.balance.named} an image comes {plan.balance.together} times in one batch, of which the loss "
+            "takes all but its own for negatives. `same_class` 'ignore' (--same_class ignore) leaves such pairs out."
         )
     return found
 

@@ -140,8 +140,8 @@ def run_facts(
 
     Args:
         args: Its arguments.
-        suite: Its ``name``, ``class_names``, ``templates``, ``content_hash``, and ``training_set``, a hash of its own:
-            another one than that of the suite may have been passed.
+        suite: Its ``name``, ``class_names``, ``templates``, ``content_hash``, ``training_set``, a hash of its own:
+            another one than that of the suite may have been passed, and ``transform``, which varies its images.
         model: Class, link, LoRA, and how many parameters it has and trains.
         versions: Of the packages.
     """
@@ -168,7 +168,7 @@ def run_facts(
         "order": {
             "samples a step": at_once * args.gradient_accumulation_steps,
             "pairs in the loss": (args.contrastive_batch_size or at_once) if contrastive else None,
-            "data_seed": args.seed if args.data_seed is None else args.data_seed,
+            "data_seed": args.order_seed,
             "train_sampling_strategy": args.train_sampling_strategy,
         },
         "versions": dict(versions),

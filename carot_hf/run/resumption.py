@@ -137,7 +137,9 @@ class Resumption:
             self.say(apply_hyperparameters(optimizer, scheduler, wanted, self.saved.step), first=first)
 
 
-def facts_of_run(args: CaRotTrainingArguments, suite: Any, train: Any, student: Any, link: str) -> dict[str, Any]:
+def facts_of_run(
+    args: CaRotTrainingArguments, suite: Any, train: Any, student: Any, link: str, transform: str | None = None
+) -> dict[str, Any]:
     """Say what a run is, by the arguments and the model of this moment.
 
     Args:
@@ -146,6 +148,7 @@ def facts_of_run(args: CaRotTrainingArguments, suite: Any, train: Any, student: 
         train: The set that is trained on; ``None``: none.
         student: Unwrapped.
         link: From logits to probabilities.
+        transform: What varies the training images in place of ``augment``, in words; ``None``: nothing.
     """
     parameters, known = list(student.parameters()), versions()
     return run_facts(
@@ -156,6 +159,7 @@ def facts_of_run(args: CaRotTrainingArguments, suite: Any, train: Any, student: 
             "templates": suite.templates,
             "content_hash": suite.content_hash,
             "training_set": None if train is None else sha256_of_facts(train.facts),
+            "transform": transform,
         },
         model={
             "class": type(base_model(student)).__name__,
