@@ -46,12 +46,12 @@ def announce(
         transform: What varies the training images in place of ``augment``, in words; ``None``: nothing.
     """
     found = survey(suite)
-    counts, balance = found.counts["train"], None
+    counts, balance = found.counts.get("train"), None
     contrastive = args.objective == "contrastive"
     pairs = args.contrastive_batch_size or args.per_device_train_batch_size * args.world_size
     if args.class_balanced and counts is not None:
         at_once = args.per_device_train_batch_size * args.world_size
-        size = len(suite.train) - len(suite.train) % whole_of(args, at_once)
+        size = found.sizes["train"] - found.sizes["train"] % whole_of(args, at_once)
         balance = Balance.of(counts, suite.class_names, size, args.contrastive_batch_size or at_once)
         counts = balanced_counts(counts, size)
     hidden = contrastive and args.same_class == "negative" and counts is not None and counts.sum() > 0
