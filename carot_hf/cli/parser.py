@@ -13,13 +13,13 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         command: After ``carot_hf``.
-        text: What the command does.
+        text: What the command does; two paragraphs of it are shown.
     """
 
     def __init__(self, command: str, text: str) -> None:
         super().__init__(
             prog=f"carot_hf {command}",
-            description=text,
+            description="\n\n".join(text.split("\n\n")[:2]),
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -174,6 +174,8 @@ def _words(name: str, value: Any, action: argparse.Action) -> list[str]:
         return []
     if value is True and action.nargs == "?":
         return [f"--{name}"]
+    if isinstance(value, list) and len(value) != 1 and action.nargs is None:
+        raise ValueError(f"Expected one value of {name}, got {value}. Several can be given in Python only.")
     if isinstance(value, list):
         return [f"--{name}", *(_text(part) for part in value)]
     return [f"--{name}={_text(value)}"]

@@ -136,14 +136,17 @@ def _shown(text: str | None) -> str | None:
 
 
 def command_line(argv: Sequence[str]) -> str | None:
-    """The command that runs, if it is a script's, as :mod:`carot_hf.basics.redaction` makes it public.
+    """The command that runs, if it is ours or a script's, as :mod:`carot_hf.basics.redaction` makes it public.
 
     Args:
         argv: As ``sys.argv``.
     """
-    if not argv or not argv[0].endswith(".py"):
+    place = Path(argv[0]) if argv else Path()
+    if place.name == "carot_hf" or place.parts[-2:] == ("carot_hf", "__main__.py"):
+        return shlex.join(["carot_hf", *public_words(argv[1:])])
+    if place.suffix != ".py":
         return None
-    return shlex.join(["python", Path(argv[0]).name, *public_words(argv[1:])])
+    return shlex.join(["python", place.name, *public_words(argv[1:])])
 
 
 def _published(facts: CardFacts) -> str | None:

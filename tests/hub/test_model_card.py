@@ -239,6 +239,8 @@ def test_the_command_holds_no_token_and_no_folder_of_the_machine():
     assert command_line(argv) == "python x.py --hub-token ... --data_root .../data --output_dir=.../out ..."
     assert command_line(["/usr/lib/ipykernel_launcher", "-f", "x"]) is None
     assert command_line([]) is None
+    for ours in ("/usr/bin/carot_hf", "/usr/lib/carot_hf/__main__.py"):
+        assert command_line([ours, "train", "--hub_token", "x"]) == "carot_hf train --hub_token ..."
 
 
 def test_pickles_of_the_arguments_hold_no_token(make_trainer):
