@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from ..basics.escape import guarded, printable
@@ -46,14 +48,9 @@ def announce(
         transform: What varies the training images in place of ``augment``, in words; ``None``: nothing.
     """
     found = survey(suite)
-    counts, balance = found.counts.get("train"), None
+    counts, balance = _balanced(args, suite, found.counts.get("train"))
     contrastive = args.objective == "contrastive"
     pairs = args.contrastive_batch_size or args.per_device_train_batch_size * args.world_size
-    if args.class_balanced and counts is not None:
-        at_once = args.per_device_train_batch_size * args.world_size
-        size = found.sizes["train"] - found.sizes["train"] % whole_of(args, at_once)
-        balance = Balance.of(counts, suite.class_names, size, args.contrastive_batch_size or at_once)
-        counts = balanced_counts(counts, size)
     hidden = contrastive and args.same_class == "negative" and counts is not None and counts.sum() > 0
     unnamed = {name: int(getattr(args, name)) for name in args.unnamed()}
     plan = Plan(
@@ -82,6 +79,18 @@ def announce(
         for sentence in plan_warnings(plan):
             logger.warning("%s", sentence)
         say_warnings(suite)
+
+
+def _balanced(
+    args: CaRotTrainingArguments, suite: ShiftSuite, counts: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64] | None, Balance | None]:
+    """How often each class comes in an epoch, and how that comes about; of classes as they are, ``None``."""
+    if not args.class_balanced or counts is None:
+        return counts, None
+    at_once = args.per_device_train_batch_size * args.world_size
+    size = int(counts.sum()) - int(counts.sum()) % whole_of(args, at_once)
+    balance = Balance.of(counts, suite.class_names, size, args.contrastive_batch_size or at_once)
+    return balanced_counts(counts, size), balance
 
 
 def _augment(args: CaRotTrainingArguments, transform: str | None) -> str | None:

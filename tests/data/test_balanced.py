@@ -231,8 +231,10 @@ def test_the_cache_has_whole_batches_of_it(make_trainer, uneven):
     assert torch.bincount(torch.cat(labels)).tolist() == [6, 6, 6, 6]
     for step in range(3):
         assert int((torch.cat(labels[2 * step : 2 * step + 2]) == 3).sum()) == 2
-    shares = list(trainer.get_train_dataloader().base_dataloader.batch_sampler)
-    for step in range(3):  # the two of class 2 come three times: once in each
+    sampler = trainer.get_train_dataloader().base_dataloader.batch_sampler
+    for epoch, step in itertools.product(range(8), range(3)):  # the two of class 2 come three times: once in each
+        trainer.state.epoch = epoch
+        shares = list(sampler)
         rows = Counter(draw % 26 for share in shares[2 * step : 2 * step + 2] for draw in share)
         assert (rows[23], rows[24], rows[25]) == (1, 1, 2)
 
