@@ -68,7 +68,7 @@ THIRD_PARTY = {
         "transformers",
         "yaml",
     },
-    "evaluation": {"matplotlib", "numpy", "torch", "tqdm", "transformers"},
+    "evaluation": {"matplotlib", "numpy", "PIL", "torch", "tqdm", "transformers"},
     "run": {"numpy", "torch", "tqdm", "transformers"},
     "hub": {"huggingface_hub", "transformers"},
     "cli": {"torch", "tqdm", "transformers"},

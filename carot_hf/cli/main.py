@@ -11,6 +11,7 @@ COMMANDS = {
     "calibrate": "a calibrated copy of a checkpoint",
     "evaluate": "accuracy and calibration of a checkpoint on the sets of a suite; writes no model",
     "predict": "class and calibrated confidence of images without labels; what to expect of them",
+    "suite": "check: what a suite holds, with a picture; init: a suite file for a folder",
 }
 _HELP = """usage: carot_hf COMMAND [options]
 

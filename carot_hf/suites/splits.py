@@ -82,11 +82,14 @@ def as_set(
         paths = list(rows.with_format(None)[image])
         _check_files(paths, options["image_root"], name)
         _check_places(paths, name, **{key: options.get(key) for key in _PLACES})
-    labels = table.all(list(rows.with_format(None)[label]))
+    values = list(rows.with_format(None)[label])
+    labels = table.all(values)
     if published is not None:
         check_labels(name, labels, *published)
     kept = [image, *([options["caption_column"]] if options.get("caption_column") else [])]
-    return ShiftSet(rows.select_columns(kept).add_column("label", labels), labels=labels, **common)
+    made = ShiftSet(rows.select_columns(kept).add_column("label", labels), labels=labels, **common)
+    made.read_by_name = table.finds_names(values)
+    return made
 
 
 def _check_files(paths: Sequence[Any], root: Path, name: str) -> None:
