@@ -107,7 +107,7 @@ def draw_sheet(suite: Any, sets: dict[str, Any], options: argparse.Namespace) ->
     """Write the picture, and say which images in the draw cannot be decoded."""
     from ..data.samples import MOST_BAD, draw, label_title
     from ..data.transforms import ImageTransform
-    from ..evaluation.contact_sheet import Row, Tile, contact_sheet
+    from ..evaluation.contact_sheet import Row, Tile, can_write, contact_sheet
 
     transform = ImageTransform(size=options.size, crop=(options.size, options.size), mean=(0,) * 3, std=(1,) * 3)
     rows, bad = [], []
@@ -131,6 +131,8 @@ def draw_sheet(suite: Any, sets: dict[str, Any], options: argparse.Namespace) ->
     print(
         f"\n{options.output_file}: images of each set at {options.size} x {options.size} pixels, as a model sees them"
     )
+    unwritten = {tile.instead: tile.title for row in rows for tile in row.tiles if not can_write(tile.title)}
+    print("".join(f"  {instead} there: {title}\n" for instead, title in sorted(unwritten.items())), end="")
 
 
 def decode(sets: dict[str, Any]) -> None:

@@ -39,12 +39,12 @@ EXPLAINED = {
     "recommended": "Options of the method that suit the data; they go before a preset's and behind the command line's.",
 }
 # Keys that stand in comments, each with an example and what it is for.
-_LABEL_NAMES = (
+LABEL_NAMES = (
     "label_names: {n01: cat, n02: dog, n03: rabbit}",
     "what the data call the classes, once for all sets; or a list in order",
 )
-_VERSION = "of this description and its data; in quotes. It goes into metrics and model cards"
-_OF_TRAIN = (
+VERSION = "of this description and its data; in quotes. It goes into metrics and model cards"
+OF_TRAIN = (
     (
         "split: train",
         "folders or files that name it: train, training; validation, valid, val, dev; test, testing, eval; any case. "
@@ -66,21 +66,21 @@ _OF_TRAIN = (
         "of a data set on the Hub that is made of tars: <split>/*.tar; here: folders, table, ...",
     ),
 )
-_OF_TEST = (("name: home", "in the names of the metrics: eval_home_accuracy"),)
-_OF_SHIFTS = (
+OF_TEST = (("name: home", "in the names of the metrics: eval_home_accuracy"),)
+OF_SHIFTS = (
     (
         "columns: [[0], [1, 2]]",
         "for each label of this set the classes it stands for: the largest of their logits counts",
     ),
 )
-_OF_SUITE = (
+OF_SUITE = (
     ("image_roots: [/data/images]", "folders, beside its own, where a table may say that images are"),
     (
         "allow_shared_files: true",
         "images of the training set in the test set, or two sets of one path, are an error without it",
     ),
 )
-_RECOMMENDED = ("learning_rate: 1e-5", "per_device_train_batch_size: 8", "num_train_epochs: 2")
+RECOMMENDED = ("learning_rate: 1e-5", "per_device_train_batch_size: 8", "num_train_epochs: 2")
 
 
 class Description(NamedTuple):
@@ -155,7 +155,7 @@ class _Writer:
         name = os.path.basename(os.path.realpath(self._look.folder)) or "suite"
         self.lines += ["# Written by `carot_hf suite init`. Correct it, then look: carot_hf suite check FILE",
                        "# Paths are relative to this file.", "", f"name: {value(name)}"]  # fmt: skip
-        self.lines += [f'version: "1.0"  # {_VERSION}', "", *_comment(EXPLAINED["class_names"])]
+        self.lines += [f'version: "1.0"  # {VERSION}', "", *_comment(EXPLAINED["class_names"])]
         if train is not None and train.numbered:
             self._say(
                 "class_names: the labels are numbers without names. Write in the place of each number what it stands "
@@ -164,7 +164,7 @@ class _Writer:
         classes = [
             f"  - {value(name)}{text}" for name, text in zip(self._classes.class_names, self._counts(), strict=True)
         ]
-        self.lines += ["class_names:", *classes, *_as_comments([_LABEL_NAMES])]
+        self.lines += ["class_names:", *classes, *_as_comments([LABEL_NAMES])]
         self.lines += ["", *_comment(EXPLAINED["templates"]), "templates:"]
         self.lines += [f'  - "{template}"' for template in DEFAULT_TEMPLATES]
 
@@ -172,7 +172,7 @@ class _Writer:
         """Train, validation or test."""
         part = self._look.splits.get(key)
         self.lines += ["", *_comment(EXPLAINED[key])] if key in EXPLAINED else [""]
-        more = {"train": _OF_TRAIN, "test": _OF_TEST}.get(key, ())
+        more = {"train": OF_TRAIN, "test": OF_TEST}.get(key, ())
         if part is not None:
             self.complete &= self._set(key, part, more, "")
         elif key == "validation":
@@ -188,15 +188,15 @@ class _Writer:
         """The shifted sets."""
         self.lines += ["", *_comment(EXPLAINED["shifts"])]
         head = len(self.lines)
-        written = [self._set(name, part, _OF_SHIFTS, "  ") for name, part in self._look.shifts.items()]
+        written = [self._set(name, part, OF_SHIFTS, "  ") for name, part in self._look.shifts.items()]
         self.lines.insert(head, "shifts:" if any(written) else "# shifts:")
         if not written:
-            self.lines += ["#   sketch:", "#     path: sketch", *_as_comments(_OF_SHIFTS, "    ")]
+            self.lines += ["#   sketch:", "#     path: sketch", *_as_comments(OF_SHIFTS, "    ")]
 
     def bottom(self) -> None:
         """What few suites need."""
-        self.lines += ["", *_as_comments(_OF_SUITE), "", *_comment(EXPLAINED["recommended"]), "# recommended:"]
-        self.lines += [f"#   {line}" for line in _RECOMMENDED]
+        self.lines += ["", *_as_comments(OF_SUITE), "", *_comment(EXPLAINED["recommended"]), "# recommended:"]
+        self.lines += [f"#   {line}" for line in RECOMMENDED]
 
     def _set(self, key: str, part: Part, more: Sequence[tuple[str, str]], indent: str) -> bool:
         """Write a set down, in comments if its labels are not the classes; return whether it counts."""
@@ -208,7 +208,7 @@ class _Writer:
         }
         if unknown:
             cures = "which of the classes each of them is"
-            if more == _OF_SHIFTS:
+            if more == OF_SHIFTS:
                 cures += ", or for a set with labels of its own in `columns` which classes each label stands for"
             self._say(
                 f"{key}: its labels {printable(shown(unknown))} are none of the classes. Say in `label_names` {cures}, "

@@ -222,7 +222,7 @@ def _part_of(folder: Path, path: Path, split: str, opened: Opened) -> Part:
     if len(rows) == 0:
         raise ValueError(f"Expected rows of split '{split}' in {path}, got none.")
     image, label = image_column(rows), label_column(rows)
-    values, feature = list(rows.with_format(None)[label]), rows.features[label]
+    values, feature = [_text(value) for value in rows.with_format(None)[label]], rows.features[label]
     for row, value in enumerate(values):
         if (reason := not_a_label(value)) is not None:
             raise ValueError(f"Expected a label in each row of {path}, got {reason} in row {row}.")
@@ -235,13 +235,18 @@ def _part_of(folder: Path, path: Path, split: str, opened: Opened) -> Part:
     return Part(path, split if opened.named else None, names, counts, numbered, _tops(folder, files))
 
 
+def _text(value: Any) -> Any:
+    """A label; one that tars have as bytes is a text."""
+    return value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else value
+
+
 def _names_of(values: list[Any], feature: Any, path: Path) -> tuple[tuple[str, ...], bool]:
     """Names of labels, and whether these are numbers."""
     if hasattr(feature, "names"):
         if not all(0 <= value < len(feature.names) for value in values):
             raise ValueError(f"Expected a label in each row of {path}, got some that are none of its ClassLabel's.")
         return tuple(feature.names), False
-    if is_text(feature) or all(isinstance(value, bool) for value in values):
+    if all(isinstance(value, str | bool) for value in values):
         return tuple(sorted(set(map(str, values)))), False
     if all(isinstance(value, int) and 0 <= value < _MOST_NUMBERS for value in values):
         return tuple(map(str, range(max(values) + 1))), True
