@@ -13,7 +13,6 @@ Whatever else can be read as a set is a shift.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -27,7 +26,7 @@ from ..data.labels import folded, not_a_label
 from ..data.suite import RESERVED_NAMES
 from .folders import SPLITS, asked_split, split_of, walk
 from .rows import Opened, open_source
-from .tables import SUFFIXES, read_text
+from .tables import SUFFIXES
 
 _DATA = (*SUFFIXES, ".parquet", ".arrow", ".tar")
 _MOST_NUMBERS = 100_000  # classes, where labels are numbers: more are something else
@@ -118,7 +117,6 @@ class _Finder:
         """Data files at the top."""
         if "dataset_dict.json" in self._files or "state.json" in self._files:
             self._whole(self._folder)
-            self._saved_splits()
             return
         by_split: dict[str | None, list[str]] = {}
         for name in self._files:
@@ -187,14 +185,6 @@ class _Finder:
     def _splits_of(self, path: Path) -> dict[str, Part]:
         found = {split: self._part(path, split) for split in SPLITS}
         return {split: part for split, part in found.items() if isinstance(part, Part) and part.split is not None}
-
-    def _saved_splits(self) -> None:
-        """Splits of other names that ``save_to_disk`` wrote are shifts."""
-        if "dataset_dict.json" in self._files:
-            content = json.loads(read_text(self._folder / "dataset_dict.json", "JSON"))
-            for name in map(str, content["splits"]):
-                if asked_split(name) not in SPLITS:
-                    self._keep(self.shifts, name, self._part(self._folder, name), name)
 
     def _keep(self, sets: dict[str, Part], name: str, part: Part | str, top: str) -> None:
         """Put a set among others, or keep why it is none."""

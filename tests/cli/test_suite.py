@@ -454,6 +454,7 @@ def test_options_that_do_not_fit(capsys):
         with pytest.raises(SystemExit) as ended:
             main(["suite", *words])
         assert ended.value.code == 2
+    assert "expected a whole number above 0, got '0'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- init
@@ -464,10 +465,10 @@ def split_folders(root):
     folders(root / "val", [0, 1], PETS)
     folders(root / "Test", [0, 1, 2], PETS)
     folders(root / "sketch", [1, 2], PETS)
-    folders(root / "test_art", [2, 2, 0, 1], PETS)
+    folders(root / "Art_test", [2, 2, 0, 1], PETS)
     (root / "notes").mkdir()
     (root / "notes" / "a.txt").write_text("mine")
-    return {"train": 12, "validation": 2, "test": 3, "sketch": 2, "test_art": 4}
+    return {"train": 12, "validation": 2, "test": 3, "sketch": 2, "Art_test": 4}
 
 
 def split_below_a_home(root):
@@ -491,12 +492,12 @@ def one_table(root):
 
 
 def table_for_each(root):
-    (root / "images").mkdir(parents=True)
     for name, rows in {"train": range(9), "test": range(9, 12), "far": range(12, 14)}.items():
         lines = ["file_name\tlabel"]
         for row in rows:
-            (root / "images" / f"{row}.png").write_bytes(picture(row % 3, row))
-            lines.append(f"images/{row}.png\t{PETS[row % 3]}")
+            (root / "images" / PETS[row % 3]).mkdir(parents=True, exist_ok=True)
+            (root / "images" / PETS[row % 3] / f"{row}.png").write_bytes(picture(row % 3, row))
+            lines.append(f"images/{PETS[row % 3]}/{row}.png\t{PETS[row % 3]}")
         (root / f"{name}.tsv").write_text("\n".join(lines))
     folders(root / "sketch", [1, 2], PETS)
     return {"train": 6, "validation": 3, "test": 3, "far": 2, "sketch": 2}
@@ -569,8 +570,27 @@ def test_nothing_found_is_lost_from_the_screen(place, capsys):
     said = capsys.readouterr().out
     assert [line.split(":")[0] for line in section(said, "No set")] == ["README.csv", "notes"]
     assert [line.split()[:2] for line in section(said, "Found in data")] == [
-        ["train", "12"], ["validation", "2"], ["test", "3"], ["sketch", "2"], ["test_art", "4"]
+        ["train", "12"], ["validation", "2"], ["test", "3"], ["Art_test", "4"], ["sketch", "2"]
     ]  # fmt: skip
+
+
+def test_of_two_names_of_a_split_the_usual_one_is_it(place):
+    for name in ("train", "dev", "val", "test"):
+        folders(place / "data" / name, [0, 1, 2], PETS)
+    assert main(["suite", "init", "data"]) == 0
+    written = load_yaml((place / "data/suite.yaml").read_text())
+    assert written["validation"] == {"path": "val"}
+    assert written["shifts"] == {"dev": {"path": "dev"}}
+
+
+def test_classes_that_are_called_as_splits_are_classes(place, capsys, caplog):
+    """What was tried on the way is neither said to be no set nor warned of."""
+    folders(place / "data", [0, 1, 2] * 4, ["cat", "test tube", "train"])
+    (place / "data" / "loose.png").write_bytes(picture(0, 0))
+    assert main(["suite", "init", "data"]) == 0
+    assert "No set" not in capsys.readouterr().out
+    assert caplog.records == []
+    assert load_yaml((place / "data/suite.yaml").read_text())["class_names"] == ["cat", "test tube", "train"]
 
 
 def unmarked(text, *keys):
@@ -686,7 +706,7 @@ def test_a_folder_whose_name_is_no_text_does_not_stop_the_others(place, capsys):
     said = capsys.readouterr().out
     assert "\udcff" not in said
     suite = load_suite(place / "data/suite.yaml")
-    assert {"sketch", "test_art"} <= set(suite.shifts)
+    assert {"sketch", "Art_test"} <= set(suite.shifts)
 
 
 def test_names_that_metrics_may_not_have_are_changed(place):
