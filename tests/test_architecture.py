@@ -71,7 +71,7 @@ THIRD_PARTY = {
         "transformers",
         "yaml",
     },
-    "evaluation": {"matplotlib", "numpy", "safetensors", "torch", "tqdm", "transformers"},
+    "evaluation": {"matplotlib", "numpy", "PIL", "safetensors", "torch", "tqdm", "transformers"},
     "run": {"numpy", "torch", "tqdm", "transformers"},
     "hub": {"huggingface_hub", "transformers"},
     "cli": {"accelerate", "numpy", "scipy", "torch", "tqdm", "transformers", "yaml"},

@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "runs side by side: accuracy, ECE, and differences with intervals",
     "calibrate": "a calibrated copy of a checkpoint",
     "predict": "class and calibrated confidence of images without labels; what to expect of them",
+    "suite": "check: what a suite holds, with a picture; init: a suite file for a folder",
     "interpolate": "WiSE-FT: the models between a zero-shot and a fine-tuned one",
     "export": "a classifier for transformers' image-classification pipeline, or an ONNX file",
     "tables": "the tables and figures of the papers, by one command",

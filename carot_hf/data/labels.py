@@ -132,6 +132,7 @@ class LabelTable:
         self._where = where
         self._names = names if isinstance(names, ClassNames) else ClassNames(names)
         self._own: list[int] | None = None
+        self._by_name = False
         if own is not None:
             self._own = self._matched(list(own), published)
 
@@ -144,6 +145,12 @@ class LabelTable:
     def keeps_numbers(self) -> bool:
         """Whether each number stands for itself."""
         return self._own is None or self._own == list(range(len(self._names)))
+
+    def finds_names(self, values: Sequence[Any]) -> bool:
+        """Whether a column has names that are looked up, and not numbers alone."""
+        if self._own is not None:
+            return self._by_name
+        return any(isinstance(value, str | bool) and self._names.find(str(value)) is not None for value in set(values))
 
     def __call__(self, value: Any) -> Any:
         """Return the index; what is neither text nor a number passes, for `ShiftSet` to refuse."""
@@ -190,6 +197,7 @@ class LabelTable:
         found = [self._names.find(name) for name in own]
         if own and all(index is not None for index in found):
             self._check_distinct(own, found)
+            self._by_name = True
             return [int(index) for index in found if index is not None]
         if own and all(name.strip().isdecimal() for name in own):
             return [int(name) for name in own]

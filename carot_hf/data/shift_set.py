@@ -112,6 +112,7 @@ class ShiftSet(Dataset):
         self.own_names: tuple[str, ...] | None = names_of(features.get(str(label_column)))
         self._classes: ClassNames | None = None  # that the labels were matched with
         self._table: LabelTable | None = None  # from what the data have to the label
+        self.read_by_name = False  # whoever made the rows has matched names already
         self._raw = None if labels is None else one_label_a_row(labels, len(data), name)
         self.labels: NDArray[Any] | None = (
             None if self._raw is None else class_indices(self._raw, self.num_labels, name, self._limit)
@@ -190,7 +191,7 @@ class ShiftSet(Dataset):
     @property
     def has_names(self) -> bool:
         """Whether the labels of the data are names, or were."""
-        return self.own_names is not None or self._table is not None
+        return self.own_names is not None or self._table is not None or self.read_by_name
 
     def _checked_captions(self, data: Any) -> list[Any]:
         """All captions of a column that can be had without decoding images."""

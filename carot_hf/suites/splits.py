@@ -78,15 +78,23 @@ def as_set(
     if not hasattr(rows, "__len__"):
         size = count_rows(rows.select_columns([label])) if published is None else published[0]
         return StreamedSet(rows.select_columns([image, label]), size=size, to_label=table, label_column=label, **common)
-    if options.get("image_root") is not None and is_text(rows.features[image]):
-        paths = list(rows.with_format(None)[image])
-        _check_files(paths, options["image_root"], name)
-        _check_places(paths, name, **{key: options.get(key) for key in _PLACES})
-    labels = table.all(list(rows.with_format(None)[label]))
+    _check_paths(rows, image, name, **{key: options.get(key) for key in _PLACES})
+    values = list(rows.with_format(None)[label])
+    labels = table.all(values)
     if published is not None:
         check_labels(name, labels, *published)
     kept = [image, *([options["caption_column"]] if options.get("caption_column") else [])]
-    return ShiftSet(rows.select_columns(kept).add_column("label", labels), labels=labels, **common)
+    made = ShiftSet(rows.select_columns(kept).add_column("label", labels), labels=labels, **common)
+    made.read_by_name = table.finds_names(values)
+    return made
+
+
+def _check_paths(rows: Any, image: str, name: str, image_root: Any, image_roots: Any) -> None:
+    """Look after the files that a table names, if it does."""
+    if image_root is not None and is_text(rows.features[image]):
+        paths = list(rows.with_format(None)[image])
+        _check_files(paths, image_root, name)
+        _check_places(paths, name, image_root, image_roots)
 
 
 def _check_files(paths: Sequence[Any], root: Path, name: str) -> None:
