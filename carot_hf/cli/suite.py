@@ -12,6 +12,7 @@ from typing import Any
 
 from ..basics.escape import printable
 from ..basics.whole_file import whole_file, write_whole
+from .parser import Parser
 
 _HELP = "Describe images of your own, and look at them before anything is trained. No model is loaded."
 _CHECK = """Classes, images a class and set, images that sets share, what is likely a mistake, captions, how labels were
@@ -33,26 +34,31 @@ def main(argv: Sequence[str]) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="carot_hf suite", description=_HELP, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("check", help="show what a suite holds", description=_CHECK, allow_abbrev=False)
+    parser = Parser("suite", _HELP)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_parser)
+    sub = commands.add_parser("check", help="show what a suite holds", description=_CHECK)
     sub.add_argument("suite", help="digits, imagenet, a YAML file, or a folder")
     sub.add_argument("--output_file", type=Path, default=Path("suite.png"), help="the picture; default: suite.png")
     sub.add_argument("--images", type=_positive, default=8, help="images a set in the picture; default: 8")
     sub.add_argument("--size", type=_positive, default=224, help="pixels a side, as the model takes; default: 224")
     sub.add_argument("--decode", action="store_true", help="decode every image; list those that cannot be, status 2")
     sub.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
-    sub = commands.add_parser("init", help="write a suite file for a folder", description=_INIT, allow_abbrev=False)
+    sub = commands.add_parser("init", help="write a suite file for a folder", description=_INIT)
     sub.add_argument("folder", type=Path, help="with the images, or tables of them")
     sub.add_argument("--output_file", type=Path, help="default: FOLDER/suite.yaml")
     sub.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-    options = parser.parse_args(argv)
+    options = parser.read(argv)
     if options.command == "init" and options.output_file is None:
         options.output_file = options.folder / "suite.yaml"
     suffixes = (".png",) if options.command == "check" else (".yaml", ".yml")
     if options.output_file.suffix not in suffixes:
         parser.error(f"expected an --output_file {' or '.join(suffixes)}, got {options.output_file}")
     return options
+
+
+def _parser(prog: str, description: str) -> Parser:
+    """The parser of one of the two."""
+    return Parser(prog.removeprefix("carot_hf "), description)
 
 
 def check(options: argparse.Namespace) -> None:

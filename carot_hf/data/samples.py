@@ -41,7 +41,7 @@ class Draw(NamedTuple):
 
 def sets_of(suite: ShiftSuite) -> list[ShiftSet]:
     """Return all sets in the order of a :class:`~carot_hf.data.survey.Survey`."""
-    return [suite.train, *suite.evaluation_sets.values()]
+    return [*([] if suite.train is None else [suite.train]), *suite.evaluation_sets.values()]
 
 
 def spread(size: int, count: int) -> list[int]:
@@ -87,8 +87,8 @@ def unreadable(data: ShiftSet) -> Iterator[Bad | None]:
 
 def example_captions(suite: ShiftSuite, count: int) -> list[str]:
     """Return captions of the training, spread over the classes: of the images' own, else templates with class names."""
-    own = suite.train.captions
-    if own is not None:
+    own = None if suite.train is None else suite.train.captions
+    if suite.train is not None and own is not None:
         labels = suite.train.labels
         order = np.arange(len(own)) if labels is None else np.argsort(labels, kind="stable")
         captions = [own[order[place]] for place in spread(len(own), count)]
