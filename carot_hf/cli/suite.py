@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser("suite", _HELP)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Part)
     sub = commands.add_parser("check", help="show what a suite holds", description=_CHECK)
     sub.add_argument("suite", help="digits, imagenet, a YAML file, or a folder")
     sub.add_argument("--output_file", type=Path, default=Path("suite.png"), help="the picture; default: suite.png")
@@ -56,9 +56,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _parser(prog: str, description: str) -> Parser:
+class _Part(Parser):
     """The parser of one of the two."""
-    return Parser(prog.removeprefix("carot_hf "), description)
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog.removeprefix("carot_hf "), description)
 
 
 def check(options: argparse.Namespace) -> None:

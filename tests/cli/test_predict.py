@@ -247,6 +247,7 @@ def ended(words, status=2, **options):
     return done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_call_and_one_without_room_go_on(checkpoint, tmp_path):
     """Killed by SIGINT in the middle, then out of room in the middle of a row; in the end as if nothing had been."""
     folder = tmp_path / "many"
@@ -296,8 +297,14 @@ def test_a_full_disk_is_a_line(checkpoint, photos, tmp_path, capsys):
     ("words", "said"),
     [
         (["{model}", "{empty}"], "Expected images in the folder"),
-        (["{here}/no/model", "{photos}"], "Expected a folder with a model, or an id on the Hub, got"),
-        (["{model}", "{photos}", "--classes", "{here}/classes.txt"], "a file with a name a line, got"),
+        pytest.param(
+            *(["{here}/no/model", "{photos}"], "Expected a folder with a model, or an id on the Hub, got"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(["{model}", "{photos}", "--classes", "{here}/classes.txt"], "a file with a name a line, got"),
+            marks=pytest.mark.slow,
+        ),
         (["{model}", "{photos}/t.csv", "--image_column", "photo"], "Expected the column 'photo' in"),
     ],
 )
