@@ -89,12 +89,10 @@ class Description(NamedTuple):
     Attributes:
         text: Of the file.
         todo: What is left for a person to say, a sentence each.
-        complete: All keys that a suite needs are there.
     """
 
     text: str
     todo: list[str]
-    complete: bool
 
 
 def describe(look: Look, base: Path) -> Description:
@@ -111,7 +109,7 @@ def describe(look: Look, base: Path) -> Description:
         writer.split(key)
     writer.shifts()
     writer.bottom()
-    return Description("\n".join(writer.lines) + "\n", writer.todo, writer.complete)
+    return Description("\n".join(writer.lines) + "\n", writer.todo)
 
 
 def class_names_of(look: Look) -> list[str]:
@@ -146,7 +144,6 @@ class _Writer:
     def __init__(self, look: Look, classes: ClassNames, base: Path) -> None:
         self.lines: list[str] = []
         self.todo: list[str] = []
-        self.complete = True
         self._look, self._classes, self._base = look, classes, base
 
     def top(self) -> None:
@@ -174,13 +171,13 @@ class _Writer:
         self.lines += ["", *_comment(EXPLAINED[key])] if key in EXPLAINED else [""]
         more = {"train": OF_TRAIN, "test": OF_TEST}.get(key, ())
         if part is not None:
-            self.complete &= self._set(key, part, more, "")
+            self._set(key, part, more, "")
         elif key == "validation":
             train = self._look.splits.get("train")
             if train is not None and max(train.counts.values()) < 2:
                 self._missing(key, "each class has one image, of which none can be held out")
             else:
-                self.lines.append(f"validation: {SHARE}")
+                self.lines.append(f"{'# ' if train is None else ''}validation: {SHARE}")
         else:
             self._missing(key, "none was found")
 
@@ -225,7 +222,6 @@ class _Writer:
     def _missing(self, key: str, why: str) -> None:
         self._say(f"{key}: {why}. Name its folder or file as `path`, and take the marks before its lines away.")
         self.lines += [f"# {key}:", f"#   path: {key}"]
-        self.complete = False
 
     def _say(self, sentence: str, indent: str = "") -> None:
         """Leave something to a person."""
