@@ -195,9 +195,6 @@ def init(options: argparse.Namespace) -> None:
     }
     shown = [line for title, lines in sections.items() if lines for line in [f"{title}:", *_indented(lines), ""]]
     print("\n".join(map(printable, shown)))
-    if not made.complete:
-        print(f"{printable(place)}: written. It loads when what is left to you is in it.")
-        return
     try:
         load_suite(place)
     except ValueError as error:

@@ -41,7 +41,8 @@ class Draw(NamedTuple):
 
 def sets_of(suite: ShiftSuite) -> list[ShiftSet]:
     """Return all sets in the order of a :class:`~carot_hf.data.survey.Survey`."""
-    return [*([] if suite.train is None else [suite.train]), *suite.evaluation_sets.values()]
+    trained: list[ShiftSet | None] = [suite.train]
+    return [data for data in (*trained, *suite.evaluation_sets.values()) if data is not None]
 
 
 def spread(size: int, count: int) -> list[int]:
@@ -87,9 +88,9 @@ def unreadable(data: ShiftSet) -> Iterator[Bad | None]:
 
 def example_captions(suite: ShiftSuite, count: int) -> list[str]:
     """Return captions of the training, spread over the classes: of the images' own, else templates with class names."""
-    own = None if suite.train is None else suite.train.captions
-    if suite.train is not None and own is not None:
-        labels = suite.train.labels
+    train: ShiftSet | None = suite.train
+    if train is not None and (own := train.captions) is not None:
+        labels = train.labels
         order = np.arange(len(own)) if labels is None else np.argsort(labels, kind="stable")
         captions = [own[order[place]] for place in spread(len(own), count)]
         return list(dict.fromkeys(text if isinstance(text, str) else text[0] for text in captions))

@@ -26,15 +26,15 @@ _WIDTH = 120
 # What a key is for, above it.
 EXPLAINED = {
     "class_names": "One name for each label, in order; or the name of a text file with one a line. Left out: the names "
-    "of the training set's ClassLabel, or its folders, sorted. Labels that are names are matched with these, in "
-    'whatever order the data have them; case, "_" and spaces do not count.',
+    "of the training set's (or, without one, the test set's) ClassLabel, or its folders, sorted. Labels that are names "
+    'are matched with these, in whatever order the data have them; case, "_" and spaces do not count.',
     "templates": 'Captions, {} for the class name; a list or a text file. They should name no medium ("a sketch of"): '
     "a caption that says what an image is not is label noise.",
     "train": 'A data set on the Hub ("owner/name"), or a folder or file here: .parquet, .arrow, .csv, .tsv, .jsonl, '
     ".tar. A folder holds such files, metadata.csv or metadata.jsonl with file_name and label, what save_to_disk "
     "wrote, or one folder of images for each class. Paths in a table are relative to the table.",
     "validation": "A share of the training set, of each class at least one image and never the last, the same for all "
-    "runs; or a set as above. Temperatures are fitted on it.",
+    "runs; or a set as above, which needs no train. Temperatures are fitted on it.",
     "shifts": "Shifted test sets by name. Nothing is ever chosen on them.",
     "recommended": "Options of the method that suit the data; they go before a preset's and behind the command line's.",
 }
@@ -89,12 +89,10 @@ class Description(NamedTuple):
     Attributes:
         text: Of the file.
         todo: What is left for a person to say, a sentence each.
-        complete: All keys that a suite needs are there.
     """
 
     text: str
     todo: list[str]
-    complete: bool
 
 
 def describe(look: Look, base: Path) -> Description:
@@ -111,7 +109,7 @@ def describe(look: Look, base: Path) -> Description:
         writer.split(key)
     writer.shifts()
     writer.bottom()
-    return Description("\n".join(writer.lines) + "\n", writer.todo, writer.complete)
+    return Description("\n".join(writer.lines) + "\n", writer.todo)
 
 
 def class_names_of(look: Look) -> list[str]:
@@ -146,7 +144,6 @@ class _Writer:
     def __init__(self, look: Look, classes: ClassNames, base: Path) -> None:
         self.lines: list[str] = []
         self.todo: list[str] = []
-        self.complete = True
         self._look, self._classes, self._base = look, classes, base
 
     def top(self) -> None:
@@ -174,13 +171,13 @@ class _Writer:
         self.lines += ["", *_comment(EXPLAINED[key])] if key in EXPLAINED else [""]
         more = {"train": OF_TRAIN, "test": OF_TEST}.get(key, ())
         if part is not None:
-            self.complete &= self._set(key, part, more, "")
+            self._set(key, part, more, "")
         elif key == "validation":
             train = self._look.splits.get("train")
             if train is not None and max(train.counts.values()) < 2:
                 self._missing(key, "each class has one image, of which none can be held out")
             else:
-                self.lines.append(f"validation: {SHARE}")
+                self.lines.append(f"{'# ' if train is None else ''}validation: {SHARE}")
         else:
             self._missing(key, "none was found")
 
@@ -225,7 +222,6 @@ class _Writer:
     def _missing(self, key: str, why: str) -> None:
         self._say(f"{key}: {why}. Name its folder or file as `path`, and take the marks before its lines away.")
         self.lines += [f"# {key}:", f"#   path: {key}"]
-        self.complete = False
 
     def _say(self, sentence: str, indent: str = "") -> None:
         """Leave something to a person."""

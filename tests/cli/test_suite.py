@@ -616,7 +616,7 @@ def test_what_is_missing_is_said_with_the_cure(place, capsys, layout):
     [todo] = section(said, "Left to you")
     assert todo == "test: none was found. Name its folder or file as `path`, and take the marks before its lines away."
     assert "# TODO test: none was found." in text
-    assert "It loads when what is left to you is in it." in said
+    assert "data/suite.yaml: written. It does not load yet: data/suite.yaml: test: expected this key, got none." in said
     with pytest.raises(ValueError, match="test: expected this key, got none"):
         load_suite(place / "data/suite.yaml")
     folders(place / "elsewhere", [0, 2], PETS)
@@ -633,6 +633,7 @@ def test_worlds_of_the_same_classes_are_shifts_until_somebody_says_which_is_home
     assert [line.split(":")[0] for line in section(capsys.readouterr().out, "Left to you")] == ["train", "test"]
     written = load_yaml((place / "data/suite.yaml").read_text())
     assert written["shifts"] == {"art": {"path": "art"}, "photo": {"path": "photo"}}
+    assert "validation" not in written, "a share of nothing"
     assert written["class_names"] == PETS
 
 
