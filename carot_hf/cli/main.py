@@ -84,7 +84,7 @@ def _without_debug(words: Sequence[str]) -> tuple[bool, list[str]]:
     """Whether ``--debug`` is among words, and the others; with a value it is an option of ``TrainingArguments``."""
     kept = [
         word
-        for word, behind in zip(words, [*words[1:], "-"], strict=True)
+        for word, behind in zip(words, [*words, "-"][1:], strict=True)
         if word != "--debug" or behind in ("underflow_overflow", "tpu_metrics_debug")
     ]
     return len(kept) < len(words), kept

@@ -146,8 +146,7 @@ class Evaluator:
         if missing := [data.name for data in chosen.values() if data.label_column is None]:
             raise ValueError(f"Expected labels in every set, got none in {missing}. Use `predict` for those.")
         scalings = given_scalings(calibrator, getattr(base_model(self.model), "density", None))
-        fits = self._will_fit(chosen, scalings, remember)
-        parts = self.embed(chosen, title)
+        fits, parts = self._will_fit(chosen, scalings, remember), self.embed(chosen, title)
         known = self._memory.of(self.model) if remember else {}
         if (held := chosen.get("validation")) is not None and held is self.suite.validation:
             known["validation"] = (held, self.embedder.collator, *parts["validation"])
@@ -155,9 +154,9 @@ class Evaluator:
         logits, labels = self._logits(chosen, parts, home.head)
         if fits:
             scalings = self._fitted(home, logits["validation"], labels["validation"], remember)
-        made = {name: self._scalings_of(scalings, embeds) for name, (embeds, _) in parts.items()}
-        common: dict[str, Any] = {"n_bins": self.n_bins, "link": self.link, "n_bootstrap": n_bootstrap * remember}
-        common["inverse"] = None if record is None else inverse_of(record)
+        made = {name: self._scalings_of(scalings, part[0]) for name, part in parts.items()}
+        inverse = None if record is None else inverse_of(record)
+        common = dict[str, Any](n_bins=self.n_bins, link=self.link, n_bootstrap=n_bootstrap * remember, inverse=inverse)
         if remember and "validation" in chosen:
             common["sets"] = self._conformal(logits["validation"], labels["validation"], made["validation"])
         options = {name: {**common, "scalings": made[name]} for name in chosen}

@@ -105,6 +105,7 @@ def test_debug_with_a_value_is_an_option_of_the_training(tmp_path):
     assert [option.value for option in args.debug] == ["underflow_overflow"]
     assert _without_debug(["--debug", "underflow_overflow", "-x"]) == (False, ["--debug", "underflow_overflow", "-x"])
     assert _without_debug(["a", "--debug"]) == (True, ["a"])
+    assert _without_debug([]) == (False, [])
 
 
 def test_the_help_fits_a_screen_and_is_true(capsys):

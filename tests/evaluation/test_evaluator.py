@@ -201,7 +201,7 @@ def test_bins_are_those_of_the_confidences(evaluator, suite):
 
 
 def test_no_script_that_only_evaluates_makes_a_trainer():
-    text = (ROOT / "examples" / "interpolate.py").read_text(encoding="utf-8")
+    text = (ROOT / "carot_hf" / "cli" / "interpolate.py").read_text(encoding="utf-8")
     assert "CaRotTrainer" not in text
     assert "Evaluator" in text
 
