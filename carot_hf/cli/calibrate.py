@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..basics.whole_file import whole_files
-from .data_options import SUITE, add_model_options
+from .data_options import METHODS, SUITE, add_model_options
 from .parser import Parser
 
-METHODS = ("temperature", "perturbed", "density", "target")
 _HELP = """Fit on the held-out images of a suite what makes a checkpoint's confidences right; write a calibrated copy.
 Accuracy stays. A temperature that is in the weights already is taken out and fitted anew."""
 
@@ -77,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the calibrated copy")
     parser.add_argument(
         "--method",
-        choices=METHODS,
+        choices=(*METHODS, "target"),
         default="temperature",
         help="temperature: right at home; perturbed: one for home and away; density: one for each image; target: for "
         "--images; default: temperature",

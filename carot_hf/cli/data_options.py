@@ -16,13 +16,10 @@ SUITE = "digits, imagenet, a YAML file, or a folder of images"
 METHODS = ("temperature", "perturbed", "density")
 
 
-def add_suite_options(
-    parser: argparse.ArgumentParser, default: str | None = "digits", *, required: bool = False
-) -> None:
+def add_suite_options(parser: argparse.ArgumentParser, default: str | None = "digits") -> None:
     """Add the options that name data."""
     group = parser.add_argument_group("data")
-    said = "" if required else f"; default: {default or 'none'}"
-    group.add_argument("--suite", default=default, required=required, help=f"{SUITE}{said}")
+    group.add_argument("--suite", default=default, help=f"{SUITE}; default: {default or 'none'}")
     group.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts, in place of the Hub")
     group.add_argument("--streaming", action="store_true", help="read the data as streams")
     group.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; default: v2 r a sketch objectnet")

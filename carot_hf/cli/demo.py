@@ -1,6 +1,6 @@
 """Zero-shot, FLYP and CaRot side by side on the embedded suite: real images, no network, no GPU.
 
-    carot_hf demo           # what `make demo` runs: one seed, about two minutes on two cores
+    carot_hf demo                # what `make demo` runs: one seed, about two minutes on two cores
     carot_hf demo --seeds 3      # means and ranges over three seeds
 
 Each method is one run of `carot_hf train`. At the end one table and one picture compare them; every run leaves its

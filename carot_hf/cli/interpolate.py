@@ -155,18 +155,10 @@ def weight(text: str) -> float:
 
 def load_end(name: str) -> Any:
     """Load an end in float32, without a baked temperature."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
     from ..calibration.record import unbake_temperature
-    from ..models.backbones import BACKBONES
-    from ..models.classifier import CLIPClassifier
+    from .models import model_of
 
-    kinds: dict[str, Any] = {**dict.fromkeys(BACKBONES, AutoModel), "clip_classifier": CLIPClassifier}
-    kind = AutoConfig.from_pretrained(name).model_type  # nosec B615  # JSON; no code is run
-    if kind not in kinds:
-        raise ValueError(f"Expected a model of {sorted(kinds)}, got '{kind}' in {name}. Pass another end.")
-    model = kinds[kind].from_pretrained(name, dtype=torch.float32)
+    model = model_of(name)
     if getattr(model.config, "calibration", None) is not None:
         print(f"{name} is calibrated: its temperature is taken out before merging, and fitted anew for each alpha.")
         unbake_temperature(model)

@@ -21,6 +21,7 @@ COMMANDS = {
     "tables": "the tables and figures of the papers, by one command",
     "demo": "zero-shot, FLYP and CaRot on real images, offline",
 }
+_GO_ON = ("predict", "tables")  # where an interrupted call was
 _HELP = """usage: carot_hf COMMAND [options]
 
 {commands}
@@ -60,7 +61,8 @@ def run_command(name: str, words: Sequence[str], called: str) -> int:
     try:
         import_module(f".{name}", __package__).main(rest)
     except KeyboardInterrupt:
-        print(f"\n{called}: interrupted", file=sys.stderr)
+        cure = "; the same command goes on from here" if name in _GO_ON else ""
+        print(f"\n{called}: interrupted{cure}", file=sys.stderr)
         return 130
     except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
         if debug:

@@ -45,13 +45,7 @@ def load(name: str, options: Any) -> Loaded:
         return _from_file(name, options, chosen)
     if options.processor or options.hidden_act:
         raise ValueError(f"Expected --processor and --hidden_act with a file of weights only, got {name}.")
-    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"Expected a folder with a model, or an id on the Hub, got {name}, which is not there.")
-    kind = AutoConfig.from_pretrained(name).model_type  # nosec B615  # JSON; no code is run
-    if kind != "clip_classifier" and kind not in BACKBONES:
-        raise ValueError(f"Expected a model of {sorted([*BACKBONES, 'clip_classifier'])}, got '{kind}' in {name}.")
-    family: Any = CLIPClassifier if kind == "clip_classifier" else AutoModel
-    model = family.from_pretrained(name, dtype=torch.float32).eval()
+    model = model_of(name).eval()
     processor = AutoProcessor.from_pretrained(name)  # nosec B615  # the user's choice; no code in it is run
     record = calibration_record(model)
     own = getattr(model, "density", None)
@@ -59,6 +53,22 @@ def load(name: str, options: Any) -> Loaded:
     if calibrator is not None:
         check_tower(calibrator, model, embedding_size(model))
     return Loaded(model.to(chosen), processor, calibrator)
+
+
+def model_of(name: str) -> Any:
+    """Load the model alone, in float32: of a known family, or a classifier.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If it is of another kind.
+    """
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"Expected a folder with a model, or an id on the Hub, got {name}, which is not there.")
+    kind = AutoConfig.from_pretrained(name).model_type  # nosec B615  # JSON; no code is run
+    if kind != "clip_classifier" and kind not in BACKBONES:
+        raise ValueError(f"Expected a model of {sorted([*BACKBONES, 'clip_classifier'])}, got '{kind}' in {name}.")
+    family: Any = CLIPClassifier if kind == "clip_classifier" else AutoModel
+    return family.from_pretrained(name, dtype=torch.float32)
 
 
 def _from_file(name: str, options: Any, device: str) -> Loaded:

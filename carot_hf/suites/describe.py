@@ -17,10 +17,10 @@ import yaml
 from ..basics.escape import printable
 from ..basics.yaml_text import load_yaml
 from ..data.labels import ClassNames, shown
+from .from_folder import HELD_OUT
 from .from_yaml import DEFAULT_TEMPLATES
 from .look import Look, Part
 
-SHARE = 0.1  # of the training set, for validation
 _WIDTH = 120
 
 # What a key is for, above it.
@@ -177,7 +177,7 @@ class _Writer:
             if train is not None and max(train.counts.values()) < 2:
                 self._missing(key, "each class has one image, of which none can be held out")
             else:
-                self.lines.append(f"{'# ' if train is None else ''}validation: {SHARE}")
+                self.lines.append(f"{'# ' if train is None else ''}validation: {HELD_OUT}")
         else:
             self._missing(key, "none was found")
 

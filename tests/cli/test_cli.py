@@ -10,19 +10,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from reference_layouts import reference_clip
+from safetensors.torch import save_file
 from toys import CLASSES, ROOT, noise_suite, tiny_clip, tiny_processor
 from transformers import CLIPModel, CLIPProcessor
 
 import carot_hf.cli.predict
 from carot_hf import Evaluator
 from carot_hf.cli.main import COMMANDS, main
+from carot_hf.cli.models import load
 from carot_hf.data.shift_set import ShiftSet
 from carot_hf.evaluation.predictor import Predictor
 from carot_hf.models.classifier import CLIPClassifier, CLIPClassifierConfig
+from carot_hf.models.convert import load_clip_checkpoint
 
 DIGITS = str(ROOT / "carot_hf" / "suites" / "digits_clip")
 
@@ -284,3 +290,20 @@ def test_digits_are_evaluated_and_estimated(tmp_path, capsys):
     words = ["predict", DIGITS, str(tmp_path / "pictures"), "--suite", "digits", "--estimate", "--device", "cpu"]
     assert main([*words, "--output_file", str(tmp_path / "p.csv")]) == 0
     assert "Accuracy to expect of 20 images" in capsys.readouterr().out
+
+
+def test_a_file_of_weights_is_a_checkpoint_where_its_processor_is_named(tmp_path, capsys):
+    path = tmp_path / "flyp.safetensors"
+    plain = reference_clip()
+    save_file({name: value.contiguous() for name, value in plain.state_dict().items()}, path)
+    assert main(["evaluate", str(path), "--suite", "digits"]) == 2
+    assert "Expected --processor with" in capsys.readouterr().err
+    assert main(["evaluate", DIGITS, "--suite", "digits", "--hidden_act", "gelu"]) == 2
+    assert "with a file of weights only" in capsys.readouterr().err
+    options = SimpleNamespace(device="cpu", processor=DIGITS, hidden_act="gelu")
+    loaded, expected = load(str(path), options), load_clip_checkpoint(path, hidden_act="gelu")
+    assert loaded.model.config.vision_config.hidden_act == "gelu"
+    assert loaded.calibrator is None
+    assert loaded.processor.tokenizer.vocab_size == CLIPProcessor.from_pretrained(DIGITS).tokenizer.vocab_size
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name

@@ -13,7 +13,9 @@ from transformers import CLIPModel, CLIPProcessor
 
 from carot_hf import bake_temperature
 from carot_hf.cli import data_options, interpolate
+from carot_hf.evaluation.home import METHODS
 from carot_hf.models.classifier import CLIPClassifier
+from carot_hf.models.merging import SWEEP
 from carot_hf.models.merging import interpolate as merge
 
 
@@ -113,6 +115,8 @@ def test_a_classifier_as_fine_tuned_end(ends, make_trainer, processor, tmp_path)
 def test_defaults_are_wise_ft():
     options = interpolate.parse(["--fine_tuned", "x", "--output_dir", "y"])
     assert options.alphas == pytest.approx([k / 10 for k in range(11)])
+    assert tuple(options.alphas) == SWEEP, "the library's"
+    assert tuple(METHODS) == data_options.METHODS, "the library's"
     assert (options.alpha, options.zero_shot) == (0.5, None)
 
 
