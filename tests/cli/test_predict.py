@@ -29,6 +29,14 @@ from carot_hf.data.shift_set import ShiftSet
 from carot_hf.suites.pictures import pictures_in, pictures_of
 
 CHUNK = "import carot_hf.cli.predict as p; p._CHUNK = 16; from carot_hf.cli.main import run; run()"
+SLOW = f"""
+import time
+import carot_hf.cli.predict as p
+add = p.Rows.add
+middle = lambda: p.Path({{path!r}}).read_bytes().count(b"\\n") > 32
+p.Rows.add = lambda rows, *found: (add(rows, *found), middle() and time.sleep(600))
+{CHUNK}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -258,13 +266,14 @@ def test_a_killed_call_and_one_without_room_go_on(checkpoint, tmp_path):
     assert main(["predict", *map(str, words), str(tmp_path / "whole.csv")]) == 0
     cut = tmp_path / "cut.csv"
     call = command(*words, cut, code=CHUNK)
-    process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment())
+    slow = command(*words, cut, code=SLOW.format(path=str(cut)))  # waits in the middle
+    process = subprocess.Popen(slow, stderr=subprocess.PIPE, text=True, env=environment())
     while process.poll() is None and (not cut.exists() or cut.read_bytes().count(b"\n") < 33):
-        time.sleep(0.001)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=600)
     assert process.returncode == 130, said
-    assert said.strip().splitlines()[-1] == "carot_hf predict: interrupted"
+    assert said.strip().splitlines()[-1] == "carot_hf predict: interrupted; the same command goes on from here"
     assert "Traceback" not in said
     after = cut.stat().st_size
     whole = (tmp_path / "whole.csv").read_bytes()

@@ -333,7 +333,7 @@ def test_of_two_runs_in_a_folder_the_second_is_refused_until_the_first_is_gone(t
         before = sorted(out.rglob("*"))
         script = [sys.executable, str(ROOT / "examples" / "finetune_imagenet.py"), "--suite", "digits", "--use_cpu"]
         second = subprocess.run([*script, "--output_dir", str(out)], capture_output=True, text=True, check=False)
-        assert second.returncode == 1
+        assert second.returncode == 2
         last = second.stderr.strip().splitlines()[-1]
         assert f"of this run alone, got {out}, in which process {first.pid} on host" in last
         assert "Traceback" not in second.stderr
