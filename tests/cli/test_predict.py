@@ -141,8 +141,10 @@ def test_an_interrupted_table_goes_on(checkpoint, photos, tmp_path, monkeypatch)
         patch.setattr(carot_hf.cli.predict.Rows, "add", stopped)
         assert main([*words, str(tmp_path / "cut.csv")]) == 130
     assert len(rows_of(tmp_path / "cut.csv")) == 6
+    (tmp_path / "cut.csv.bad").write_text(f"{photos / 't.parquet'}#8")  # killed in a line
     assert main([*words, str(tmp_path / "cut.csv")]) == 0
     assert (tmp_path / "cut.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert (tmp_path / "cut.csv.bad").read_text() == ""
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(carot_hf.cli.predict.Rows, "add", stopped)
