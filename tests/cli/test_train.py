@@ -38,7 +38,7 @@ def config(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         "suite: digits\nmodel: some/model\npreset: flyp\nlearning_rate: 1e-5\nbf16: true\nlogging_steps: 7\n"
-        "report_to: [wandb]\nshifts: [v2, r]\nlr_scheduler_kwargs: {num_cycles: 2}\nmax_grad_norm:\nuse_cpu: true\n"
+        "report_to: [wandb]\nshifts: [v2, r]\nlr_scheduler_kwargs: {num_cycles: 2}\nresume_from_checkpoint: true\nmax_grad_norm:\nuse_cpu: true\n"
     )
     return path
 
@@ -48,6 +48,7 @@ def test_a_file_holds_a_run_and_the_command_line_goes_first(config):
     assert (script.suite, script.model_name_or_path, script.preset) == ("digits", "some/model", "flyp")
     assert (args.learning_rate, args.bf16, args.logging_steps) == (1e-5, True, 3)
     assert args.report_to == ["wandb"]
+    assert args.resume_from_checkpoint == "latest", "as the option without a value"
     assert script.shifts == ["v2", "r"]
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
     assert args.distillation_weight == 0.0, "the preset's"
