@@ -38,7 +38,8 @@ def config(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         "suite: digits\nmodel: some/model\npreset: flyp\nlearning_rate: 1e-5\nbf16: true\nlogging_steps: 7\n"
-        "report_to: [wandb]\nshifts: [v2, r]\nlr_scheduler_kwargs: {num_cycles: 2}\nresume_from_checkpoint: true\nmax_grad_norm:\nuse_cpu: true\n"
+        "report_to: [wandb]\nshifts: [v2, r]\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+        "resume_from_checkpoint: true\nmax_grad_norm:\nuse_cpu: true\n"
     )
     return path
 
