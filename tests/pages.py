@@ -29,7 +29,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("carot_hf", "examples", "benchmarks", "docs", "setup.cfg", "Makefile")
 # What pages leave where they are run, beside `out`: data and suites that the reader makes.
-OF_PAGES = ("mine", "mine.yaml", "pets", "pets.yaml", "captioned.yaml")
+OF_PAGES = ("mine", "mine.yaml", "pets", "pets.yaml", "captioned.yaml", "run.yaml")
 CUT = {
     "train": ["--max_steps", "4", "--save_steps", "2", "--use_cpu"],
     "interpolate": ["--alphas", "0", "1", "--use_cpu"],
@@ -169,7 +169,12 @@ def check_suite(text):
     """Read a suite, or a part of one, by the rules of load_suite; its data need not be there."""
     from carot_hf.suites import from_yaml as rules
 
-    content = rules.checked_keys(yaml.safe_load(text), "page", "", rules._SUITE_KEYS, ())
+    content = yaml.safe_load(text)
+    if (inner := rules.suite_in(content)) is not None:
+        parser = importlib.import_module("carot_hf.cli.train_options").parser_of()
+        assert content.keys() - {"model"} <= {action.dest for action in parser._actions}
+        content = inner
+    content = rules.checked_keys(content, "page", "", rules._SUITE_KEYS, ())
     sets = {"train": rules._TRAIN_KEYS, "validation": rules._SET_KEYS, "test": rules._TEST_KEYS}
     for key in sets.keys() & content.keys():
         if isinstance(content[key], dict):
@@ -180,9 +185,11 @@ def check_suite(text):
 
 def small(words):
     """Whether a command runs here: one process, a suite and a model that are here, no tracker with an account."""
-    if words[0] not in ("accelerate", "python", "carot_hf") or "--suite" not in words or ours(words) not in CUT:
+    if words[0] not in ("accelerate", "python", "carot_hf") or ours(words) not in CUT:
         return False
     given = dict(itertools.pairwise(words))
+    if "--suite" not in given:
+        return Path(given.get("--config", "none")).is_file()
     if given.get("--report_to") in ("wandb", "trackio") or not Path(given.get("--model_name_or_path", ".")).exists():
         return False
     return given["--suite"] == "digits" or Path(given["--suite"]).is_file()
@@ -191,7 +198,7 @@ def small(words):
 def run_command(words):
     script, arguments = script_of(words)
     cut = CUT[ours(words)]
-    if arguments[arguments.index("--suite") + 1] != "digits":
+    if dict(itertools.pairwise(arguments)).get("--suite") != "digits":
         cut = ["--use_cpu"]  # a page's own suite says how long it is trained
     launcher = ["-m", "accelerate.commands.launch"] if words[0] == "accelerate" else []
     result = subprocess.run(

@@ -60,18 +60,17 @@ def main(argv: Sequence[str]) -> list[dict[str, float]]:
 
 def sweep(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, float]]:
     """Evaluate each mixture, write the table, save the wanted one."""
-    from transformers import AutoProcessor
-
     from ..evaluation.evaluation import comparison_table
     from ..evaluation.oracle import oracle_metrics
     from ..models.classifier import CLIPClassifier
     from ..models.merging import alpha_sweep, interpolate
     from ..models.prepare import captions_of, zero_shot_classifier
     from ..suites.load import load_suite
+    from .models import processor_of
 
     suite = load_suite(options.suite, **suite_options(options))
     zero_shot, fine_tuned = (load_end(end) for end in (options.zero_shot, options.fine_tuned))
-    processor = AutoProcessor.from_pretrained(options.fine_tuned)  # nosec B615  # the user's own model
+    processor = processor_of(options.fine_tuned)
     if isinstance(fine_tuned, CLIPClassifier) and not isinstance(zero_shot, CLIPClassifier):
         zero_shot = zero_shot_classifier(zero_shot, suite, captions_of(zero_shot, suite, processor))
     rows: list[dict[str, float]] = []

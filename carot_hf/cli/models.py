@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ def load(name: str, options: Any) -> Loaded:
     if options.processor or options.hidden_act:
         raise ValueError(f"Expected --processor and --hidden_act with a file of weights only, got {name}.")
     model = model_of(name).eval()
-    processor = AutoProcessor.from_pretrained(name)  # nosec B615  # the user's choice; no code in it is run
+    processor = processor_of(name)
     record = calibration_record(model)
     own = getattr(model, "density", None)
     calibrator = DensityCalibrator.from_pretrained(name) if needs_calibrator(record) and own is None else None
@@ -62,13 +63,42 @@ def model_of(name: str) -> Any:
         OSError: If there is none.
         ValueError: If it is of another kind.
     """
-    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"Expected a folder with a model, or an id on the Hub, got {name}, which is not there.")
-    kind = AutoConfig.from_pretrained(name).model_type  # nosec B615  # JSON; no code is run
+    with _found(name):
+        kind = AutoConfig.from_pretrained(name).model_type  # nosec B615  # JSON; no code is run
     if kind != "clip_classifier" and kind not in BACKBONES:
         raise ValueError(f"Expected a model of {sorted([*BACKBONES, 'clip_classifier'])}, got '{kind}' in {name}.")
     family: Any = CLIPClassifier if kind == "clip_classifier" else AutoModel
-    return family.from_pretrained(name, dtype=torch.float32)
+    with _found(name):
+        return family.from_pretrained(name, dtype=torch.float32)
+
+
+def processor_of(name: str) -> Any:
+    """Load the processor of a checkpoint.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If there is no such checkpoint.
+    """
+    with _found(name):
+        return AutoProcessor.from_pretrained(name)  # nosec B615  # the user's choice; no code in it is run
+
+
+@contextmanager
+def _found(name: str) -> Iterator[None]:
+    """Say of a name that is no folder here, and no model on the Hub, that it is neither.
+
+    Raises:
+        ValueError: If so.
+    """
+    wanted = f"Expected a folder with a model, or an id on the Hub, got {name}"
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"{wanted}, which is not there.")
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise ValueError(f"{wanted}: no folder here, and from the Hub: {error} Correct the name.") from error
 
 
 def _from_file(name: str, options: Any, device: str) -> Loaded:
@@ -79,8 +109,7 @@ def _from_file(name: str, options: Any, device: str) -> Loaded:
             "openai/clip-vit-base-patch16."
         )
     model = load_clip_checkpoint(name, hidden_act=options.hidden_act)
-    processor = AutoProcessor.from_pretrained(options.processor)  # nosec B615  # the user's choice
-    return Loaded(model.to(device), processor, None)
+    return Loaded(model.to(device), processor_of(options.processor), None)
 
 
 def classes_of(loaded: Loaded, name: str) -> tuple[list[str], list[str]]:

@@ -147,7 +147,8 @@ def config_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
 
     Args:
         parser: That will read them.
-        path: A mapping from options, without their dashes, to values; ``model`` is ``model_name_or_path``.
+        path: A mapping from options, without their dashes, to values; ``model`` is ``model_name_or_path``. The value of
+            ``suite`` may be what a suite's own file says; paths in it are relative to this file.
     Raises:
         ValueError: If there is no such file, it is no mapping, or a key is no option.
     """
@@ -165,8 +166,21 @@ def config_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         name = _NAMES.get(key, key)
         if name not in actions:
             raise ValueError(f"{path}: expected an option, got {key!r}.{nearest(str(key), actions)}")
+        if name == "suite" and isinstance(value, Mapping):
+            value = _own_path(path)  # the suite stands in the file itself: see suite_from_file
         words += _words(name, value, actions[name])
     return words
+
+
+def _own_path(path: Path) -> str:
+    """The path of a file with a suite in it, as a suite is named.
+
+    Raises:
+        ValueError: If its name would be that of something else.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"Expected a file .yaml as --config with a suite in it, got {path}. Rename it.")
+    return str(path)
 
 
 def _words(name: str, value: Any, action: argparse.Action) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModel, AutoProcessor
 
 from .. import __version__
 from ..basics.escape import printable
@@ -29,6 +28,7 @@ from ..run.header import FINISHED
 from ..run.lock import locked
 from ..trainer import CaRotTrainer
 from .data_options import LOCAL_NAME, OF_THE_SUITE, start_model_of
+from .models import model_of, processor_of
 from .train_options import ScriptArguments, options_of, parse
 
 
@@ -44,8 +44,7 @@ def work(argv: list[str]) -> dict[str, Any]:
     script, args, suite = parse(argv)
     output_dir = Path(args.output_dir)
     start_model = script.model_name_or_path or start_model_of(script.suite)
-    processor = AutoProcessor.from_pretrained(start_model)  # nosec B615  # the user's choice; no code in it is run
-    model = AutoModel.from_pretrained(start_model, dtype=torch.float32)  # nosec B615  # as above; safetensors
+    model, processor = model_of(start_model), processor_of(start_model)
     if script.zero_shot and getattr(model.config, "calibration", None) is not None:
         print("The start model is calibrated: its temperature is taken out and fitted anew.")
         unbake_temperature(model)

@@ -69,7 +69,8 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
     One without `train` and `validation` is evaluated only; its class names are `class_names`, or those of the test set.
 
     Args:
-        path: The file. Relative paths in it are relative to its folder.
+        path: The file. Relative paths in it are relative to its folder. The suite may also be the value of a key
+            ``suite``, beside the options of a run (``carot_hf train --config``).
         streaming: Read the test set and the shifts as streams.
     Raises:
         ValueError: If a key is unknown, missing or of the wrong kind (the message names it, what is expected, and an
@@ -83,7 +84,16 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
         content = load_yaml(read_text(path, "YAML"))
     except yaml.YAMLError as error:
         raise ValueError(f"Expected YAML in {path}, got {error}. Correct that line.") from error
-    return suite_from_description(content, str(path), path.parent, name=path.stem, streaming=streaming)
+    where, inner = str(path), suite_in(content)
+    if inner is not None:
+        where, content = f"{path}: suite", inner
+    return suite_from_description(content, where, path.parent, name=path.stem, streaming=streaming)
+
+
+def suite_in(content: Any) -> Mapping[str, Any] | None:
+    """Return the suite that stands in a run's YAML file, beside its options; ``None``: it is named, or this is none."""
+    inner = content.get("suite") if isinstance(content, Mapping) else None
+    return inner if isinstance(inner, Mapping) else None
 
 
 def suite_from_description(

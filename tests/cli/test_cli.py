@@ -249,6 +249,14 @@ def test_files_of_somebody_else_stay(checkpoint, pictures, tmp_path, capsys):
         (["predict", "{model}", "{here}/gone"], "gone, which is not there"),
         (["predict", "{model}", "{here}"], "Expected images in the folder"),
         (["predict", "{here}/no/such/model", "{pictures}"], "Expected a folder with a model"),
+        (
+            ["evaluate", "nobody/none", "--suite", "digits"],
+            "Expected a folder with a model, or an id on the Hub, got nobody/none: no folder",
+        ),
+        (
+            ["train", "--suite", "digits", "--model_name_or_path", "none", "--output_dir", "{here}/o"],
+            "got none: no folder",
+        ),
         (["evaluate", "{model}", "--suite", "{here}/none.yaml"], "none.yaml"),
     ],
 )

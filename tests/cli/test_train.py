@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import fields
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from toys import CLIP
 
-from carot_hf import CaRotTrainingArguments
+from carot_hf import CaRotTrainingArguments, load_suite
 from carot_hf.cli import train_options
 from carot_hf.cli.main import COMMANDS, _without_debug, main
 from carot_hf.presets import PRESETS
@@ -63,6 +64,42 @@ def test_the_suite_goes_behind_the_file(config):
     _, args, suite = train_options.parse(["--config", str(config), "--output_dir", str(config.parent / "out")])
     assert args.num_train_epochs == 2
     assert args.per_device_train_batch_size == suite.recommended["per_device_train_batch_size"]
+
+
+def test_a_file_may_hold_its_suite_too(fruit, tmp_path, monkeypatch):
+    """Paths in it are relative to the file, wherever the command runs; the command line's suite goes first."""
+    inner = "name: basket\ntrain: {path: train}\nvalidation: 0.2\ntest: {path: test, name: home}\n"
+    inner += "shifts: {sketch: {path: sketch}}\nrecommended: {learning_rate: 0.5, num_train_epochs: 9}\n"
+    (fruit / "alone.yaml").write_text(inner)
+    run = fruit / "run.yaml"
+    run.write_text(f"preset: flyp\nnum_train_epochs: 2\nuse_cpu: true\nsuite:\n{textwrap.indent(inner, '  ')}")
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", "fruit/run.yaml", "--output_dir", str(tmp_path / "out")]
+    script, args, suite = train_options.parse(words)
+    alone = load_suite(fruit / "alone.yaml")
+    assert (script.suite, script.preset) == ("fruit/run.yaml", "flyp")
+    assert (args.learning_rate, args.num_train_epochs) == (0.5, 2), "the file goes before its suite"
+    assert (suite.name, suite.class_names, list(suite.shifts)) == ("basket", ["apple", "pear"], ["sketch"])
+    assert (suite.content_hash, suite.test.name) == (alone.content_hash, "home")
+    assert load_suite("fruit/run.yaml").content_hash == alone.content_hash, "as other commands take it"
+    assert train_options.parse([*words, "--suite", "digits"])[2].name == "digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "said"),
+    [
+        ("run.yaml", "{tset: {path: test}}", "run.yaml: suite: "),
+        ("run.yaml", "{test: {path: none}}", "run.yaml: suite: test"),
+        ("run.yaml", "{train: {path: train}, test: {path: test}}", "run.yaml: suite: validation: expected this key"),
+        ("run.txt", "{test: {path: test}}", "Expected a file .yaml as --config with a suite in it"),
+    ],
+)
+def test_a_suite_in_a_file_that_is_none(fruit, name, inner, said, capsys):
+    (fruit / name).write_text(f"suite: {inner}\nuse_cpu: true\noutput_dir: {fruit.parent / 'out'}\n")
+    assert main(["train", "--config", str(fruit / name)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

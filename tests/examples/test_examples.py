@@ -76,7 +76,8 @@ def test_a_folder_with_an_interrupted_save_alone_can_be_started_anew(tmp_path, m
     def stop(*args, **kwargs):
         raise Reached
 
-    monkeypatch.setattr(training.AutoProcessor, "from_pretrained", stop)
+    monkeypatch.setattr(training, "processor_of", stop)
+    monkeypatch.setattr(training, "model_of", stop)
     command = ["--suite", "digits", "--use_cpu", "--output_dir", str(tmp_path)]
     with pytest.raises(Reached):
         training.main(command)
