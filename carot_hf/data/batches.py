@@ -169,6 +169,7 @@ class CaRotCollator:
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``pixel_values`` ``(b, 3, h, w)`` uint8, ``labels`` ``(b,)`` int64 and, in training, the tokens.
 
+        Captions that several samples have are there once; ``caption_index`` then says which one each sample has.
         Of a `PatchTransform` the pixels are what the image processor gives, a batch of it. Samples without labels give
         a batch without them.
         """
@@ -207,10 +208,10 @@ class CaRotCollator:
             templates.append(int(generator.integers(self.captions.n_templates)))
             pixels.append(self._varied(sample, generator))
         if "caption" in samples[0]:
-            tokens = self.captions.tokenize([self._caption(sample) for sample in samples])
+            tokens = self.captions.tokenize_once([self._caption(sample) for sample in samples])
         else:
             labels = torch.tensor([sample["label"] for sample in samples])
-            tokens = self.captions.lookup(labels, torch.tensor(templates))
+            tokens = self.captions.lookup_once(labels, torch.tensor(templates))
         return {**image_batch(pixels), **tokens}
 
 

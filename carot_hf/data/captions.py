@@ -15,6 +15,7 @@ from ..basics.modes import evaluating
 from ..basics.precision import at_least_float32
 
 PLACEHOLDER = "{}"
+CAPTION_INDEX = "caption_index"  # in a batch whose captions are there once each: which one each sample has, (b,) int64
 _AT_ONCE = 4096  # captions; a fast tokenizer keeps kilobytes for each until it returns
 
 
@@ -76,6 +77,8 @@ class CaptionTable:
             else to the longest caption of the batch, on the right.
         masked: Give an ``attention_mask``; SigLIP's towers were trained without.
         vocab_size: Tokens that the text tower has an embedding of; ``None``: any.
+        share: Give a caption that several samples of a batch have once; not for text towers with dropout, which draw
+            for each sample.
     Attributes:
         input_ids: ``(K, M, L)`` int32, padded; ``L`` = the longest caption of all, or the context.
         lengths: ``(K, M)`` int64 tokens of each caption, begin and end markers included.
@@ -94,13 +97,14 @@ class CaptionTable:
         padded: bool = False,
         masked: bool = True,
         vocab_size: int | None = None,
+        share: bool = True,
     ) -> None:
         check_templates(templates)
         if len(class_names) == 0:
             raise ValueError("Expected at least one class name, got none. Pass one name for each label, in order.")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self._tokenizer, self._max_length, self._padded, self._masked = tokenizer, max_length, padded, masked
-        self._vocab_size = vocab_size
+        self._vocab_size, self._share = vocab_size, share
         self._own: dict[str, NDArray[np.int32]] = {}  # tokens of captions that are not made of class names
         captions = [fill_template(template, name) for name in class_names for template in templates]
         rows: list[NDArray[np.int32]] = []
@@ -151,6 +155,27 @@ class CaptionTable:
             places = torch.arange(longest)
             tokens["attention_mask"] = ((places.flip(0) if self._left else places) < lengths[:, None]).long()
         return tokens
+
+    def lookup_once(self, classes: Tensor, templates: Tensor) -> dict[str, Tensor]:
+        """As `lookup`, with each distinct caption once, and which of them each sample has as ``caption_index``.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``(u, l)``, and ``caption_index`` ``(b,)`` int64 in ``[0, u)``. What
+            `lookup` gives, if all are distinct or none are to be shared.
+        """
+        pairs = classes * self.n_templates + templates
+        once, index = pairs.unique(return_inverse=True)
+        if not self._share or len(once) == len(pairs):
+            return self.lookup(classes, templates)
+        return {**self.lookup(once // self.n_templates, once % self.n_templates), CAPTION_INDEX: index}
+
+    def tokenize_once(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """As `tokenize`, with each distinct caption once, and which of them each sample has; see `lookup_once`."""
+        places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+        if not self._share or len(places) == len(captions):
+            return self.tokenize(captions)
+        index = torch.tensor([places[caption] for caption in captions])
+        return {**self.tokenize(list(places)), CAPTION_INDEX: index}
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Tokenise captions that are not made of class names, padded as in `lookup`, cut at the model's context.

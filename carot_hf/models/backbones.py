@@ -146,6 +146,15 @@ def caption_options(config: Any, tokenizer: Any) -> dict[str, Any]:
     return {"max_length": context, "padded": family.padded, "masked": masked, "vocab_size": text.vocab_size}
 
 
+def has_text_dropout(model: Any) -> bool:
+    """Whether the text tower, adapters included, draws what it drops for each row; without a text tower: no."""
+    return any(
+        name.endswith("dropout") and isinstance(rate, float) and rate > 0
+        for part in getattr(model, "text_model", nn.Module()).modules()
+        for name, rate in [*vars(part).items(), ("dropout", part.p if isinstance(part, nn.Dropout) else 0.0)]
+    )
+
+
 def load_renamed(model: Any, folder: str | Path) -> bool:
     """Load weights that transformers saves under other names than the model's own (AltCLIP); else do nothing.
 

@@ -16,7 +16,7 @@ from ..basics.precision import not_finite
 from ..calibration.record import calibration_record
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.suite import ShiftSuite
-from .backbones import TABLE, backbone_of, caption_options, check_method, is_backbone
+from .backbones import TABLE, backbone_of, caption_options, check_method, has_text_dropout, is_backbone
 from .classifier import CLIPClassifier, export_classifier
 from .lora import add_lora, base_model, cast_frozen, check_adapters, is_adapted, merged, refuse_own_adapters
 
@@ -126,8 +126,11 @@ def classifier_of(model: Any, suite: ShiftSuite, captions: CaptionTable) -> CLIP
 
 def captions_of(model: Any, suite: ShiftSuite, processor: Any) -> CaptionTable:
     """Tokenise a suite's captions as a model's text tower takes them."""
-    tokenizer = processor.tokenizer
-    return CaptionTable(tokenizer, suite.class_names, suite.templates, **caption_options(model.config, tokenizer))
+    tokenizer, dropout = processor.tokenizer, has_text_dropout(model)
+    if dropout:
+        logger.info("The text tower has dropout: captions that samples share are embedded for each of them.")
+    options = caption_options(model.config, tokenizer)
+    return CaptionTable(tokenizer, suite.class_names, suite.templates, share=not dropout, **options)
 
 
 def check_unchanged(prepared: Prepared, model: Any, args: Any) -> None:

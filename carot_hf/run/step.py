@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..basics.precision import at_least_float32
+from ..data.captions import CAPTION_INDEX
 from ..models.backbones import logit_head, pair_inputs
 from ..objective.gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from ..objective.objective import Objective
@@ -68,7 +69,8 @@ class LossStep:
         student = self._unwrap(model)
         pairs = pair_inputs(inputs)
         outputs = model(**pairs)
-        terms = self._pair_terms(_unit_embeds(outputs), logit_head(student), inputs.get("labels"), self.taught(pairs))
+        embeds = _unit_embeds(outputs, inputs.get(CAPTION_INDEX))
+        terms = self._pair_terms(embeds, logit_head(student), inputs.get("labels"), self.taught(inputs))
         return {**terms, **self._weight_terms(student)}, outputs
 
     def cached_loss(self, model: nn.Module, inputs: Mapping[str, Any], share: float) -> tuple[Tensor, Any]:
@@ -85,19 +87,20 @@ class LossStep:
         outputs = model(**pair_inputs(inputs))
         terms = {**self._cached_terms, **self._weight_terms(student)}
         self.remember(terms, share)
-        part = surrogate(self._cached, index, *_unit_embeds(outputs), logit_head(student))
+        embeds = _unit_embeds(outputs, inputs.get(CAPTION_INDEX))
+        part = surrogate(self._cached, index, *embeds, logit_head(student))
         penalties = {name: terms[name] for name in terms.keys() - self._cached_terms.keys()}
         if penalties:
             part = part + self.objective.weighted(penalties) / count
         value = self.objective.weighted({name: term.detach() for name, term in terms.items()})
         return value + count * (part - part.detach()), outputs
 
-    def taught(self, pairs: Mapping[str, Tensor]) -> Embeds | None:
-        """The teacher's embeddings."""
+    def taught(self, inputs: Mapping[str, Any]) -> Embeds | None:
+        """The teacher's embeddings of a batch."""
         if self.teacher is None:
             return None
         with torch.no_grad(), self._autocast():
-            return _unit_embeds(self.teacher(**pairs))
+            return _unit_embeds(self.teacher(**pair_inputs(inputs)), inputs.get(CAPTION_INDEX))
 
     def remember(self, terms: Mapping[str, Tensor], share: float) -> None:
         """Add terms to the sums for the log, which weigh a micro-batch by its share of a step."""
@@ -136,8 +139,8 @@ class LossStep:
             inputs = self._prepare(batch)
             self._random_states.append(RandomState(self._device))
             with torch.no_grad(), self._autocast():
-                embeds.append(_unit_embeds(model(**pair_inputs(inputs))))
-            taught += [] if self.teacher is None else [self.taught(pair_inputs(inputs))]
+                embeds.append(_unit_embeds(model(**pair_inputs(inputs)), inputs.get(CAPTION_INDEX)))
+            taught += [] if self.teacher is None else [self.taught(inputs)]
             labels += [inputs["labels"]] if "labels" in inputs else []
         whole = torch.cat(labels) if labels else None
         joined = tuple(torch.cat(part) for part in zip(*taught, strict=True)) or None  # type: ignore[arg-type]
@@ -151,8 +154,14 @@ class LossStep:
         return cached, {name: term.detach() for name, term in terms.items()}
 
 
-def _unit_embeds(outputs: Any) -> Embeds:
-    """Image and text embeddings of length 1, ``(b, D)`` in at least float32 each."""
+def _unit_embeds(outputs: Any, captions: Tensor | None) -> Embeds:
+    """Image and text embeddings of length 1, ``(b, D)`` in at least float32 each.
+
+    Args:
+        outputs: The model's.
+        captions: Which caption each sample has, ``(b,)``; ``None``: they are in the samples' order.
+    """
     with torch.autocast(outputs.image_embeds.device.type, enabled=False):
         image, text = at_least_float32(outputs.image_embeds), at_least_float32(outputs.text_embeds)
-        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        text = F.normalize(text, dim=-1)
+        return F.normalize(image, dim=-1), text if captions is None else text.index_select(0, captions)

@@ -11,13 +11,14 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from runs import assert_equal_runs, first_batches, logged, run
+from runs import a_caption_each, assert_equal_runs, first_batches, logged, run
 from sklearn.linear_model import LogisticRegression
 from tolerances import EXACT, float32_bound
 from toys import tiny_clip
 from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
+from carot_hf.models.backbones import pair_inputs
 from carot_hf.models.classifier import CLIPClassifier
 from carot_hf.models.linear_probe import linear_probe
 from carot_hf.objective.losses import (
@@ -158,7 +159,7 @@ def test_trainer_builds_the_targets_from_the_labels_of_the_batch(model, make_tra
     (batch,) = first_batches(trainer, 1)
     labels = batch["labels"].tolist()
     assert len(set(labels)) < len(labels)
-    outputs = trainer.model(**{name: value for name, value in batch.items() if name != "labels"})
+    outputs = trainer.model(**pair_inputs(a_caption_each(batch)))
     same = [[float(a == b) for b in labels] for a in labels]
     mask = None
     if mode == "positive":

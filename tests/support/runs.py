@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from carot_hf import CaRotTrainer
-from carot_hf.models.backbones import pair_inputs
+from carot_hf.models.backbones import TEXT_INPUTS, pair_inputs
 
 
 class Recorder(CaRotTrainer):
@@ -69,7 +69,14 @@ def losses(trainer):
 
 
 def first_batch(trainer):
-    return pair_inputs(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
+    return pair_inputs(a_caption_each(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))))
+
+
+def a_caption_each(batch):
+    """The batch with the caption of each sample in its row, as models take it."""
+    index = batch.get("caption_index")
+    rest = {name: value for name, value in batch.items() if name != "caption_index"}
+    return rest if index is None else {**rest, **{name: rest[name][index] for name in TEXT_INPUTS if name in rest}}
 
 
 def logged(trainer, key="loss"):

@@ -1,0 +1,122 @@
+"""Captions that samples of a batch share go through the text tower once: the same loss and gradients, fewer rows."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from runs import a_caption_each, assert_same, first_batches
+from tolerances import EXACT
+from toys import CLASSES, TEMPLATES, tiny_clip, tiny_processor
+
+from carot_hf.data.captions import CaptionTable
+from carot_hf.models.backbones import has_text_dropout
+from carot_hf.models.lora import add_lora
+
+FAMILIES = ("clip", *families.FAMILIES)
+
+
+def parts_of(family):
+    """Processor and model of a family, in float64."""
+    processor = tiny_processor() if family == "clip" else families.processor_of(family)
+    make = tiny_clip if family == "clip" else lambda tokenizer, seed=0: families.model_of(family, tokenizer, seed)
+    return processor, make(processor.tokenizer).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_a_caption_each(make_trainer, family):
+    processor, model = parts_of(family)
+    trainer = make_trainer(model, processing_class=processor, per_device_train_batch_size=16)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in trainer.teacher.model.parameters():
+            value += 0.1 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+    (batch,) = first_batches(trainer, 1)
+    assert len(batch["input_ids"]) < len(batch["pixel_values"]) == len(batch["caption_index"]) == 16
+    found = []
+    for inputs in (batch, a_caption_each(batch)):
+        trainer.model.train().zero_grad()
+        terms, _ = trainer.loss_terms(trainer.model, inputs)
+        trainer.method.weighted(terms).backward()
+        found.append((terms, {name: value.grad for name, value in trainer.model.named_parameters()}))
+    for (name, term), other in zip(found[0][0].items(), found[1][0].values(), strict=True):
+        torch.testing.assert_close(term, other, rtol=EXACT, atol=EXACT, msg=name)
+        assert term.item() > 1e-3, f"{name} says nothing"
+    largest = max(value.abs().max().item() for value in found[1][1].values() if value is not None)
+    for name, gradient in found[1][1].items():
+        if gradient is None:
+            assert found[0][1][name] is None, name
+        else:
+            torch.testing.assert_close(found[0][1][name], gradient, rtol=EXACT, atol=EXACT * largest, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"contrastive_batch_size": 24}, {"freeze": "text"}, {"preset": "tracer"}])
+def test_a_run_is_that_of_a_caption_each(make_trainer, processor, options, monkeypatch):
+    """Student and teacher after five steps; with the gradient cache each micro-batch has its own captions."""
+    runs, rows = [], []
+    for share in (True, False):
+        if not share:
+            monkeypatch.setattr(CaptionTable, "lookup_once", CaptionTable.lookup)
+        size = 8 if "contrastive_batch_size" in options else 24
+        trainer = make_trainer(
+            tiny_clip(processor.tokenizer).double(), per_device_train_batch_size=size, max_steps=5, optim="sgd",
+            **options,
+        )  # fmt: skip
+        seen = []
+        trainer.model.text_model.register_forward_hook(lambda *parts, seen=seen: seen.append(len(parts[2][0])))
+        trainer.train()
+        runs.append(trainer)
+        rows.append(sum(seen))
+    assert_same(*runs, EXACT)
+    assert rows[0] < rows[1], "fewer rows"
+
+
+def test_with_dropout_each_sample_draws_for_itself(make_trainer, caplog):
+    """Two samples of one caption would else drop the same: another method."""
+    processor = families.processor_of("chinese_clip")
+    model = families.model_of("chinese_clip", processor.tokenizer)
+    assert not has_text_dropout(model)
+    for rate in ("dropout.p", "attention.self.dropout.p"):
+        part = model.text_model.encoder.layer[0]
+        assert not has_text_dropout(model)
+        *path, leaf = rate.split(".")
+        found = next(module for name, module in part.named_modules() if name.endswith(".".join(path)))
+        setattr(found, leaf, 0.1)
+        assert has_text_dropout(model), rate
+        (batch,) = first_batches(make_trainer(model, processing_class=processor, per_device_train_batch_size=16), 1)
+        assert "caption_index" not in batch
+        assert len(batch["input_ids"]) == 16
+        setattr(found, leaf, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+def test_what_counts_as_dropout(model):
+    assert not has_text_dropout(model)
+    model.text_model.encoder.layers[1].self_attn.dropout = 0.1
+    assert has_text_dropout(model), "CLIP's attention has a number, no module"
+    model.text_model.encoder.layers[1].self_attn.dropout = 0.0
+    model.vision_model.encoder.layers[1].self_attn.dropout = 0.1
+    assert not has_text_dropout(model), "the image tower's is no matter"
+    adapted = add_lora(model, 2, None, 0)
+    assert not has_text_dropout(adapted.base_model.model)
+    adapted.base_model.model.text_model.encoder.layers[0].mlp.fc1.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    assert has_text_dropout(adapted.base_model.model)
+
+
+def test_captions_are_there_once(processor):
+    table = CaptionTable(processor.tokenizer, CLASSES, TEMPLATES, 32)
+    classes, templates = torch.tensor([2, 0, 2, 2, 1]), torch.tensor([1, 0, 1, 0, 2])
+    each, once = table.lookup(classes, templates), table.lookup_once(classes, templates)
+    assert len(once["input_ids"]) == 4
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(once[name][once["caption_index"]], each[name])
+    distinct = table.lookup_once(classes[1:], templates[1:])
+    assert distinct.keys() == each.keys(), "nothing is shared: in the samples' order"
+    assert torch.equal(distinct["input_ids"], table.lookup(classes[1:], templates[1:])["input_ids"])
+    texts = ["a dog", "a cat on a sofa", "a dog"]
+    each, once = table.tokenize(texts), table.tokenize_once(texts)
+    assert len(once["input_ids"]) == 2
+    assert torch.equal(once["input_ids"][once["caption_index"]], each["input_ids"])
+    assert table.tokenize_once(texts[:2]).keys() == each.keys()
+    alone = CaptionTable(processor.tokenizer, CLASSES, TEMPLATES, 32, share=False)
+    assert "caption_index" not in alone.lookup_once(classes, templates) | alone.tokenize_once(texts)
