@@ -36,6 +36,8 @@ class Backbone:
         link: From logits to probabilities, in pre-training, in fine-tuning and in the stock pipeline: "softmax", or
             "sigmoid" with a ``logit_bias``.
         padded: The text tower reads the padding: captions are always as long as its context.
+        causal: The text tower is causal and pools at the end marker: padding on the right is never seen, and needs no
+            mask.
         projections: The embeddings are linear projections of the towers' outputs, which the penalties of CaRot-2024 and
             TRACER act on.
         classifier: :class:`~carot_hf.CLIPClassifier` can hold its image tower.
@@ -44,13 +46,14 @@ class Backbone:
     model_class: str
     link: str = "softmax"
     padded: bool = False
+    causal: bool = False
     projections: bool = True
     classifier: bool = False
 
 
 BACKBONES = {
-    "clip": Backbone("CLIPModel", classifier=True),
-    "metaclip_2": Backbone("MetaClip2Model"),
+    "clip": Backbone("CLIPModel", causal=True, classifier=True),
+    "metaclip_2": Backbone("MetaClip2Model", causal=True),
     "chinese_clip": Backbone("ChineseCLIPModel"),
     "altclip": Backbone("AltCLIPModel"),
     "siglip": Backbone("SiglipModel", link="sigmoid", padded=True, projections=False),
@@ -133,7 +136,7 @@ def caption_options(config: Any, tokenizer: Any) -> dict[str, Any]:
     Args:
         config: The model's; one without a text tower (a classifier) takes the tokenizer's context.
         tokenizer: Its tokenizer. An ``attention_mask`` is given where the tokenizer gives one by default, as the stock
-            pipeline has it.
+            pipeline has it, and the tower sees the padding.
     """
     text = getattr(config, "text_config", None)
     if text is None:
@@ -142,7 +145,7 @@ def caption_options(config: Any, tokenizer: Any) -> dict[str, Any]:
     context = text.max_position_embeddings
     if config.model_type == "altclip":  # its positions start behind the padding's id
         context -= text.pad_token_id + 1
-    masked = not family.padded or "attention_mask" in tokenizer.model_input_names
+    masked = not family.causal and (not family.padded or "attention_mask" in tokenizer.model_input_names)
     return {"max_length": context, "padded": family.padded, "masked": masked, "vocab_size": text.vocab_size}
 
 

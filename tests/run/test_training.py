@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import first_batches, logged
+from runs import a_caption_each, first_batches, logged
 from tolerances import EXACT, LOGGED
 from toys import tiny_clip
 from transformers import CLIPModel, TrainerCallback, TrainingArguments
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments
+from carot_hf.models.backbones import pair_inputs
 from carot_hf.objective.losses import contrastive_loss, cross_norm_penalty, distillation_loss, orthogonality_penalty
 from carot_hf.run.checks import check_launch
 from carot_hf.teacher.average import ema_momentum
@@ -67,7 +68,7 @@ def test_terms_are_those_of_the_loss_functions(make_trainer, model):
             parameter.add_(0.05 * torch.randn_like(parameter))
     (batch,) = first_batches(trainer, 1)
     terms, _ = trainer.loss_terms(trainer.model, batch)
-    pairs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+    pairs = pair_inputs(a_caption_each(batch))
     student, teacher = trainer.model(**pairs), trainer.teacher.model(**pairs)
     logits = student.logits_per_image, student.logits_per_text
     expected = {
