@@ -189,6 +189,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         self._step = LossStep(
             self.method,
             None if self.teacher is None else self.teacher.model,
+            self.captions,
             unwrap=self.accelerator.unwrap_model,
             autocast=self.accelerator.autocast,
             prepare=self._prepare_inputs,

@@ -15,7 +15,9 @@ from ..basics.modes import evaluating
 from ..basics.precision import at_least_float32
 
 PLACEHOLDER = "{}"
-CAPTION_INDEX = "caption_index"  # in a batch whose captions are there once each: which one each sample has, (b,) int64
+# In a batch: the number of each sample's caption in the table, class x templates + template; and, where captions are
+# there once each, which of these each sample has. Both (b,) int64.
+CAPTION_NUMBER, CAPTION_INDEX = "caption_number", "caption_index"
 _AT_ONCE = 4096  # captions; a fast tokenizer keeps kilobytes for each until it returns
 
 
@@ -160,14 +162,16 @@ class CaptionTable:
         """As `lookup`, with each distinct caption once, and which of them each sample has as ``caption_index``.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``(u, l)``, and ``caption_index`` ``(b,)`` int64 in ``[0, u)``. What
-            `lookup` gives, if all are distinct or none are to be shared.
+            ``input_ids`` and ``attention_mask`` ``(u, l)``, ``caption_index`` ``(b,)`` int64 in ``[0, u)``, and
+            ``caption_number`` ``(b,)`` int64 in ``[0, K M)``. If all are distinct, or none are to be shared, the tokens
+            are those of `lookup`, without an index.
         """
-        pairs = classes * self.n_templates + templates
-        once, index = pairs.unique(return_inverse=True)
-        if not self._share or len(once) == len(pairs):
-            return self.lookup(classes, templates)
-        return {**self.lookup(once // self.n_templates, once % self.n_templates), CAPTION_INDEX: index}
+        numbers = classes * self.n_templates + templates
+        once, index = numbers.unique(return_inverse=True)
+        if not self._share or len(once) == len(numbers):
+            return {**self.lookup(classes, templates), CAPTION_NUMBER: numbers}
+        tokens = self.lookup(once // self.n_templates, once % self.n_templates)
+        return {**tokens, CAPTION_INDEX: index, CAPTION_NUMBER: numbers}
 
     def tokenize_once(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """As `tokenize`, with each distinct caption once, and which of them each sample has; see `lookup_once`."""
@@ -248,21 +252,15 @@ class CaptionTable:
 
 
 @torch.no_grad()
-def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 1024) -> Tensor:
-    r"""Embed the classes: the normalised mean over the templates of normalised caption embeddings.
-
-    Captions go through the text tower in large batches of similar length.
+def caption_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 1024) -> Tensor:
+    """Embed all captions of a table, in large batches of similar length, which are the same at each call.
 
     Args:
-        model: A ``CLIPModel`` or one of its relatives, in whatever mode: dropout is off inside, and the mode is the
-            same after. The autocast of the caller acts.
+        model: As in `class_embeddings`.
         captions: The table of captions.
         batch_size: Captions at a time.
     Returns:
-        ``(K, D)`` in at least float32 on the model's device, rows of length 1: the zero-shot head. Logits are
-        ``exp(logit_scale) * image_embeds @ head.T``, plus SigLIP's ``logit_bias``.
-    Source:
-        Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
+        ``(K M, D)`` in at least float32 on the model's device, rows of length 1, classes first.
     """
     order = captions.lengths.flatten().argsort(stable=True)  # (K M,)
     device = model.logit_scale.device
@@ -275,4 +273,23 @@ def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 10
             parts.append(F.normalize(at_least_float32(features), dim=-1))
     embeds = torch.empty(len(order), parts[0].shape[-1], dtype=parts[0].dtype, device=device)
     embeds[order.to(device)] = torch.cat(parts)
+    return embeds
+
+
+@torch.no_grad()
+def class_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 1024) -> Tensor:
+    r"""Embed the classes: the normalised mean over the templates of normalised caption embeddings.
+
+    Args:
+        model: A ``CLIPModel`` or one of its relatives, in whatever mode: dropout is off inside, and the mode is the
+            same after. The autocast of the caller acts.
+        captions: The table of captions.
+        batch_size: Captions at a time.
+    Returns:
+        ``(K, D)`` in at least float32 on the model's device, rows of length 1: the zero-shot head. Logits are
+        ``exp(logit_scale) * image_embeds @ head.T``, plus SigLIP's ``logit_bias``.
+    Source:
+        Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
+    """
+    embeds = caption_embeddings(model, captions, batch_size=batch_size)
     return F.normalize(embeds.view(*captions.lengths.shape, -1).mean(dim=1), dim=-1)

@@ -7,16 +7,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..basics.precision import at_least_float32
-from ..data.captions import CAPTION_INDEX
+from ..data.captions import CaptionTable
 from ..models.backbones import logit_head, pair_inputs
 from ..objective.gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from ..objective.objective import Objective
-
-Embeds = tuple[Tensor, Tensor]
+from .embeds import Embeds, embeds_of
+from .taught import Taught
 
 
 class LossStep:
@@ -25,6 +23,7 @@ class LossStep:
     Args:
         objective: The terms that are on.
         teacher: Its network; ``None``: no term needs one.
+        captions: The suite's captions.
         unwrap: From the model that Trainer passes to the student.
         autocast: Makes the context in which networks run without gradient.
         prepare: Moves a batch to the device.
@@ -35,6 +34,7 @@ class LossStep:
         self,
         objective: Objective,
         teacher: Any,
+        captions: CaptionTable,
         *,
         unwrap: Callable[[Any], Any],
         autocast: Callable[[], AbstractContextManager[Any]],
@@ -42,6 +42,7 @@ class LossStep:
         device: torch.device,
     ) -> None:
         self.objective, self.teacher = objective, teacher
+        self._taught = None if teacher is None else Taught(teacher, captions, objective.args, autocast)
         self._unwrap, self._autocast, self._prepare, self._device = unwrap, autocast, prepare, device
         self._batches: list[Any] = []  # of one step with the gradient cache
         self._index = 0
@@ -69,7 +70,7 @@ class LossStep:
         student = self._unwrap(model)
         pairs = pair_inputs(inputs)
         outputs = model(**pairs)
-        embeds = _unit_embeds(outputs, inputs.get(CAPTION_INDEX))
+        embeds = embeds_of(outputs, inputs)
         terms = self._pair_terms(embeds, logit_head(student), inputs.get("labels"), self.taught(inputs))
         return {**terms, **self._weight_terms(student)}, outputs
 
@@ -87,8 +88,7 @@ class LossStep:
         outputs = model(**pair_inputs(inputs))
         terms = {**self._cached_terms, **self._weight_terms(student)}
         self.remember(terms, share)
-        embeds = _unit_embeds(outputs, inputs.get(CAPTION_INDEX))
-        part = surrogate(self._cached, index, *embeds, logit_head(student))
+        part = surrogate(self._cached, index, *embeds_of(outputs, inputs), logit_head(student))
         penalties = {name: terms[name] for name in terms.keys() - self._cached_terms.keys()}
         if penalties:
             part = part + self.objective.weighted(penalties) / count
@@ -96,11 +96,8 @@ class LossStep:
         return value + count * (part - part.detach()), outputs
 
     def taught(self, inputs: Mapping[str, Any]) -> Embeds | None:
-        """The teacher's embeddings of a batch."""
-        if self.teacher is None:
-            return None
-        with torch.no_grad(), self._autocast():
-            return _unit_embeds(self.teacher(**pair_inputs(inputs)), inputs.get(CAPTION_INDEX))
+        """The teacher's embeddings of a batch, if there is one."""
+        return None if self._taught is None else self._taught(inputs)
 
     def remember(self, terms: Mapping[str, Tensor], share: float) -> None:
         """Add terms to the sums for the log, which weigh a micro-batch by its share of a step."""
@@ -139,7 +136,7 @@ class LossStep:
             inputs = self._prepare(batch)
             self._random_states.append(RandomState(self._device))
             with torch.no_grad(), self._autocast():
-                embeds.append(_unit_embeds(model(**pair_inputs(inputs)), inputs.get(CAPTION_INDEX)))
+                embeds.append(embeds_of(model(**pair_inputs(inputs)), inputs))
             taught += [] if self.teacher is None else [self.taught(inputs)]
             labels += [inputs["labels"]] if "labels" in inputs else []
         whole = torch.cat(labels) if labels else None
@@ -152,16 +149,3 @@ class LossStep:
 
         cached = cache_gradients(embeds, head, loss_of)
         return cached, {name: term.detach() for name, term in terms.items()}
-
-
-def _unit_embeds(outputs: Any, captions: Tensor | None) -> Embeds:
-    """Image and text embeddings of length 1, ``(b, D)`` in at least float32 each.
-
-    Args:
-        outputs: The model's.
-        captions: Which caption each sample has, ``(b,)``; ``None``: they are in the samples' order.
-    """
-    with torch.autocast(outputs.image_embeds.device.type, enabled=False):
-        image, text = at_least_float32(outputs.image_embeds), at_least_float32(outputs.text_embeds)
-        text = F.normalize(text, dim=-1)
-        return F.normalize(image, dim=-1), text if captions is None else text.index_select(0, captions)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import families
 import pytest
 import torch
+import torch.nn.functional as F
 from runs import a_caption_each, assert_same, first_batches
 from tolerances import EXACT
 from toys import CLASSES, TEMPLATES, tiny_clip, tiny_processor
 
 from carot_hf.data.captions import CaptionTable
-from carot_hf.models.backbones import has_text_dropout
+from carot_hf.models.backbones import has_text_dropout, pair_inputs
 from carot_hf.models.lora import add_lora
 
 FAMILIES = ("clip", *families.FAMILIES)
@@ -50,25 +51,89 @@ def test_loss_and_gradients_are_those_of_a_caption_each(make_trainer, family):
             torch.testing.assert_close(found[0][1][name], gradient, rtol=EXACT, atol=EXACT * largest, msg=name)
 
 
-@pytest.mark.parametrize("options", [{}, {"contrastive_batch_size": 24}, {"freeze": "text"}, {"preset": "tracer"}])
+KEPT = (
+    {"teacher_update_every": 4},
+    {"teacher": "frozen"},
+    {"teacher_update_every": 4, "contrastive_batch_size": 24},
+    {"teacher_update_every": 4, "freeze": "text"},
+)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"contrastive_batch_size": 24}, {"freeze": "text"}, {"preset": "tracer"}, *KEPT]
+)
 def test_a_run_is_that_of_a_caption_each(make_trainer, processor, options, monkeypatch):
-    """Student and teacher after five steps; with the gradient cache each micro-batch has its own captions."""
+    """Student and teacher after some steps; with the gradient cache each micro-batch has its own captions."""
     runs, rows = [], []
     for share in (True, False):
         if not share:
             monkeypatch.setattr(CaptionTable, "lookup_once", CaptionTable.lookup)
         size = 8 if "contrastive_batch_size" in options else 24
         trainer = make_trainer(
-            tiny_clip(processor.tokenizer).double(), per_device_train_batch_size=size, max_steps=5, optim="sgd",
+            tiny_clip(processor.tokenizer).double(), per_device_train_batch_size=size, max_steps=9, optim="sgd",
             **options,
         )  # fmt: skip
         seen = []
+        if share:
+            assert trainer._step._taught._keeps() == (options in KEPT)
         trainer.model.text_model.register_forward_hook(lambda *parts, seen=seen: seen.append(len(parts[2][0])))
         trainer.train()
         runs.append(trainer)
         rows.append(sum(seen))
     assert_same(*runs, EXACT)
     assert rows[0] < rows[1], "fewer rows"
+
+
+def test_what_the_teacher_keeps_is_of_its_weights_of_now(make_trainer, model):
+    """After an update, a restored checkpoint, and weights that somebody changed by hand."""
+    trainer = make_trainer(model.double(), teacher="frozen", per_device_train_batch_size=16)
+    network, taught = trainer.teacher.model, trainer._step._taught
+    rows = []
+    network.text_model.register_forward_hook(lambda *parts: rows.append(len(parts[2][0])))
+    (batch,) = first_batches(trainer, 1)
+    state = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
+
+    def check():
+        before = len(rows)
+        for _ in range(2):
+            image, text = taught(batch)
+            assert not image.is_inference()
+            assert not text.is_inference()
+        counted = sum(rows[before:])
+        with torch.no_grad():
+            outputs = network(**pair_inputs(a_caption_each(batch)))
+        torch.testing.assert_close(text, F.normalize(outputs.text_embeds, dim=-1), rtol=EXACT, atol=EXACT)
+        torch.testing.assert_close(image, F.normalize(outputs.image_embeds, dim=-1), rtol=EXACT, atol=EXACT)
+        return counted, text
+
+    first = check()
+    assert first[0] == len(CLASSES) * len(TEMPLATES), "each caption once"
+    assert check()[0] == 0, "they are kept"
+    with torch.no_grad():
+        network.text_projection.weight.mul_(torch.linspace(0.5, 2, 16))
+    second = check()
+    assert (second[1] - first[1]).abs().max() > 1e-3
+    trainer.teacher.load_state_dict(state)
+    assert torch.equal(check()[1], first[1])
+    other = tiny_clip(trainer.processing_class.tokenizer, seed=5).double()
+    trainer.teacher.update(other, 0.5)
+    assert (check()[1] - first[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"teacher": "frozen"}, True),
+        ({"teacher": "frozen", "max_steps": 1}, False),
+        ({"teacher_update_every": 500}, True),
+        ({"teacher_update_every": 1}, False),
+        ({"teacher_update_every": 0}, True),
+    ],
+)
+def test_all_captions_are_embedded_where_that_is_less(make_trainer, options, kept):
+    """12 captions: 16 draws see 8.9 of them on average, so that it takes 3 steps until it is half the work."""
+    trainer = make_trainer(per_device_train_batch_size=16, **{"max_steps": 3, **options})
+    assert trainer._step._taught._keeps() == kept
 
 
 def test_with_dropout_each_sample_draws_for_itself(make_trainer, caplog):
@@ -111,7 +176,8 @@ def test_captions_are_there_once(processor):
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(once[name][once["caption_index"]], each[name])
     distinct = table.lookup_once(classes[1:], templates[1:])
-    assert distinct.keys() == each.keys(), "nothing is shared: in the samples' order"
+    assert distinct.keys() - each.keys() == {"caption_number"}, "nothing is shared: in the samples' order"
+    assert distinct["caption_number"].tolist() == [0, 7, 6, 5]
     assert torch.equal(distinct["input_ids"], table.lookup(classes[1:], templates[1:])["input_ids"])
     texts = ["a dog", "a cat on a sofa", "a dog"]
     each, once = table.tokenize(texts), table.tokenize_once(texts)

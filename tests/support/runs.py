@@ -75,7 +75,7 @@ def first_batch(trainer):
 def a_caption_each(batch):
     """The batch with the caption of each sample in its row, as models take it."""
     index = batch.get("caption_index")
-    rest = {name: value for name, value in batch.items() if name != "caption_index"}
+    rest = {name: value for name, value in batch.items() if name not in ("caption_index", "caption_number")}
     return rest if index is None else {**rest, **{name: rest[name][index] for name in TEXT_INPUTS if name in rest}}
 
 
