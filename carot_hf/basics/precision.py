@@ -21,7 +21,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def not_finite(model: nn.Module) -> str | None:
     """Return the name of the first parameter or buffer with a value that is not finite, ``None`` if there is none."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None
+    named = {name: value for name, value in [*model.named_parameters(), *model.named_buffers()] if value.numel()}
+    named = {name: value for name, value in named.items() if value.is_floating_point()}
+    finite = [torch.isfinite(value).all() for value in named.values()]
+    if not finite:
+        return None
+    found = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()  # a device is asked once
+    return next((name for name, fine in zip(named, found, strict=True) if not fine), None)

@@ -113,12 +113,13 @@ def evaluation_loader(data: Any, args: Any, *, collator: Any, device: torch.devi
 
 def _moved(data: Any, args: Any, collator: Any, device: torch.device, **batches: Any) -> Any:
     """A loader as ``Trainer`` makes them, of this process's own share, whose batches accelerate moves."""
+    options = loader_options(args, device)
     loader = DataLoader(
         data,
         **batches,
         collate_fn=ReplacedCollator(collator),
         persistent_workers=args.dataloader_num_workers > 0 and args.dataloader_persistent_workers,
-        **loader_options(args, device),
+        **options,
     )
     # Workaround, accelerate 1.15: asked for its own share, `prepare` would split what is split already and fill up the
     # last batch with repeated samples. Told of one process, it only moves batches. Until: it takes a sharded loader.
@@ -129,7 +130,7 @@ def _moved(data: Any, args: Any, collator: Any, device: torch.device, **batches:
         process_index=0,
         put_on_device=True,
         dispatch_batches=False,
-        non_blocking=bool(getattr(args.accelerator_config, "non_blocking", False)),
+        non_blocking=options["pin_memory"] or bool(getattr(args.accelerator_config, "non_blocking", False)),
     )
 
 

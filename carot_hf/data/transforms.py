@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -349,10 +350,18 @@ def normalize_pixels(
     pixel_values: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Bring ``(b, 3, h, w)`` uint8 pixels to ``(x / 255 - mean) / std`` of a dtype, on their device."""
-    shape = (1, -1, 1, 1)
-    mean_ = torch.tensor(mean, dtype=dtype, device=pixel_values.device).view(shape)
-    std_ = torch.tensor(std, dtype=dtype, device=pixel_values.device).view(shape)
+    mean_, std_ = _constants(tuple(mean), tuple(std), dtype, pixel_values.device)
     return pixel_values.to(dtype, copy=True).div_(255).sub_(mean_).div_(std_)  # one array, not four
+
+
+@lru_cache(maxsize=8)
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Numbers by channel on a device, ``(1, c, 1, 1)`` each: made anew for each batch they would be waited for."""
+    with torch.inference_mode(False):
+        made = [torch.tensor(part, dtype=dtype, device=device).view(1, -1, 1, 1) for part in (mean, std)]
+    return made[0], made[1]
 
 
 def _resized(image: Image.Image, target: tuple[int, int], resample: int) -> Image.Image:

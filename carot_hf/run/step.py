@@ -113,11 +113,14 @@ class LossStep:
         """Return the mean of each term since the last call, over steps and processes; empty: there was no step.
 
         Args:
-            reduce: Takes the mean over the processes.
+            reduce: Takes the mean of a vector over the processes.
         """
-        found = {name: reduce(total / self._steps).item() for name, total in self._sums.items()} if self._steps else {}
+        names, sums, steps = list(self._sums), list(self._sums.values()), self._steps
         self.forget()
-        return found
+        if not steps or not sums:
+            return {}
+        means = reduce(torch.stack(sums) / steps).tolist()  # a device is asked once
+        return dict(zip(names, means, strict=True))
 
     def _pair_terms(self, embeds: Embeds, head: Sequence[Tensor], labels: Any, taught: Any) -> dict[str, Tensor]:
         """The terms that are functions of the embeddings of this device's rows, the teacher's, and the labels."""

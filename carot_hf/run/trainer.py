@@ -62,6 +62,7 @@ class RunTrainer(Trainer, ABC):
         self.saved_files: list[str] = []
         self.owns_output = False  # what is in `output_dir` is of this trainer
         self._in_checkpoint = False  # what is saved goes into a checkpoint
+        self._losses: Tensor | None = None  # of the micro-batches of a step so far
         self.termination = TerminationCallback()
         self.add_callback(self.termination)
 
@@ -149,11 +150,23 @@ class RunTrainer(Trainer, ABC):
             return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run one micro-batch; stop before the optimizer step if its loss is not finite."""
+        """Run one micro-batch; stop before the optimizer step if the loss of one of its is not finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._stop(f"Expected a finite loss at step {self.state.global_step + 1}, got {loss.item()}.")
+        self._losses = loss if self._losses is None else self._losses + loss  # a sum shows it: a device is asked once
+        if self.accelerator.sync_gradients:
+            losses, self._losses = self._losses, None
+            if not torch.isfinite(losses):
+                self._stop(f"Expected a finite loss at step {self.state.global_step + 1}, got {losses.item()}.")
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradient where it is known by clipping or will be logged; elsewhere none is computed."""
+        # Workaround, transformers 5.17 to 5.23: Trainer computes it in each step. Until: it asks whether it is logged.
+        steps, step = self.args.logging_strategy == "steps", self.state.global_step + 1
+        first = self.args.logging_first_step and step == 1
+        if grad_norm is None and steps and not first and step % max(1, self.state.logging_steps):
+            return None
+        return super()._get_grad_norm(model, grad_norm)
 
     def _check_weights(self) -> None:
         """Stop before weights that are not finite reach a checkpoint or a user."""

@@ -141,14 +141,19 @@ class Teacher:
         own = dict(self.model.named_parameters())
         theirs = dict(model.named_parameters())
         _check_names(own, theirs, "parameter")
+        alike: list[tuple[Tensor, Tensor]] = []  # the teacher's and the student's
         for name, parameter in own.items():
+            student = theirs[name].detach()
             if name in self.shared:
                 continue
-            student = theirs[name].detach().to(parameter.device, parameter.dtype)
             if momentum == 0.0 or name in self._fixed:
                 parameter.copy_(student)
-            else:
-                parameter.mul_(momentum).add_(student, alpha=1.0 - momentum)
+            elif (student.dtype, student.device) == (parameter.dtype, parameter.device):
+                alike.append((parameter, student))
+            else:  # one by one: all copies in float32 at once would be another model
+                _move([parameter], [student.to(parameter.device, parameter.dtype)], momentum)
+        if alike:
+            _move([own for own, _ in alike], [student for _, student in alike], momentum)
         self._copy_buffers(model)
 
     def reset(self, model: nn.Module) -> None:
@@ -237,6 +242,12 @@ class Teacher:
         _check_names(own, theirs, "buffer")
         for name, buffer in own.items():
             buffer.copy_(theirs[name].to(buffer.device))
+
+
+def _move(own: list[Tensor], theirs: list[Tensor], momentum: float) -> None:
+    """``own = momentum * own + (1 - momentum) * theirs``, in place, in few launches on a GPU."""
+    torch._foreach_mul_(own, momentum)
+    torch._foreach_add_(own, theirs, alpha=1.0 - momentum)
 
 
 @lru_cache(maxsize=4)
