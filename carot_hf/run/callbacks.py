@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..basics.escape import guarded
@@ -53,7 +54,8 @@ class LogitScaleCallback(TrainerCallback):
 class TerminationCallback(TrainerCallback):
     """On SIGTERM, e.g. of a scheduler: finish the step, save a checkpoint, end the training.
 
-    With several processes all of them stop at the same step, whichever was asked.
+    With several processes all of them stop at the same step, whichever was asked: the next one, since what they tell
+    each other at the end of a step is read at the end of the next, when it has long arrived.
 
     Attributes:
         stopped: Whether the training ended for that reason.
@@ -62,11 +64,13 @@ class TerminationCallback(TrainerCallback):
     def __init__(self) -> None:
         self.stopped = False
         self._asked = False
+        self._told: tuple[Tensor, Any] | None = None  # at the end of the step before, on its way to this process's CPU
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catch the signal inside; outside of the main thread, where Python cannot, do nothing."""
         self.stopped = self._asked = False
+        self._told = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -78,12 +82,25 @@ class TerminationCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if the signal has come."""
-        if args.world_size > 1:
-            asked = torch.tensor(int(self._asked), device=args.device)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-            self._asked = bool(asked)
-        if self._asked:
+        if self._asked if args.world_size == 1 else self._one_was_asked(args.device):
             self.stopped = control.should_save = control.should_training_stop = True
+
+    def _one_was_asked(self, device: torch.device) -> bool:
+        """Whether any process had been asked by the end of the step before; the device is not waited for."""
+        before = self._told
+        asked = torch.full((), int(self._asked), device=device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        here, arrived = torch.empty((), dtype=asked.dtype, pin_memory=device.type == "cuda"), None
+        here.copy_(asked, non_blocking=True)
+        if device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._told = here, arrived
+        if before is None:
+            return False
+        if before[1] is not None:
+            before[1].synchronize()  # of a step ago: done, since the loss of this step has been looked at
+        return bool(before[0])
 
     def _note(self, *_: Any) -> None:
         logger.warning("SIGTERM: the step is finished and saved, then the training ends.")
