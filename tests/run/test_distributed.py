@@ -140,7 +140,8 @@ processor, suite = tiny_processor(), noise_suite()
 suite.train = ShiftSet(data, name="train", num_classes=len(CLASSES), labels=data.labels)
 args = CaRotTrainingArguments.from_preset(
     "flyp", output_dir={out!r}, class_balanced=True, max_steps=12, per_device_train_batch_size={batch},
-    report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+    report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
 )
 trainer = Recorder(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor)
 trainer.train()
