@@ -433,6 +433,34 @@ def test_a_process_says_what_is_wrong_in_a_line_with_status_2(pets, place):
     assert "cut.jpg" in found.stdout
 
 
+def test_a_picture_of_the_same_suite_is_replaced_and_no_other_file(pets, place, capsys):
+    check = ["suite", "check", "pets.yaml", "--size", "16", "--images", "2"]
+    assert main(check) == 0
+    first = (place / "suite.png").read_bytes()
+    with Image.open(place / "suite.png") as image:
+        assert image.info["Title"] == "pets"
+    folders(place / "pets/sketch", [1, 1, 1], PETS)
+    assert main(check) == 0
+    second = (place / "suite.png").read_bytes()
+    assert second != first, "there are other images now"
+    (place / "pets.yaml").rename(place / "zoo \u6570.yaml")
+    refused = [*check[:2], "zoo \u6570.yaml", *check[3:]]
+    assert main(refused) == 2
+    assert "got suite.png, the picture of the suite 'pets'. Add --overwrite" in capsys.readouterr().err
+    assert (place / "suite.png").read_bytes() == second
+    assert main([*refused, "--overwrite"]) == 0
+    assert main(refused) == 0
+    Image.new("RGB", (9, 9)).save(place / "plain.png")
+    for number, other in enumerate((b"", b"text", (place / "plain.png").read_bytes(), second[:20])):
+        (place / "suite.png").write_bytes(other)
+        assert main(refused) == 2, number
+        assert "got suite.png, which is there. Add --overwrite to replace it." in capsys.readouterr().err
+        assert (place / "suite.png").read_bytes() == other
+    (place / "pets/suite.yaml").write_bytes(second)  # a picture where a suite file goes is somebody's
+    assert main(["suite", "init", "pets"]) == 2
+    assert (place / "pets/suite.yaml").read_bytes() == second
+
+
 @pytest.mark.parametrize("output", ["/proc/self/suite", "{here}/file/suite", "{here}/folder"])
 def test_a_place_that_cannot_be_written_is_one_line(pets, place, capsys, output):
     (place / "file").write_text("mine")
