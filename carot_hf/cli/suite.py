@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ matched, and a picture of some images of each set as a model will see them: turn
 _INIT = """Look into a folder and write a YAML file for it: the sets and classes that are there, and every other key in
 a comment. Folders train, validation and test are found by name, every other one is a shift."""
 _CAPTIONS = 5
+_MOST_WORKERS = 8  # processes that decode
 
 
 def main(argv: Sequence[str]) -> None:
@@ -174,9 +176,11 @@ def decode(sets: dict[str, Any]) -> None:
     from ..data.samples import unreadable
 
     total, bad = sum(map(len, sets.values())), []
+    cores = os.cpu_count() or 1
+    workers = min(_MOST_WORKERS, cores) if cores > 1 else 0
     with tqdm(total=total, desc="Images") as bar:
         for name, data in sets.items():
-            for one in unreadable(data):
+            for one in unreadable(data, workers):
                 bar.update()
                 if one is not None:
                     bad.append(f"{name}, {one}")

@@ -23,7 +23,7 @@ import carot_hf.suites.load
 from carot_hf import ShiftSet, ShiftSuite, load_suite
 from carot_hf.basics.yaml_text import load_yaml
 from carot_hf.cli.main import main
-from carot_hf.data.samples import MOST_BAD, doubtful_names, draw, example_captions, spread
+from carot_hf.data.samples import MOST_BAD, doubtful_names, draw, example_captions, spread, unreadable
 from carot_hf.evaluation.contact_sheet import ACROSS, Row, Tile, check_sheet, contact_sheet, fitting, font
 from carot_hf.suites import describe, from_yaml
 
@@ -411,6 +411,49 @@ def test_decode_lists_all_that_cannot_be_read(pets, capsys):
     assert said.err.splitlines()[-1] == (
         "carot_hf suite: Expected 27 images that can be decoded, got 6 that cannot. Replace or drop them."
     )
+
+
+def test_several_processes_find_what_one_finds_in_its_order(place):
+    folders(place / "many", [0, 1, 2] * 17, PETS)
+    files = sorted((place / "many").rglob("*.png"))
+    for number in (0, 7, 16, 31, 32, 50):
+        files[number].write_bytes(b"no image" if number % 2 else files[number].read_bytes()[:45])
+    data = from_yaml.suite_from_description({"test": {"path": "many"}}, "here", place, name="many").test
+    one = list(unreadable(data))
+    assert len(one) == 51
+    assert [row for row, bad in enumerate(one) if bad is not None] == [0, 7, 16, 31, 32, 50]
+    assert all(bad is None or (bad.row, bad.file) == (row, str(files[row])) for row, bad in enumerate(one))
+    assert list(unreadable(data, 2)) == one
+
+
+class Watched(Noise):
+    """Says which process reads; one row may hold what is no item."""
+
+    def __init__(self, size, place, wrong=None):
+        super().__init__(size, 0)
+        self.place, self.wrong = place, wrong
+
+    def __getitem__(self, index):
+        (self.place / str(os.getpid())).touch()
+        if index == self.wrong:
+            raise ValueError(f"row {index} is odd")
+        return super().__getitem__(index)
+
+
+def test_others_read_and_an_error_of_theirs_is_as_ones_own(tmp_path):
+    (tmp_path / "pids").mkdir()
+    good = ShiftSet(Watched(70, tmp_path / "pids"), name="x", num_classes=4)
+    assert list(unreadable(good, 2)) == [None] * 70
+    read = {path.name for path in (tmp_path / "pids").iterdir()}
+    assert len(read) == 2
+    assert str(os.getpid()) not in read
+    odd = ShiftSet(Watched(70, tmp_path, wrong=40), name="x", num_classes=4)
+    errors = []
+    for workers in (0, 2):
+        with pytest.raises(ValueError, match="row 40 is odd") as raised:
+            list(unreadable(odd, workers))
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
 
 
 def test_a_process_says_what_is_wrong_in_a_line_with_status_2(pets, place):
