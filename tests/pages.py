@@ -3,9 +3,9 @@
     python tests/pages.py docs/tutorial.md     # in an empty folder: run the page from top to bottom
 
 Python blocks run in one namespace. A block with `title="x"` is written to that file. A ``text`` block after a Python
-block is what that one prints, with numbers up to one unit of their last digit or 5 %. A command of finetune_imagenet.py
-or interpolate.py whose suite is here (digits, or a file that the page wrote) runs. Training on digits is cut to a few
-steps. Of every other command the options are read by the parser of its own program.
+block is what that one prints, with numbers up to one unit of their last digit or 5 %. `carot_hf train` and
+`interpolate` run where their suite is here: digits, or a file or folder that the page wrote. Training on digits
+is cut to a few steps. Of every other command the options are read by the parser of its own program.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ def script_of(words):
         from torch.distributed.run import get_args_parser
 
         args = get_args_parser().parse_args(words[1:])
+        if args.module:
+            return f"-m {args.training_script} {args.training_script_args[0]}", args.training_script_args[1:]
         return args.training_script, args.training_script_args
     return None, []
 
@@ -192,7 +194,7 @@ def small(words):
         return Path(given.get("--config", "none")).is_file()
     if given.get("--report_to") in ("wandb", "trackio") or not Path(given.get("--model_name_or_path", ".")).exists():
         return False
-    return given["--suite"] == "digits" or Path(given["--suite"]).is_file()
+    return given["--suite"] == "digits" or Path(given["--suite"]).exists()
 
 
 def run_command(words):

@@ -131,7 +131,8 @@ def under_shift(metrics: Mapping[str, Sequence[Metrics]]) -> list[str]:
     """The section on calibration where the data shift; without density where nothing could keep a bank."""
     every = [run for by_seed in metrics.values() for run in by_seed]
     measured = {title: key for title, key in SHIFT_COLUMNS.items() if all(key in run for run in every)}
-    parts = ["## ECE where the data shift", SHIFT_TEXT, f"![{BY_SET}](ece_by_set.png)"]
+    text = " ".join(part for name, part in SHIFT_TEXT.items() if f"OOD {name}" in measured)
+    parts = ["## ECE where the data shift", text, f"![{BY_SET}](ece_by_set.png)"]
     parts.append(means({TITLES[name]: metrics[name] for name in TITLES}, measured))
     if "OOD density" in measured:
         parts.append(ratios({TITLES[name]: metrics[name] for name in ("ft", "flyp", "carot")}))
@@ -181,12 +182,13 @@ def introduction(
     ]
 
 
-SHIFT_TEXT = (
-    "home T: fitted on the validation split. perturbed T: on perturbed copies of it, too. density: a temperature for "
-    "each image, by how near it is to those of the training. oracle: the one temperature that is best for the shifts, "
-    "by their labels: a bound, and no method."
-)
-BY_SET = "ECE by set: without, with the temperature of home, with the perturbed one, with density, and the oracle's"
+SHIFT_TEXT = {
+    "home T": "home T: fitted on the validation split.",
+    "perturbed T": "perturbed T: on perturbed copies of it, too.",
+    "density": "density: a temperature for each image, by how near it is to those of the training.",
+    "oracle": "oracle: the one temperature that is best for the shifts, by their labels: a bound, and no method.",
+}
+BY_SET = "ECE by set: without a temperature, and with each of these"
 FIGURES = {
     "figure1.png": "Figure 1: the in-distribution set, without temperature scaling",
     "figure2.png": "Figure 2: a shifted set, without temperature scaling",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +21,36 @@ matched, and a picture of some images of each set as a model will see them: turn
 _INIT = """Look into a folder and write a YAML file for it: the sets and classes that are there, and every other key in
 a comment. Folders train, validation and test are found by name, every other one is a shift."""
 _CAPTIONS = 5
+_MOST_WORKERS = 8  # processes that decode
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = parse(argv)
-    place = options.output_file
-    if place.is_dir() or (place.exists() and not options.overwrite):
-        cure = "Name a file." if place.is_dir() else "Add --overwrite to replace it."
-        raise ValueError(f"Expected a new --output_file, got {place}, which is there. {cure}")
+    refuse_written(options)
     (check if options.command == "check" else init)(options)
+
+
+def refuse_written(options: argparse.Namespace, suite: str | None = None) -> None:
+    """Refuse to replace a file, but for the picture of an earlier check.
+
+    Args:
+        options: Of the command line.
+        suite: Name of the one that is checked; ``None``: it is not loaded yet, and may be any.
+    Raises:
+        ValueError: If another file is there, and nobody asked for another one in its place.
+    """
+    from ..evaluation.contact_sheet import suite_of_sheet
+
+    place = options.output_file
+    if place.is_dir():
+        raise ValueError(f"Expected a new --output_file, got {place}, which is there. Name a file.")
+    if options.overwrite or not place.exists():
+        return
+    of = suite_of_sheet(place) if options.command == "check" else None
+    if of is None or suite not in (None, of):
+        what = "which is there" if of is None else f"the picture of the suite '{printable(of)}'"
+        raise ValueError(f"Expected a new --output_file, got {place}, {what}. Add --overwrite to replace it.")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -42,7 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub.add_argument("--images", type=_positive, default=8, help="images a set in the picture; default: 8")
     sub.add_argument("--size", type=_positive, default=224, help="pixels a side, as the model takes; default: 224")
     sub.add_argument("--decode", action="store_true", help="decode every image; list those that cannot be, status 2")
-    sub.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
+    sub.add_argument("--overwrite", action="store_true", help="replace a file that is no picture of this suite, too")
     sub = commands.add_parser("init", help="write a suite file for a folder", description=_INIT)
     sub.add_argument("folder", type=Path, help="with the images, or tables of them")
     sub.add_argument("--output_file", type=Path, help="default: FOLDER/suite.yaml")
@@ -75,6 +96,7 @@ def check(options: argparse.Namespace) -> None:
     from ..suites.load import load_suite
 
     suite = load_suite(options.suite)
+    refuse_written(options, suite.name)
     found = survey(suite)
     sets = dict(zip(found.sizes, sets_of(suite), strict=True))
     check_sheet(len(sets), options.images, options.size)
@@ -115,7 +137,7 @@ def draw_sheet(suite: Any, sets: dict[str, Any], options: argparse.Namespace) ->
     """Write the picture, and say which images in the draw cannot be decoded."""
     from ..data.samples import MOST_BAD, draw, label_title
     from ..data.transforms import ImageTransform
-    from ..evaluation.contact_sheet import Row, Tile, can_write, contact_sheet
+    from ..evaluation.contact_sheet import Row, Tile, can_write, contact_sheet, sheet_info
 
     transform = ImageTransform(size=options.size, crop=(options.size, options.size), mean=(0,) * 3, std=(1,) * 3)
     rows, bad = [], []
@@ -135,7 +157,7 @@ def draw_sheet(suite: Any, sets: dict[str, Any], options: argparse.Namespace) ->
         print("\n".join(["", "Images that cannot be decoded, with others in their place:", *_indented(bad)]))
     options.output_file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(options.output_file) as beside:
-        contact_sheet(rows, options.size).save(beside, format="PNG")
+        contact_sheet(rows, options.size).save(beside, format="PNG", pnginfo=sheet_info(suite.name))
     print(
         f"\n{options.output_file}: images of each set at {options.size} x {options.size} pixels, as a model sees them"
     )
@@ -154,9 +176,11 @@ def decode(sets: dict[str, Any]) -> None:
     from ..data.samples import unreadable
 
     total, bad = sum(map(len, sets.values())), []
+    cores = os.cpu_count() or 1
+    workers = min(_MOST_WORKERS, cores) if cores > 1 else 0
     with tqdm(total=total, desc="Images") as bar:
         for name, data in sets.items():
-            for one in unreadable(data):
+            for one in unreadable(data, workers):
                 bar.update()
                 if one is not None:
                     bad.append(f"{name}, {one}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch.utils.data import DataLoader, Dataset
 
 from ..basics.escape import printable
 from .captions import fill_template
@@ -17,6 +18,7 @@ from .suite import ShiftSuite
 
 _SEED = 0
 _CODE = re.compile(r"[A-Za-z]?\d+")  # 7, n01440764
+_CHUNK = 16  # items that a process reads at a time
 MOST_BAD = 20  # images of a set that could not be decoded after which no further one is looked for
 
 
@@ -79,11 +81,25 @@ def draw(data: ShiftSet, count: int) -> Draw:
     return Draw([item for _, item in sorted(found, key=lambda pair: pair[0])], bad)
 
 
-def unreadable(data: ShiftSet) -> Iterator[Bad | None]:
-    """Read every item, and yield for each one ``None``, or what is wrong with its image."""
-    for row in range(len(data)):
-        read = _read(data, row)
-        yield read if isinstance(read, Bad) else None
+def unreadable(data: ShiftSet, workers: int = 0) -> Iterator[Bad | None]:
+    """Read every item, and yield for each one ``None``, or what is wrong with its image, in the order of the set.
+
+    Args:
+        data: The set.
+        workers: Processes that read; 0: this one does. An error that is no image's is raised as this one raises it.
+    """
+    workers = workers if len(data) > _CHUNK else 0
+    loader = DataLoader(_Looked(data), batch_size=_CHUNK, num_workers=workers, collate_fn=list)
+    done = 0
+    try:
+        for part in loader:
+            done += len(part)
+            yield from part
+    except (OSError, RuntimeError, TypeError, ValueError):
+        if not workers:
+            raise
+        looked = _Looked(data)  # torch puts the traceback of another process into the error
+        yield from (looked[row] for row in range(done, len(data)))
 
 
 def example_captions(suite: ShiftSuite, count: int) -> list[str]:
@@ -136,6 +152,20 @@ def doubtful_names(class_names: Sequence[str]) -> list[str]:
         for reason, names in reasons.items()
         if names
     ]
+
+
+class _Looked(Dataset[Bad | None]):
+    """What is wrong with each image of a set."""
+
+    def __init__(self, data: ShiftSet) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, row: int) -> Bad | None:
+        read = _read(self._data, row)
+        return read if isinstance(read, Bad) else None
 
 
 def _queues(data: ShiftSet) -> list[list[int]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 MAX_PIXELS = 89_478_485  # of a sheet: PIL warns of a picture that has more
 ACROSS = 8  # images beside each other; a set of more takes several lines
@@ -20,6 +21,7 @@ _TITLE_FONT, _HEADING_FONT = 15, 19  # pixels
 _PAPER, _INK = (238, 238, 238), (16, 16, 16)  # what is white or black in an image keeps its border
 _NO_CHARACTER = "\U0010fffe"  # that no font has: what is drawn for it is drawn for all that are missing
 _CUT = "..."
+_MAKER = "carot_hf suite check"
 
 
 class Tile(NamedTuple):
@@ -89,6 +91,28 @@ def contact_sheet(rows: Sequence[Row], size: int) -> Image.Image:
                 sheet.paste(Image.fromarray(tile.pixels), (left, top + _TITLE))
             top += _TITLE + size + _GAP
     return sheet
+
+
+def sheet_info(suite: str) -> PngInfo:
+    """What a sheet says of itself in its file: who made it, and the name of the suite; `suite_of_sheet` reads it."""
+    info = PngInfo()
+    info.add_text("Software", _MAKER)
+    info.add_itxt("Title", suite)
+    return info
+
+
+def suite_of_sheet(path: Path) -> str | None:
+    """Return the name of the suite whose sheet a file is; ``None``: it is another file.
+
+    Args:
+        path: Of a file, whatever it holds; no pixel is decoded.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found, name = image.info.get("Software"), image.info.get("Title")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return str(name) if found == _MAKER and name is not None else None
 
 
 def fitting(text: str, width: int, pixels: int) -> str:

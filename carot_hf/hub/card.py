@@ -255,7 +255,7 @@ def _use(facts: CardFacts) -> str:
     model = json.dumps(facts.repo or facts.name)
     start = f'from transformers import pipeline\n\nclassify = pipeline("{facts.task}", model={model})\n'
     if facts.task != ZERO_SHOT:
-        return f'import carot_hf  # makes the model\'s class known\n{start}classify("image.jpg")'
+        return f'from carot_hf import CLIPClassifier  # makes the class known\n{start}classify("image.jpg")'
     names = ", ".join(json.dumps(name, ensure_ascii=False) for name in facts.class_names[:_SHOWN_CLASSES])
     rest = len(facts.class_names) - _SHOWN_CLASSES
     return (

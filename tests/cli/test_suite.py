@@ -23,7 +23,7 @@ import carot_hf.suites.load
 from carot_hf import ShiftSet, ShiftSuite, load_suite
 from carot_hf.basics.yaml_text import load_yaml
 from carot_hf.cli.main import main
-from carot_hf.data.samples import MOST_BAD, doubtful_names, draw, example_captions, spread
+from carot_hf.data.samples import MOST_BAD, doubtful_names, draw, example_captions, spread, unreadable
 from carot_hf.evaluation.contact_sheet import ACROSS, Row, Tile, check_sheet, contact_sheet, fitting, font
 from carot_hf.suites import describe, from_yaml
 
@@ -413,6 +413,49 @@ def test_decode_lists_all_that_cannot_be_read(pets, capsys):
     )
 
 
+def test_several_processes_find_what_one_finds_in_its_order(place):
+    folders(place / "many", [0, 1, 2] * 17, PETS)
+    files = sorted((place / "many").rglob("*.png"))
+    for number in (0, 7, 16, 31, 32, 50):
+        files[number].write_bytes(b"no image" if number % 2 else files[number].read_bytes()[:45])
+    data = from_yaml.suite_from_description({"test": {"path": "many"}}, "here", place, name="many").test
+    one = list(unreadable(data))
+    assert len(one) == 51
+    assert [row for row, bad in enumerate(one) if bad is not None] == [0, 7, 16, 31, 32, 50]
+    assert all(bad is None or (bad.row, bad.file) == (row, str(files[row])) for row, bad in enumerate(one))
+    assert list(unreadable(data, 2)) == one
+
+
+class Watched(Noise):
+    """Says which process reads; one row may hold what is no item."""
+
+    def __init__(self, size, place, wrong=None):
+        super().__init__(size, 0)
+        self.place, self.wrong = place, wrong
+
+    def __getitem__(self, index):
+        (self.place / str(os.getpid())).touch()
+        if index == self.wrong:
+            raise ValueError(f"row {index} is odd")
+        return super().__getitem__(index)
+
+
+def test_others_read_and_an_error_of_theirs_is_as_ones_own(tmp_path):
+    (tmp_path / "pids").mkdir()
+    good = ShiftSet(Watched(70, tmp_path / "pids"), name="x", num_classes=4)
+    assert list(unreadable(good, 2)) == [None] * 70
+    read = {path.name for path in (tmp_path / "pids").iterdir()}
+    assert len(read) == 2
+    assert str(os.getpid()) not in read
+    odd = ShiftSet(Watched(70, tmp_path, wrong=40), name="x", num_classes=4)
+    errors = []
+    for workers in (0, 2):
+        with pytest.raises(ValueError, match="row 40 is odd") as raised:
+            list(unreadable(odd, workers))
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
+
+
 def test_a_process_says_what_is_wrong_in_a_line_with_status_2(pets, place):
     (place / "empty").mkdir()
     (place / "suite.png").write_bytes(b"mine")
@@ -431,6 +474,34 @@ def test_a_process_says_what_is_wrong_in_a_line_with_status_2(pets, place):
     found = run("suite", "check", "pets.yaml", "--decode", "--output_file", "other.png", "--size", "16")
     assert found.returncode == 2
     assert "cut.jpg" in found.stdout
+
+
+def test_a_picture_of_the_same_suite_is_replaced_and_no_other_file(pets, place, capsys):
+    check = ["suite", "check", "pets.yaml", "--size", "16", "--images", "2"]
+    assert main(check) == 0
+    first = (place / "suite.png").read_bytes()
+    with Image.open(place / "suite.png") as image:
+        assert image.info["Title"] == "pets"
+    folders(place / "pets/sketch", [1, 1, 1], PETS)
+    assert main(check) == 0
+    second = (place / "suite.png").read_bytes()
+    assert second != first, "there are other images now"
+    (place / "pets.yaml").rename(place / "zoo \u6570.yaml")
+    refused = [*check[:2], "zoo \u6570.yaml", *check[3:]]
+    assert main(refused) == 2
+    assert "got suite.png, the picture of the suite 'pets'. Add --overwrite" in capsys.readouterr().err
+    assert (place / "suite.png").read_bytes() == second
+    assert main([*refused, "--overwrite"]) == 0
+    assert main(refused) == 0
+    Image.new("RGB", (9, 9)).save(place / "plain.png")
+    for number, other in enumerate((b"", b"text", (place / "plain.png").read_bytes(), second[:20])):
+        (place / "suite.png").write_bytes(other)
+        assert main(refused) == 2, number
+        assert "got suite.png, which is there. Add --overwrite to replace it." in capsys.readouterr().err
+        assert (place / "suite.png").read_bytes() == other
+    (place / "pets/suite.yaml").write_bytes(second)  # a picture where a suite file goes is somebody's
+    assert main(["suite", "init", "pets"]) == 2
+    assert (place / "pets/suite.yaml").read_bytes() == second
 
 
 @pytest.mark.parametrize("output", ["/proc/self/suite", "{here}/file/suite", "{here}/folder"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from layouts import folders
 from PIL import Image
 from scipy import stats
 
@@ -120,6 +123,63 @@ def test_the_page_holds_every_figure_that_was_measured(tmp_path, published):
     (cell,) = [row for row in table if (row["method"], row["seed"]) == ("tracer", "43")]
     assert float(cell["eval_ood_ece"]) == pytest.approx(runs["tracer"][1]["metrics"]["eval_ood_ece"], rel=1e-5)
     assert "eval_runtime" not in cell
+
+
+CELL = """
+import json, pathlib, sys, zlib
+words = sys.argv[1:]
+out = pathlib.Path(words[words.index("--output_dir") + 1])
+method = words[words.index("--calibration_method") + 1]
+ends = {"temperature": ["_ts"], "perturbed": ["_ts", "_pts"], "density": ["_ts", "_pts", "_dts"]}[method]
+names = ["id", "ood", "test", "art", "sketch"]
+keys = [f"eval_{name}_ece{end}" for name in names for end in ["", *ends, *["_oracle"] * ("--oracle" in words)]]
+keys += [*(f"eval_{name}_accuracy" for name in names), "eval_validation_nll"]
+metrics = {key: zlib.crc32(f"{out.name} {key}".encode()) % 1000 / 1000 for key in keys}
+(out / "seen.json").write_text(json.dumps(words))
+if "--alphas" in words:
+    alphas = words[words.index("--alphas") + 1 : words.index("--calibration_method")]
+    (out / "sweep.json").write_text(json.dumps({"rows": [{"alpha": float(alpha), **metrics} for alpha in alphas]}))
+else:
+    bins = json.loads((out.parents[2] / "bins.json").read_text())
+    found = {"metrics": metrics, "bins": bins, "bins_ts": bins}
+    (out / "metrics.json").write_text(json.dumps(found))
+"""
+
+
+def value_of(cell, key):
+    return zlib.crc32(f"{cell} {key}".encode()) % 1000 / 1000
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_of_streams_the_report_is_made_without_a_density(tmp_path, monkeypatch, capsys, streaming):
+    """The command with small scripts as cells: they measure what their --calibration_method says, and nothing else."""
+    for place, labels in {"train": [0, 1] * 8, "test": [0, 1], "art": [1, 0], "sketch": [0, 1]}.items():
+        folders(tmp_path / "data" / place, labels, ["cat", "dog"])
+    (tmp_path / "cell.py").write_text(CELL)
+    table = calibration_bins(np.linspace(0.1, 0.9, 50), np.arange(50) % 3 > 0).to_dict()
+    (tmp_path / "bins.json").write_text(json.dumps(dict.fromkeys(["validation", "test", "art", "sketch"], table)))
+    for name in ("TRAIN", "MERGE"):
+        monkeypatch.setattr(reproduce_tables, name, (str(tmp_path / "cell.py"),))
+    words = ["--suite", str(tmp_path / "data"), "--seeds", "1", "--jobs", "2", "--output_dir", str(tmp_path / "report")]
+    place = reproduce_tables.main([*words, *["--streaming"] * streaming])
+    assert f"Report: {place}" in capsys.readouterr().out
+    cells = [json.loads(path.read_text()) for path in place.parent.glob("cells/*/seen.json")]
+    assert len(cells) > 20
+    assert all(("--streaming" in cell) is streaming for cell in cells)
+    method = "perturbed" if streaming else "density"
+    assert {cell[cell.index("--calibration_method") + 1] for cell in cells} == {method}
+    section = place.read_text().split("## ECE where the data shift")[1].split("## Does CaRot")[0]
+    assert ("density" in section) is not streaming
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+    endings = {"none": "", "home T": "_ts", "perturbed T": "_pts", **({} if streaming else {"density": "_dts"})}
+    keys = {f"{side} {title}": f"eval_{name}_ece{end}" for side, name in (("ID", "id"), ("OOD", "ood"))
+            for title, end in endings.items()} | {"OOD oracle": "eval_ood_ece_oracle"}  # fmt: skip
+    assert lines[0] == ["", *keys]
+    [carot] = [line for line in lines[: 2 + len(tables.TITLES)] if line[0] == "CaRot"]
+    assert carot[1:] == [f"{value_of('carot-42', key):.3f}" for key in keys.values()]
+    for picture in re.findall(r"\((\w+\.png)\)", place.read_text()):
+        with Image.open(place.parent / picture) as image:
+            assert min(image.size) > 100
 
 
 def test_the_interval_of_the_teacher_is_the_published_share_of_the_run():

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
+from toys import ROOT
 
 from carot_hf import bake_temperature, calibration_metrics, interpolate, unbake_temperature
 from carot_hf.hub.card import command_line
@@ -195,15 +200,45 @@ def test_sets_that_the_temperature_makes_worse_are_named(make_trainer, suite):
     assert named.split(", ") == [name for name in ("home", *suite.shifts) if name in {*worse, "far"}]
 
 
-def test_the_card_of_a_classifier_says_whose_class_it_is(make_trainer):
-    card = card_of(make_trainer(preset="ft", teacher_update_every=0))
+@pytest.mark.parametrize("method", ["temperature", "perturbed", "density", "target"])
+def test_sets_and_figures_per_image_are_those_of_the_saved_method(make_trainer, suite, method):
+    """The evaluation measured a density; only where that is what was saved does the card say so."""
+    trainer = make_trainer(calibration_method="density")
+    metrics = trainer.evaluate()
+    assert metrics["eval_far_aps_coverage"] > 0
+    images = [{"image": suite.shifts["far"][row]["image"]} for row in range(17)] if method == "target" else None
+    record = trainer.calibrate(method, images=images)
+    assert record["conformal"].keys() == {"lac", "aps"}, "there are sets that it might show"
+    card = card_of(trainer)
+    assert ("## Sets of classes" in card.text) is (method == "density")
+    assert ("ECE per image" in card.text) is (method == "density")
+    if method == "density":
+        numbers = [metrics[f"eval_far_{key}"] for key in ("lac_coverage", "lac_size", "aps_coverage", "aps_size")]
+        row = re.search(r"^\| far +\| ([\d.| ]+) \|$", card.text.split("## Sets of classes")[1], re.MULTILINE)
+        assert [float(cell) for cell in row[1].split("|")] == pytest.approx(numbers, abs=1e-4)
+    if method == "target":
+        assert "It was fitted to 17 images without labels of the place of use" in card.text
+        assert abs(record["temperature"] / metrics["eval_temperature"] - 1) > 0.01
+        assert "with the temperature that is in the weights were not measured" in card.text
+        assert {metric for _, metric in results_of(card)} == {"accuracy"}
+
+
+def test_the_card_of_a_classifier_says_whose_class_it_is(make_trainer, tmp_path):
+    trainer = make_trainer(preset="ft", teacher_update_every=0)
+    card = card_of(trainer)
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.library_name == "carot_hf"
     assert "transformers and carot_hf" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
-    assert "import carot_hf" in code
     assert "candidate_labels" not in code
-    compile(code, "card", "exec")
+    trainer.save_model(tmp_path / "saved")
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.jpg")
+    here = re.sub(r'model=".*"', 'model="saved"', code)
+    assert here != code
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", f"{here}\nassert len(classify('image.jpg')) == 4"]  # nothing else is imported
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_odd_names_break_neither_metadata_nor_text(make_trainer, suite):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tarfile
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from elsewhere import elsewhere
+from toys import ROOT
 
 pytestmark = pytest.mark.package
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json, torch, carot_hf
 from transformers import CLIPConfig, CLIPModel
@@ -45,33 +43,6 @@ reveal_type(fit_temperature)
 reveal_type(load_suite("digits").content_hash)
 fit_temperature("logits")
 """
-
-
-def elsewhere(command, folder):
-    """Run a command where neither the working directory nor a variable leads to the repository."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dist")
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)], check=True, capture_output=True)
-    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    return wheel, sdist
-
-
-@pytest.fixture(scope="module")
-def python(built, tmp_path_factory):
-    """The Python of an empty environment outside the repository with the wheel in it, and with nothing else."""
-    folder = tmp_path_factory.mktemp("env")
-    venv.create(folder, with_pip=True, symlinks=True)
-    python = folder / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    constraints = ROOT / "tests" / "versions" / "newest.txt"
-    result = elsewhere([*install, "--constraint", str(constraints), str(built[0])], folder)
-    assert result.returncode == 0, result.stderr
-    return python
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built):

@@ -124,6 +124,61 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
                 torch.testing.assert_close(run[kind][key], value, atol=EXACT, rtol=EXACT, msg=f"{name}: {kind} {key}")
 
 
+BALANCED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import numpy as np
+import torch
+from runs import Recorder
+from toys import CLASSES, Noise, noise_suite, tiny_clip, tiny_processor
+from carot_hf import CaRotTrainingArguments, ShiftSet
+from carot_hf.basics.processes import place
+
+data = Noise(29, 0)
+data.labels = np.repeat(np.arange(4), [19, 7, 2, 1])
+processor, suite = tiny_processor(), noise_suite()
+suite.train = ShiftSet(data, name="train", num_classes=len(CLASSES), labels=data.labels)
+args = CaRotTrainingArguments.from_preset(
+    "flyp", output_dir={out!r}, class_balanced=True, max_steps=12, per_device_train_batch_size={batch},
+    report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+)
+trainer = Recorder(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor)
+trainer.train()
+torch.save(trainer.seen, {out!r} + "/seen-" + str(place()[0]) + ".pt")
+trainer.accelerator.end_training()
+os._exit(0)  # as in launching.py
+"""
+
+
+def balanced(folder, processes, batch):
+    """The batches that each process sees of 12 steps, four epochs of 3 batches of 8."""
+    folder.mkdir()
+    (folder / "worker.py").write_text(BALANCED.format(tests=SUPPORT, out=str(folder), batch=batch))
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    command = [sys.executable, *several, str(folder / "worker.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [torch.load(folder / f"seen-{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_balanced_order_of_one(tmp_path):
+    """Classes of 19, 7, 2 and 1 images: six of each class an epoch, and each batch of two is the one of one process."""
+    [one] = balanced(tmp_path / "one", 1, 8)
+    first, second = balanced(tmp_path / "two", 2, 4)
+    assert len(one) == len(first) == len(second) == 12
+    for whole, left, right in zip(one, first, second, strict=True):
+        assert whole["pixel_values"].shape[0] == 8
+        assert left["pixel_values"].shape[0] == right["pixel_values"].shape[0] == 4
+        for key in ("pixel_values", "labels"):  # the captions may be padded to another length
+            assert torch.equal(torch.cat([left[key], right[key]]), whole[key]), key
+    for epoch in range(4):
+        steps = [*first[3 * epoch : 3 * epoch + 3], *second[3 * epoch : 3 * epoch + 3]]
+        assert torch.bincount(torch.cat([batch["labels"] for batch in steps])).tolist() == [6, 6, 6, 6]
+
+
 @pytest.mark.slow
 def test_two_processes_calibrate_as_one(tmp_path):
     """Perturbed copies and the bank are shared out, too: every metric of every method."""
