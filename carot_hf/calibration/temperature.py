@@ -18,6 +18,7 @@ from ..ece.binning import calibration_bins, checked_weights
 from .links import check_link
 from .metrics import top_label
 from .rows import LOWEST_EXPONENT, LogitRows, Logits, checked_rows, empty_like_rows, row_chunks
+from .temperature_nll import fit_nll
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -69,7 +70,7 @@ def fit_temperature(
     if criterion == "ece" and sample_weight is not None:
         raise ValueError("Expected no `sample_weight` with the criterion 'ece', got some. Use 'nll'.")
     logits, labels = checked_rows(logits, labels, warn=True)
-    temperature = _fit_nll(logits, labels, low, high, checked_weights(sample_weight, len(logits)))
+    temperature = fit_nll(logits, labels, low, high, checked_weights(sample_weight, len(logits)))
     if criterion == "ece":
         temperature = _fit_ece(logits, labels, low, high, temperature)
     if warn:
@@ -162,57 +163,6 @@ def _golden(function: Callable[[float], float], low: float, high: float) -> floa
             right = low + share * (high - low)
             at_right = function(right)
     return 0.5 * (low + high)
-
-
-def _fit_nll(
-    logits: Tensor | LogitRows, labels: Tensor, low: float, high: float, weights: NDArray[np.float64] | None = None
-) -> float:
-    """Root of the derivative of the mean NLL with respect to u = ln(1 / T), which is negative left of the optimum."""
-    own = None if weights is None else torch.from_numpy(weights).to(logits.device)
-    mass = float(len(logits)) if weights is None else float(weights.sum())
-
-    def total(values: Tensor, start: int) -> float:
-        return float(values.sum() if own is None else own[start : start + len(values)] @ values)
-
-    maxima = torch.cat([rows.amax(dim=1) for _, rows, _ in row_chunks(logits, labels)])
-    mean_margin = 0.0
-    for start, rows, targets in row_chunks(logits, labels):
-        label_logits = rows.gather(1, targets[:, None])[:, 0]
-        mean_margin += total(label_logits.double() - maxima[start : start + len(rows)].double(), start) / mass
-
-    def slope(u: float) -> tuple[float, float]:
-        """Derivative of the NLL, and variance of the scaled logits: slope / variance is a Newton step."""
-        beta, first, second = math.exp(u), 0.0, 0.0
-        for start, rows, _ in row_chunks(logits, labels):
-            scaled = (rows - maxima[start : start + len(rows), None]).mul_(beta).clamp_(min=LOWEST_EXPONENT)
-            weights = scaled.exp()
-            totals = weights.sum(dim=1).double()
-            mean = weights.mul_(scaled).sum(dim=1).double() / totals
-            square = weights.mul_(scaled).sum(dim=1).double() / totals
-            first += total(mean, start)
-            second += total(square - mean * mean, start)
-        return first / mass - beta * mean_margin, second / mass
-
-    left, right = -math.log(high), -math.log(low)
-    u = min(max(0.0, left), right)
-    last_step = right - left
-    unseen = {left, right}  # ends of the bracket where the sign of the slope is not known yet
-    for _ in range(100):
-        value, variance = slope(u)
-        if value == 0.0:
-            break
-        if u in (left, right) and u in unseen and (value > 0.0) == (u == left):
-            return high if u == left else low
-        unseen.discard(u)
-        left, right = (left, u) if value > 0.0 else (u, right)
-        end = left if value > 0.0 else right
-        step = -value / variance if variance > 0.0 else math.copysign(math.inf, -value)
-        if not left < u + step < right or abs(step) > 0.5 * last_step:
-            step = (end if end in unseen else 0.5 * (left + right)) - u
-        u, last_step = u + step, abs(step)
-        if last_step < 1e-6:  # Newton squares the error: what is left is below the rounding of the data
-            break
-    return min(max(math.exp(-u), low), high)
 
 
 def _fit_ece(logits: Tensor | LogitRows, labels: Tensor, low: float, high: float, nll_optimum: float) -> float:
