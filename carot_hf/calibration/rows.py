@@ -140,10 +140,15 @@ def kept_rows(
 
 def row_chunks(logits: Tensor | LogitRows, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield first row, logits as float32 or float64, and labels of one chunk after the other."""
-    step = max(1, _CHUNK_VALUES // logits.shape[1])
+    step = chunk_rows(logits.shape[1])
     for start in range(0, len(logits), step):
         rows = logits[start : start + step]
         yield start, rows if rows.dtype == torch.float64 else rows.float(), labels[start : start + step]
+
+
+def chunk_rows(columns: int) -> int:
+    """Return how many rows of so many columns `row_chunks` takes at a time."""
+    return max(1, _CHUNK_VALUES // columns)
 
 
 def empty_like_rows(logits: Tensor | LogitRows) -> NDArray[Any]:
