@@ -241,3 +241,11 @@ def test_bounds_far_apart_are_no_trouble():
     logits, labels = drawn(50, 3, 0, over=2.0)
     temperature = fit_temperature(logits, labels, criterion="ece", bounds=(1e-6, 1e6))
     assert ece_of(logits, labels, temperature) <= ece_of(logits, labels, fit_temperature(logits, labels))
+
+
+@pytest.mark.parametrize("start", [0.5, 10.0])
+def test_the_search_goes_up_and_down_as_far_as_it_has_to(start):
+    logits, labels = drawn(300, 5, 2, over=2.0)
+    found = temperature_ece.fit_ece(logits, labels, 0.5, 10.0, start)
+    assert 1.2 < found < 4.0
+    assert ece_of(logits, labels, found) <= grid_best(logits, labels, 0.5, 10.0) + 1.2e-7
