@@ -90,12 +90,14 @@ class _Search:
 
     def __init__(self, logits: Tensor | LogitRows, labels: Tensor, low: float, high: float, start: float) -> None:
         self._logits, self._labels, self._low, self._high, self._start = logits, labels, low, high, start
-        self._grid = _grid(low, high, len(logits))
-        confidences, self._correct = top_label(logits, labels, start)
-        self._accuracy, self._dtype = float(self._correct.mean()), confidences.dtype
-        self._rounding = 3e-6 if confidences.dtype == np.float32 else 1e-9  # of a confidence, with room to spare
+        self._grid = np.append(_grid(low, high, len(logits)), start)
+        hits = [chunk_of(rows, targets).hits for _, rows, targets in row_chunks(logits, labels)]
+        self._correct = torch.cat(hits).cpu().numpy()
+        self._accuracy, self._double = float(self._correct.mean()), logits.dtype == torch.float64
+        self._rounding = 1e-9 if self._double else 3e-6  # of a confidence, with room to spare
         self._work = torch.float64 if logits.shape[0] * logits.shape[1] <= _FEW else logits.dtype
-        self._found, self._exact = {start: self._ece(confidences)}, {start}
+        self._found: dict[float, float] = {}
+        self._exact: set[float] = set()
         self._pieces: list[Piece] = []  # those around the best so far
         self._means: dict[float, float] = {}  # confidence at the ends of what was looked at
 
@@ -162,7 +164,7 @@ class _Search:
         for group in np.split(new, range(size, len(new), size)):
             confidences = piece.confidences(group)
             which, rows = _near_an_edge(confidences, piece.off + self._rounding).nonzero()
-            confidences = confidences.astype(self._dtype, copy=False)
+            confidences = confidences.astype(np.float64 if self._double else np.float32, copy=False)
             if len(rows):
                 confidences[which, rows] = _of_rows(self._logits, self._labels, rows, group[which])
             self._found |= {t: self._ece(row) for t, row in zip(group.tolist(), confidences, strict=True)}

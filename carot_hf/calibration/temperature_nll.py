@@ -62,23 +62,22 @@ def derivatives(
         weights: ``(N,)`` float64 of the rows; None: 1 each.
         exact: Work in float64 throughout, not in the precision of the rows.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
-    mass = float(len(logits)) if weights is None else float(weights.sum())
+    found = torch.empty((5, len(logits)), dtype=torch.float64, device=logits.device)
     room: Tensor | None = None  # made once: the first chunk is the largest
     for start, rows, targets in row_chunks(logits, labels):
         if room is None:
             room = rows.new_empty((2, *rows.shape), dtype=torch.float64 if exact else rows.dtype)
         scaled, products = room[0, : len(rows)], room[1, : len(rows)]
-        scaled.copy_(rows)
-        maxima = rows.amax(dim=1, keepdim=True)
-        own = (rows.gather(1, targets[:, None]).double() - maxima.double())[:, 0] * beta
-        scaled.sub_(maxima).mul_(beta).clamp_(min=LOWEST_EXPONENT)
-        moments = [torch.exp(scaled, out=products).sum(dim=1).double()]
-        moments += [products.mul_(scaled).sum(dim=1).double() for _ in range(3)]
-        first, second, third = (moment / moments[0] for moment in moments[1:])
-        parts = torch.stack([first - own, second - first**2, third - 3 * first * second + 2 * first**3])
-        sums += parts.sum(dim=1) if weights is None else parts @ weights[start : start + len(rows)]
-    slope, variance, skew = (sums / mass).tolist()
+        scaled.copy_(rows).sub_(rows.amax(dim=1, keepdim=True))
+        at = found[:, start : start + len(rows)]
+        at[0] = scaled.gather(1, targets[:, None])[:, 0]
+        scaled.mul_(beta).clamp_(min=LOWEST_EXPONENT)
+        at[1] = torch.exp(scaled, out=products).sum(dim=1)
+        for k in (2, 3, 4):
+            at[k] = products.mul_(scaled).sum(dim=1)
+    first, second, third = found[2:] / found[1]
+    parts = torch.stack([first - beta * found[0], second - first**2, third - 3 * first * second + 2 * first**3])
+    slope, variance, skew = (parts.mean(dim=1) if weights is None else parts @ weights / weights.sum()).tolist()
     return slope, variance, skew
 
 
