@@ -187,10 +187,10 @@ def _logs(logits: Tensor | LogitRows, labels: Tensor, low: float, high: float, w
     """
     logs = np.empty((_NODES, len(logits)))
     first, last = 1.0 / high, 1.0 / low
-    room: Tensor | None = None  # made once: the first chunk is the largest
+    room: list[Tensor] = []  # made once: the first chunk is the largest
     for start, rows, _ in row_chunks(logits, labels):
-        if room is None:
-            room = rows.new_empty((3, *rows.shape), dtype=torch.promote_types(work, rows.dtype))
+        if not room:
+            room = [torch.empty_like(rows, dtype=torch.promote_types(work, rows.dtype)) for _ in range(3)]
         shifted, values, ratios = (part[: len(rows)] for part in room)
         torch.sub(rows, rows.amax(dim=1, keepdim=True), out=shifted).clamp_(min=LOWEST_EXPONENT / last)
         torch.mul(shifted, (last - first) / (_NODES - 1), out=ratios).exp_()

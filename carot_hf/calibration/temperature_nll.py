@@ -63,11 +63,11 @@ def derivatives(
         exact: Work in float64 throughout, not in the precision of the rows.
     """
     found = torch.empty((5, len(logits)), dtype=torch.float64, device=logits.device)
-    room: Tensor | None = None  # made once: the first chunk is the largest
+    room: list[Tensor] = []  # made once: the first chunk is the largest
     for start, rows, targets in row_chunks(logits, labels):
-        if room is None:
-            room = rows.new_empty((2, *rows.shape), dtype=torch.float64 if exact else rows.dtype)
-        scaled, products = room[0, : len(rows)], room[1, : len(rows)]
+        if not room:
+            room = [torch.empty_like(rows, dtype=torch.float64 if exact else rows.dtype) for _ in range(2)]
+        scaled, products = (part[: len(rows)] for part in room)
         scaled.copy_(rows).sub_(rows.amax(dim=1, keepdim=True))
         at = found[:, start : start + len(rows)]
         at[0] = scaled.gather(1, targets[:, None])[:, 0]
