@@ -42,7 +42,7 @@ class LogitRows(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: slice) -> Tensor:
-        """Return ``(n, K)``, the same values each time."""
+        """Return ``(n, K)``, the same values each time; the slice may have a step."""
 
 
 Logits = Tensor | NDArray[Any] | LogitRows
@@ -140,15 +140,27 @@ def kept_rows(
 
 def row_chunks(logits: Tensor | LogitRows, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield first row, logits as float32 or float64, and labels of one chunk after the other."""
-    step = max(1, _CHUNK_VALUES // logits.shape[1])
+    step = chunk_rows(logits.shape[1])
     for start in range(0, len(logits), step):
         rows = logits[start : start + step]
         yield start, rows if rows.dtype == torch.float64 else rows.float(), labels[start : start + step]
 
 
+def chunk_rows(columns: int) -> int:
+    """Return how many rows of so many columns `row_chunks` takes at a time."""
+    return max(1, _CHUNK_VALUES // columns)
+
+
 def empty_like_rows(logits: Tensor | LogitRows) -> NDArray[Any]:
     """Return room for a number a row, as precise as the logits are worked on."""
     return np.empty(len(logits), dtype=np.float64 if logits.dtype == torch.float64 else np.float32)
+
+
+def every_row(logits: Tensor | LogitRows, step: int) -> Tensor | LogitRows:
+    """Return each ``step``-th row of logits, without a copy."""
+    if isinstance(logits, LogitRows):
+        return _EveryRow(logits, step)
+    return logits[::step]
 
 
 def check_temperature(temperature: float) -> None:
@@ -188,6 +200,19 @@ class _Rows(LogitRows):
         first = int(kept[0])
         block = self._logits[first : int(kept[-1]) + 1]
         return block[torch.from_numpy(kept - first).to(block.device)]
+
+
+class _EveryRow(LogitRows):
+    """Each n-th row of others; the rows between are not read."""
+
+    def __init__(self, logits: LogitRows, step: int) -> None:
+        self._logits, self._step = logits, step
+        self.shape = -(-len(logits) // step), logits.shape[1]
+        self.dtype, self.device = logits.dtype, logits.device
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, stop, step = rows.indices(len(self))
+        return self._logits[start * self._step : stop * self._step : step * self._step]
 
 
 def _as_logits(logits: Any) -> Tensor:

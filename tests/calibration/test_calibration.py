@@ -279,7 +279,7 @@ def test_the_ece_optimum_is_at_least_as_good_as_a_fine_grid(seed):
 
 def test_few_passes_over_the_rows_are_made(monkeypatch):
     passes = []
-    for module in ("rows", "temperature"):
+    for module in ("rows", "temperature_nll"):
         place = f"carot_hf.calibration.{module}.row_chunks"
         monkeypatch.setattr(place, lambda *args: passes.append(1) or row_chunks(*args))
     fit_temperature(*sample(500, 10, over=2.0))
