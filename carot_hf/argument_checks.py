@@ -12,6 +12,7 @@ from .teacher.average import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
 ON_BAD_IMAGE = ("raise", "skip")
+EVAL_SETS = ("validation", "all")
 # Arguments of transformers that would be ignored here or break the method: what they may be, and what to do instead.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_find_batch_size": (
@@ -118,6 +119,7 @@ def _check_objective(args: Any) -> None:
         ("augment", (*AUGMENTATIONS,)),
         ("freeze", (None, "vision", "text")),
         ("on_bad_image", ON_BAD_IMAGE),
+        ("eval_sets", EVAL_SETS),
     ):
         if getattr(args, name) not in known:
             raise ValueError(f"Expected `{name}` to be one of {known}, got {getattr(args, name)!r}. Choose one.")

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
-from .argument_checks import ON_BAD_IMAGE, TEACHERS, check_ranges
+from .argument_checks import EVAL_SETS, ON_BAD_IMAGE, TEACHERS, check_ranges
 from .basics.redaction import SECRET, public
 from .basics.sharding import sharding
 from .calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, greater_is_better
@@ -82,7 +82,7 @@ class CaRotTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = _option(
         None,
         "Metric that chooses the best checkpoint, e.g. eval_validation_nll (taken where one is needed and "
-        "none is given) or eval_id_accuracy. Metrics of shifted sets are refused.",
+        "none is given), or with eval_sets 'all' eval_id_accuracy. Metrics of shifted sets are refused.",
     )
     greater_is_better: bool | None = _option(
         None, "Whether a larger metric is better; follows from the metric's name if not given."
@@ -191,6 +191,13 @@ class CaRotTrainingArguments(TrainingArguments):
     )
     dataloader_persistent_workers: bool | None = _option(
         None, "Keep the workers of the training loader from epoch to epoch. Default: if there are any."
+    )
+    eval_sets: str = _option(
+        "validation",
+        "What an evaluation during training measures (see eval_strategy): 'validation', the held-out set alone, or "
+        "'all' sets of the suite, whose shifted ones can cost as much as the epoch. Afterwards all are measured. Sets "
+        "that are passed as `eval_dataset` are all measured.",
+        choices=list(EVAL_SETS),
     )
     reliability_diagrams: bool = _option(
         True,

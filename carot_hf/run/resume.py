@@ -31,13 +31,13 @@ _OF_EVALUATION = (
     "reliability_diagrams",
     "overwrite_output_dir",
 )
-_ELSEWHERE = ("lora_rank", "lora_alpha", "contrastive_batch_size", "on_bad_image")
+_ELSEWHERE = ("lora_rank", "lora_alpha", "contrastive_batch_size", "on_bad_image", "eval_sets")
 # Arguments of Trainer without which it is another run, and those that a user may want to change.
 _REFUSED = ("label_smoothing_factor", "optim", "seed")
 _SAID = (
     "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
     "bf16", "fp16", "tf32", "dataloader_drop_last", "on_bad_image", "logging_strategy", "logging_steps",
-    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit",
+    "eval_strategy", "eval_steps", "eval_sets", "save_strategy", "save_steps", "save_total_limit",
 )  # fmt: skip
 _OF_THE_OPTIMIZER = (
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args",

@@ -126,6 +126,9 @@ class RunTrainer(Trainer, ABC):
                 raise RuntimeError(f"{cause} {last_kept(self.args.output_dir)}") from error
             raise
         finally:
+            # Workaround, transformers 5.23: after a training that ended in an error Trainer believes to be in it still,
+            # and an evaluation would be one of `eval_sets`. Until: it resets this itself.
+            self.is_in_train = False
             let_workers_go(self.callback_handler.train_dataloader)
         self.report_bad_images()
         self._check_weights()
