@@ -43,6 +43,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "teacher_beta": (lambda v: 0 < v < float("inf"), "> 0", "TRACER uses 0.5."),
     "lora_rank": (lambda v: v >= 0, ">= 0", "0 trains all weights, without LoRA."),
+    "early_stopping_patience": (
+        lambda v: isinstance(v, int) and v >= 0,
+        "a whole number >= 0",
+        "It counts evaluations during training; 0 switches early stopping off.",
+    ),
+    "early_stopping_threshold": (lambda v: 0 <= v < float("inf"), ">= 0 and finite", "0: any progress counts."),
     "n_bins": (lambda v: v >= 1, ">= 1", "The papers use 10."),
     "calibration_criterion": (
         lambda v: v in ("nll", "ece"),
@@ -93,6 +99,7 @@ def check_ranges(args: Any) -> None:
             f"Expected `lora_alpha` None, or >= 1 with `lora_rank` >= 1, got {args.lora_alpha} with rank "
             f"{args.lora_rank}. None means twice the rank."
         )
+    _check_stopping(args)
     bounds = args.calibration_bounds
     if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] < bounds[1] < float("inf")):
         raise ValueError(
@@ -108,6 +115,21 @@ def check_ranges(args: Any) -> None:
         raise ValueError(
             "Expected `bf16_full_eval` and `fp16_full_eval` False, got True. They round the model's own weights, "
             "and with them the scale that calibration sets; use `bf16` or `fp16`, which act in evaluation too."
+        )
+
+
+def _check_stopping(args: Any) -> None:
+    """Refuse early stopping by nothing."""
+    patience, when = args.early_stopping_patience, getattr(args.eval_strategy, "value", args.eval_strategy)
+    if patience and when == "no":
+        raise ValueError(
+            f"Expected `eval_strategy` 'epoch' or 'steps' with `early_stopping_patience` {patience}, got 'no'. It "
+            "counts evaluations during training: add --eval_strategy epoch, or leave it out."
+        )
+    if args.early_stopping_threshold and not patience:
+        raise ValueError(
+            f"Expected `early_stopping_patience` above 0 with `early_stopping_threshold` "
+            f"{args.early_stopping_threshold}, got 0, which never stops early. Set it, or leave the threshold out."
         )
 
 

@@ -199,6 +199,14 @@ class CaRotTrainingArguments(TrainingArguments):
         "that are passed as `eval_dataset` are all measured.",
         choices=list(EVAL_SETS),
     )
+    early_stopping_patience: int = _option(
+        0,
+        "Stop after so many evaluations during training (see eval_strategy) in which metric_for_best_model, default "
+        "eval_validation_nll, has not become better. 0: train all steps.",
+    )
+    early_stopping_threshold: float = _option(
+        0.0, "With early_stopping_patience: a metric that is better by no more than this has not become better."
+    )
     reliability_diagrams: bool = _option(
         True,
         "After each evaluation outside of training write reliability diagrams into output_dir and send "
@@ -257,6 +265,7 @@ class CaRotTrainingArguments(TrainingArguments):
             ValueError: As when they were made.
         """
         check_ranges(self)
+        self._set_best_metric()
         self._check_adapters()
         self._set_accumulation(before=self._of_cache)
         self._check_batch()
@@ -379,7 +388,10 @@ class CaRotTrainingArguments(TrainingArguments):
 
     def _set_best_metric(self) -> None:
         if self.metric_for_best_model is None and (
-            self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in _BY_METRIC
+            self.load_best_model_at_end
+            or self.save_strategy == "best"
+            or self.lr_scheduler_type in _BY_METRIC
+            or self.early_stopping_patience
         ):
             self.metric_for_best_model = DEFAULT_BEST_METRIC
         metric = self.metric_for_best_model

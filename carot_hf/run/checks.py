@@ -16,6 +16,7 @@ from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite, needed
 from ..data.transforms import check_processor
 from ..training_args import CaRotTrainingArguments
+from .early_stopping import check_alone
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -52,6 +53,7 @@ def check_options(
             f"Expected one process a device, got one process with {args.n_gpu} GPUs. nn.DataParallel would split the "
             "contrastive batch; start with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
+    check_alone(args, kwargs.get("callbacks") or ())
     if kwargs.get("train_dataset") is None:
         needed(suite.train, "training", "to train on")
     needed(suite.validation, "validation", "to fit a temperature and to choose checkpoints on")

@@ -29,6 +29,7 @@ from .announce import announce_end, last_kept
 from .callbacks import TerminationCallback
 from .checkpoint import rotate_checkpoints
 from .checks import check_launch
+from .early_stopping import arrange
 from .header import refuse_finished
 from .input_wait import InputWait
 from .lock import alone
@@ -64,6 +65,7 @@ class RunTrainer(Trainer, ABC):
         self._in_checkpoint = False  # what is saved goes into a checkpoint
         self.termination = TerminationCallback()
         self.add_callback(self.termination)
+        arrange(self.callback_handler, self.args)
 
     # ---- what a subclass says ----
 
@@ -188,6 +190,7 @@ class RunTrainer(Trainer, ABC):
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Lay epochs and steps as ``Trainer`` does, of a resumed run from where its checkpoint lies; say the plan."""
+        arrange(self.callback_handler, args)  # a search may have set another patience
         values, steps, epochs = self.resumption.lay(super().set_initial_training_values(args, dataloader), self.args)
         if self.resumption.saved is None and self.args.scale_constants(steps):
             self.arguments_set()
