@@ -109,9 +109,6 @@ def _reason(state: TrainerState, name: str, value: float, count: int) -> str:
     """Why a training stops, in a line."""
     best = state.best_metric
     steps = [entry["step"] for entry in state.log_history if best is not None and entry.get(name) == best]
-    since = "" if best is None else f", its best is {best:.4f}{f' at step {steps[0]:,.0f}' if steps else ''}"
-    times = "evaluation" if count == 1 else f"{count} evaluations"
-    return (
-        f"early after step {state.global_step:,} of {state.max_steps:,}: no progress of {printable(name)} in the last "
-        f"{times} (now {value:.4f}{since})"
-    )
+    since = "" if best is None else f", best {best:.4f}{f' at step {steps[0]:,.0f}' if steps else ''}"
+    where = f"early at step {state.global_step:,} of {state.max_steps:,}"
+    return f"{where}: {printable(name)} {value:.4f}{since}, patience {count}"

@@ -33,6 +33,7 @@ from .early_stopping import arrange
 from .header import refuse_finished
 from .input_wait import InputWait
 from .lock import alone
+from .log_for_people import speak_to_people
 from .parts import CheckpointParts
 from .resume import differences, hyperparameters, read_run, write_run
 from .resumption import Resumption
@@ -57,6 +58,7 @@ class RunTrainer(Trainer, ABC):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        speak_to_people(self.callback_handler, self._set_names)
         check_launch(self.args)
         keep_group()
         self.resumption, self.input_wait, self.bad_images = Resumption(), InputWait(), BadImages()
@@ -66,6 +68,10 @@ class RunTrainer(Trainer, ABC):
         self.termination = TerminationCallback()
         self.add_callback(self.termination)
         arrange(self.callback_handler, self.args)
+
+    def _set_names(self) -> list[str]:
+        """Names of the sets that are evaluated, for the log."""
+        return list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
 
     # ---- what a subclass says ----
 

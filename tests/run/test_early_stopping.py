@@ -26,8 +26,7 @@ def test_it_stops_after_as_many_evaluations_without_progress_and_says_so(make_tr
     value = next(e["eval_validation_nll"] for e in trainer.state.log_history if "eval_validation_nll" in e)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
     assert line == (
-        f"stopped    early after step 4 of 9: no progress of eval_validation_nll in the last 3 evaluations (now "
-        f"{value:.4f}, its best is {value:.4f} at step 1)"
+        f"stopped    early at step 4 of 9: eval_validation_nll {value:.4f}, best {value:.4f} at step 1, patience 3"
     )
 
 
