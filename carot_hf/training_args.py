@@ -210,7 +210,8 @@ class CaRotTrainingArguments(TrainingArguments):
     reliability_diagrams: bool = _option(
         True,
         "After each evaluation outside of training write reliability diagrams into output_dir and send "
-        "them to TensorBoard, W&B or trackio if among the reporters. Needs matplotlib.",
+        "them to TensorBoard, W&B or trackio if among the reporters; after a training write learning_curves.png. Needs "
+        "matplotlib.",
     )
 
     @classmethod

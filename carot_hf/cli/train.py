@@ -10,7 +10,8 @@ bit, with the same command and --resume_from_checkpoint.
 
 In the output folder (default: out/<preset>, out/zero_shot): the calibrated model and its processor (load them with
 AutoModel.from_pretrained, or in the stock pipeline "zero-shot-image-classification"), metrics.json,
-eval_reliability.png, local.json (places on this machine; never published), and checkpoint-<step> folders.
+eval_reliability.png, learning_curves.png, local.json (places on this machine; never published), and checkpoint-<step>
+folders.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from ..data.suite import ShiftSuite, needed
 from ..data.survey import say_positions
 from ..data.transforms import image_transform
 from ..ece.binning import CalibrationBins
+from .curves import keep_curves
 from .diagrams import can_draw, diagram_tables, diagrams_path, keep_diagrams, send_diagrams
 from .embed import Embedder
 from .evaluation import Reported
@@ -67,6 +68,7 @@ class EvaluatingTrainer(Trainer, ABC):
         self.bins_pts: dict[str, CalibrationBins] = {}
         self.bins_dts: dict[str, CalibrationBins] = {}
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
+        self._drew_curves = False  # those in `output_dir` are of this trainer
         self.forget()
         super().__init__(**kwargs)
 
@@ -88,6 +90,14 @@ class EvaluatingTrainer(Trainer, ABC):
     def training_set(self) -> ShiftSet | None:
         """The set that is trained on, if there is one."""
         return self.suite.train
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train as ``Trainer`` does, then draw ``learning_curves.png`` where pictures are drawn; not of a search."""
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.draws() and self.hp_search_backend is None:
+            goes_on = bool(resume_from_checkpoint) or self._drew_curves or self.args.overwrite_output_dir
+            self._drew_curves = keep_curves(self.args.output_dir, self.state.log_history, goes_on=goes_on)
+        return output
 
     # ---- sets ----
 
