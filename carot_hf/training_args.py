@@ -195,7 +195,7 @@ class CaRotTrainingArguments(TrainingArguments):
     eval_sets: str = _option(
         "validation",
         "What an evaluation during training measures (see eval_strategy): 'validation', the held-out set alone, or "
-        "'all' sets of the suite, whose shifted ones can cost as much as the epoch. Afterwards all are measured. Sets "
+        "'all' sets of the suite, whose shifted ones can cost more than the epoch. Afterwards all are measured. Sets "
         "that are passed as `eval_dataset` are all measured.",
         choices=list(EVAL_SETS),
     )
