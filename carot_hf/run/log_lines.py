@@ -189,8 +189,10 @@ def other_line(logs: Mapping[str, Any]) -> str:
     )
 
 
-def number(value: float) -> str:
-    """A number in four decimals, or in powers of ten where these would not do."""
+def number(value: Any) -> str:
+    """A number in four decimals, or in powers of ten where these would not do; what is none as its text."""
+    if not isinstance(value, int | float):
+        return printable(value)
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 or 1e5 <= abs(value) < float("inf") else f"{value:.4f}"
 
 

@@ -84,6 +84,7 @@ def test_numbers_and_times():
     assert [number(v) for v in (1.23456, -0.5, 0.0, 0.00012, 123456.0, float("nan"), float("inf"))] == [
         "1.2346", "-0.5000", "0.0000", "1.20e-04", "1.23e+05", "nan", "inf",
     ]  # fmt: skip
+    assert number("n\x1b") == r"n\x1b"  # somebody's own `trainer.log`
     assert [duration(v) for v in (0.2, 7, 59.7, 725, 11045, 86_400 * 2 + 3 * 3600)] == [
         "0:00", "0:07", "1:00", "12:05", "3:04:05", "2d 03h",
     ]  # fmt: skip
