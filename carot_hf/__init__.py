@@ -35,6 +35,7 @@ _HOMES = {
     "fit_temperature": "calibration.temperature",
     "greedy_soup": "models.merging",
     "interpolate": "models.merging",
+    "learning_curves": "evaluation.curves",
     "load_clip_checkpoint": "models.convert",
     "load_ece": "metric",
     "load_suite": "suites.load",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .data.shift_set import ShiftSet
     from .data.suite import ShiftSuite
     from .evaluation.compare import Comparison, compare
+    from .evaluation.curves import learning_curves
     from .evaluation.evaluation import Evaluation
     from .evaluation.evaluator import Evaluator
     from .evaluation.plots import confidence_histogram, reliability_diagram
@@ -98,6 +100,7 @@ __all__ = [
     "fit_temperature",
     "greedy_soup",
     "interpolate",
+    "learning_curves",
     "load_clip_checkpoint",
     "load_ece",
     "load_suite",

@@ -12,6 +12,7 @@ from .teacher.average import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
 ON_BAD_IMAGE = ("raise", "skip")
+EVAL_SETS = ("validation", "all")
 # Arguments of transformers that would be ignored here or break the method: what they may be, and what to do instead.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_find_batch_size": (
@@ -42,6 +43,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "teacher_beta": (lambda v: 0 < v < float("inf"), "> 0", "TRACER uses 0.5."),
     "lora_rank": (lambda v: v >= 0, ">= 0", "0 trains all weights, without LoRA."),
+    "early_stopping_patience": (
+        lambda v: isinstance(v, int) and v >= 0,
+        "a whole number >= 0",
+        "It counts evaluations during training; 0 switches early stopping off.",
+    ),
+    "early_stopping_threshold": (lambda v: 0 <= v < float("inf"), ">= 0 and finite", "0: any progress counts."),
     "n_bins": (lambda v: v >= 1, ">= 1", "The papers use 10."),
     "calibration_criterion": (
         lambda v: v in ("nll", "ece"),
@@ -92,6 +99,7 @@ def check_ranges(args: Any) -> None:
             f"Expected `lora_alpha` None, or >= 1 with `lora_rank` >= 1, got {args.lora_alpha} with rank "
             f"{args.lora_rank}. None means twice the rank."
         )
+    _check_stopping(args)
     bounds = args.calibration_bounds
     if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] < bounds[1] < float("inf")):
         raise ValueError(
@@ -110,6 +118,21 @@ def check_ranges(args: Any) -> None:
         )
 
 
+def _check_stopping(args: Any) -> None:
+    """Refuse early stopping by nothing."""
+    patience, when = args.early_stopping_patience, getattr(args.eval_strategy, "value", args.eval_strategy)
+    if patience and when == "no":
+        raise ValueError(
+            f"Expected `eval_strategy` 'epoch' or 'steps' with `early_stopping_patience` {patience}, got 'no'. It "
+            "counts evaluations during training: add --eval_strategy epoch, or leave it out."
+        )
+    if args.early_stopping_threshold and not patience:
+        raise ValueError(
+            f"Expected `early_stopping_patience` above 0 with `early_stopping_threshold` "
+            f"{args.early_stopping_threshold}, got 0, which never stops early. Set it, or leave the threshold out."
+        )
+
+
 def _check_objective(args: Any) -> None:
     for name, known in (
         ("objective", ("contrastive", "cross_entropy")),
@@ -118,6 +141,7 @@ def _check_objective(args: Any) -> None:
         ("augment", (*AUGMENTATIONS,)),
         ("freeze", (None, "vision", "text")),
         ("on_bad_image", ON_BAD_IMAGE),
+        ("eval_sets", EVAL_SETS),
     ):
         if getattr(args, name) not in known:
             raise ValueError(f"Expected `{name}` to be one of {known}, got {getattr(args, name)!r}. Choose one.")

@@ -332,7 +332,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         Args:
             hp_space: As there.
             compute_objective: Default: `metric_for_best_model`, or ``eval_validation_nll``. One of your own is called
-                without the metrics of shifted sets: chosen by them, a model would spoil them as tests.
+                without metrics of shifted sets, which would be spoiled as tests; and see `eval_sets`.
             n_trials: As there.
             direction: Default: that of the metric; "minimize" for an objective of your own.
             **kwargs: As there.

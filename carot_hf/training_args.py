@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
-from .argument_checks import ON_BAD_IMAGE, TEACHERS, check_ranges
+from .argument_checks import EVAL_SETS, ON_BAD_IMAGE, TEACHERS, check_ranges
 from .basics.redaction import SECRET, public
 from .basics.sharding import sharding
 from .calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, greater_is_better
@@ -82,7 +82,7 @@ class CaRotTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = _option(
         None,
         "Metric that chooses the best checkpoint, e.g. eval_validation_nll (taken where one is needed and "
-        "none is given) or eval_id_accuracy. Metrics of shifted sets are refused.",
+        "none is given), or with eval_sets 'all' eval_id_accuracy. Metrics of shifted sets are refused.",
     )
     greater_is_better: bool | None = _option(
         None, "Whether a larger metric is better; follows from the metric's name if not given."
@@ -192,10 +192,26 @@ class CaRotTrainingArguments(TrainingArguments):
     dataloader_persistent_workers: bool | None = _option(
         None, "Keep the workers of the training loader from epoch to epoch. Default: if there are any."
     )
+    eval_sets: str = _option(
+        "validation",
+        "What an evaluation during training measures (see eval_strategy): 'validation', the held-out set alone, or "
+        "'all' sets of the suite, whose shifted ones can cost more than the epoch. Afterwards all are measured. Sets "
+        "that are passed as `eval_dataset` are all measured.",
+        choices=list(EVAL_SETS),
+    )
+    early_stopping_patience: int = _option(
+        0,
+        "Stop after so many evaluations during training (see eval_strategy) in which metric_for_best_model, default "
+        "eval_validation_nll, has not become better. 0: train all steps.",
+    )
+    early_stopping_threshold: float = _option(
+        0.0, "With early_stopping_patience: a metric that is better by no more than this has not become better."
+    )
     reliability_diagrams: bool = _option(
         True,
         "After each evaluation outside of training write reliability diagrams into output_dir and send "
-        "them to TensorBoard, W&B or trackio if among the reporters. Needs matplotlib.",
+        "them to TensorBoard, W&B or trackio if among the reporters; after a training write learning_curves.png. Needs "
+        "matplotlib.",
     )
 
     @classmethod
@@ -250,6 +266,7 @@ class CaRotTrainingArguments(TrainingArguments):
             ValueError: As when they were made.
         """
         check_ranges(self)
+        self._set_best_metric()
         self._check_adapters()
         self._set_accumulation(before=self._of_cache)
         self._check_batch()
@@ -372,7 +389,10 @@ class CaRotTrainingArguments(TrainingArguments):
 
     def _set_best_metric(self) -> None:
         if self.metric_for_best_model is None and (
-            self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in _BY_METRIC
+            self.load_best_model_at_end
+            or self.save_strategy == "best"
+            or self.lr_scheduler_type in _BY_METRIC
+            or self.early_stopping_patience
         ):
             self.metric_for_best_model = DEFAULT_BEST_METRIC
         metric = self.metric_for_best_model

@@ -10,7 +10,8 @@ bit, with the same command and --resume_from_checkpoint.
 
 In the output folder (default: out/<preset>, out/zero_shot): the calibrated model and its processor (load them with
 AutoModel.from_pretrained, or in the stock pipeline "zero-shot-image-classification"), metrics.json,
-eval_reliability.png, local.json (places on this machine; never published), and checkpoint-<step> folders.
+eval_reliability.png, learning_curves.png, local.json (places on this machine; never published), and checkpoint-<step>
+folders.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ training
   --learning_rate, --num_train_epochs, --max_steps, --weight_decay, --warmup_steps, --seed, --bf16
   --per_device_train_batch_size B   default: 512, or what makes 8 steps an epoch of a small set
   --contrastive_batch_size N     a larger batch in the memory of a small one
-  --eval_strategy epoch          evaluate while it trains
+  --eval_strategy epoch          evaluate while it trains: the validation set, with --eval_sets all every set
+  --early_stopping_patience N    stop after N evaluations without progress
   --resume_from_checkpoint       go on from the newest checkpoint in the output folder
 calibration
   --calibration_method M         temperature (default), perturbed, density: measured up to this one, which is saved

@@ -75,7 +75,14 @@ def work(argv: list[str]) -> dict[str, Any]:
         write_whole(output_dir / "metrics.json", json.dumps(report, indent=2) + "\n")
         here = {"suite": script.suite, "start_model": script.model_name_or_path}
         write_whole(output_dir / LOCAL_NAME, json.dumps(here, indent=2) + "\n")
-        written = [*FINISHED, "config.json", "calibrator.*", "eval_reliability.png", "checkpoint-*"]
+        written = [
+            *FINISHED,
+            "config.json",
+            "calibrator.*",
+            "eval_reliability.png",
+            "learning_curves.png",
+            "checkpoint-*",
+        ]
         found = [path.name for name in written for path in sorted(output_dir.glob(name))]
         print(f"\nSaved to {printable(output_dir)}: {printable(', '.join(dict.fromkeys(found)))}")
     if args.push_to_hub:

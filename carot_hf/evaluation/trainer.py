@@ -20,15 +20,17 @@ from transformers.utils import logging
 from ..basics.escape import guarded
 from ..calibration.density import DensityCalibrator
 from ..calibration.metrics import read_set
+from ..calibration.names import SPLIT
 from ..calibration.record import calibrated_per_image, check_not_baked
 from ..data.bad_images import BadImages
 from ..data.captions import CaptionTable
 from ..data.loaders import evaluation_loader, loader_options
 from ..data.shift_set import ShiftSet
-from ..data.suite import ShiftSuite
+from ..data.suite import ShiftSuite, needed
 from ..data.survey import say_positions
 from ..data.transforms import image_transform
 from ..ece.binning import CalibrationBins
+from .curves import keep_curves
 from .diagrams import can_draw, diagram_tables, diagrams_path, keep_diagrams, send_diagrams
 from .embed import Embedder
 from .evaluation import Reported
@@ -66,6 +68,7 @@ class EvaluatingTrainer(Trainer, ABC):
         self.bins_pts: dict[str, CalibrationBins] = {}
         self.bins_dts: dict[str, CalibrationBins] = {}
         self._evaluated: nn.Module | None = None  # another model than the student, for a while
+        self._drew_curves = False  # those in `output_dir` are of this trainer
         self.forget()
         super().__init__(**kwargs)
 
@@ -87,6 +90,14 @@ class EvaluatingTrainer(Trainer, ABC):
     def training_set(self) -> ShiftSet | None:
         """The set that is trained on, if there is one."""
         return self.suite.train
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train as ``Trainer`` does, then draw ``learning_curves.png`` where pictures are drawn; not of a search."""
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.draws() and self.hp_search_backend is None:
+            goes_on = bool(resume_from_checkpoint) or self._drew_curves or self.args.overwrite_output_dir
+            self._drew_curves = keep_curves(self.args.output_dir, self.state.log_history, goes_on=goes_on)
+        return output
 
     # ---- sets ----
 
@@ -125,8 +136,8 @@ class EvaluatingTrainer(Trainer, ABC):
         neither).
 
         Args:
-            eval_dataset: ``None``: all sets of the suite. A name of one of them, or a dict of sets: metrics are called
-                ``eval_<set>_<metric>``. One set: ``eval_<metric>``.
+            eval_dataset: ``None``: all sets of the suite, during training those of ``args.eval_sets``. A name of one of
+                them, or a dict of sets: metrics are called ``eval_<set>_<metric>``. One set: ``eval_<metric>``.
             ignore_keys: Not used; only embeddings are computed.
             metric_key_prefix: First part of the metrics' names.
             teacher: Evaluate the teacher instead of the student; metrics are called ``eval_teacher_...``.
@@ -226,12 +237,24 @@ class EvaluatingTrainer(Trainer, ABC):
                 names = sorted(known) if isinstance(known, dict) else []
                 raise ValueError(f"Expected the name of a set of {names}, got {eval_dataset!r}. Correct the name.")
             eval_dataset = {eval_dataset: known[eval_dataset]}
-        data = known if eval_dataset is None else eval_dataset
+        data = eval_dataset
+        if data is None:
+            data = self._watched(known) if self.is_in_train else known
         if data is None:
             raise ValueError("Expected a data set to evaluate, got None. Pass one, or a suite.")
         if isinstance(data, dict):
             return True, {name: self.as_set(name, value) for name, value in data.items()}
         return False, {"set": self.as_set("evaluation", data)}
+
+    def _watched(self, known: Any) -> Any:
+        """What an evaluation during training measures: of the suite's sets those of ``eval_sets``, others as passed."""
+        sets = self.suite.evaluation_sets
+        own = (
+            isinstance(known, dict) and known.keys() == sets.keys() and all(known[name] is sets[name] for name in sets)
+        )
+        if not own or self.args.eval_sets != SPLIT:
+            return known
+        return {SPLIT: needed(self.suite.validation, "validation", "to measure during training")}
 
     def evaluation_loop(
         self,

@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..basics.escape import shortened
 from .checkpoint import step_of
+from .early_stopping import waited
 
 STATE_NAME = "trainer_state.json"
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "latest")  # the last of DeepSpeed
@@ -52,6 +53,8 @@ def state_flaw(folder: str | Path) -> str | None:
             return f"{STATE_NAME} has {shortened(state[name])} as `{name}` in place of a {kind.__name__}"
     if not all(isinstance(entry, dict) for entry in state.get("log_history") or []):
         return f"{STATE_NAME} has entries in `log_history` that are no mappings"
+    if not _whole(count := waited(state.get("stateful_callbacks"))) or count < 0:
+        return f"{STATE_NAME} has {shortened(count)} in place of a number of evaluations without progress"
     best = state.get("best_metric")
     if best is not None and not (_whole(best) or isinstance(best, float)):
         return f"{STATE_NAME} has {shortened(best)} as `best_metric` in place of a number"

@@ -9,13 +9,14 @@ import torch.distributed as dist
 
 from ..basics.escape import guarded
 from ..calibration.metrics import METRICS, scaled_metrics
-from ..calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, chosen_by
+from ..calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, chosen_by, set_of
 from ..data.balanced import balanced_labels
 from ..data.perturbed_set import bank_of
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite, needed
 from ..data.transforms import check_processor
 from ..training_args import CaRotTrainingArguments
+from .early_stopping import check_alone
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -52,6 +53,7 @@ def check_options(
             f"Expected one process a device, got one process with {args.n_gpu} GPUs. nn.DataParallel would split the "
             "contrastive batch; start with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
         )
+    check_alone(args, kwargs.get("callbacks") or ())
     if kwargs.get("train_dataset") is None:
         needed(suite.train, "training", "to train on")
     needed(suite.validation, "validation", "to fit a temperature and to choose checkpoints on")
@@ -61,6 +63,8 @@ def check_options(
         balanced_labels(suite.train)
     if args.metric_for_best_model is not None:
         _check_best_metric(args, suite, others=compute_metrics is not None or "eval_dataset" in kwargs)
+        if "eval_dataset" not in kwargs:
+            _check_measured(args, suite)
 
 
 def _check_best_metric(args: CaRotTrainingArguments, suite: ShiftSuite, *, others: bool) -> None:
@@ -82,6 +86,18 @@ def _check_best_metric(args: CaRotTrainingArguments, suite: ShiftSuite, *, other
             metric,
             test,
             DEFAULT_BEST_METRIC,
+        )
+
+
+def _check_measured(args: CaRotTrainingArguments, suite: ShiftSuite) -> None:
+    """Refuse a metric that chooses a model by a set that no evaluation during training measures."""
+    metric = str(args.metric_for_best_model)
+    watched = getattr(args.eval_strategy, "value", args.eval_strategy) != "no"
+    if watched and args.eval_sets == SPLIT and set_of(metric, (SPLIT, HOME, suite.test.name)) not in (SPLIT, None):
+        raise ValueError(
+            f"Expected `metric_for_best_model` of the set 'validation' with `eval_sets` 'validation', got {metric!r}. "
+            f"Pass `eval_sets` 'all' (--eval_sets all) to measure every set during training, or use "
+            f"'{DEFAULT_BEST_METRIC}'."
         )
 
 

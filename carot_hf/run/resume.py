@@ -18,6 +18,7 @@ from ..basics.redaction import SECRET
 from ..basics.whole_file import write_whole
 from ..training_args import CaRotTrainingArguments
 from .checkpoint_files import STATE_NAME
+from .early_stopping import waited
 
 RUN_NAME = "run.json"
 _FORMAT = 1
@@ -31,13 +32,14 @@ _OF_EVALUATION = (
     "reliability_diagrams",
     "overwrite_output_dir",
 )
-_ELSEWHERE = ("lora_rank", "lora_alpha", "contrastive_batch_size", "on_bad_image")
+_WATCHING = ("eval_sets", "early_stopping_patience", "early_stopping_threshold")
+_ELSEWHERE = ("lora_rank", "lora_alpha", "contrastive_batch_size", "on_bad_image", *_WATCHING)
 # Arguments of Trainer without which it is another run, and those that a user may want to change.
 _REFUSED = ("label_smoothing_factor", "optim", "seed")
 _SAID = (
     "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
     "bf16", "fp16", "tf32", "dataloader_drop_last", "on_bad_image", "logging_strategy", "logging_steps",
-    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit",
+    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", *_WATCHING,
 )  # fmt: skip
 _OF_THE_OPTIMIZER = (
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args",
@@ -112,11 +114,13 @@ class SavedRun:
         folder: Of the checkpoint.
         step: Optimizer steps that are done.
         facts: As :func:`run_facts` gave them; ``None``: it was saved by version 0.1, which wrote none.
+        waited: Evaluations without progress, as early stopping counts them.
     """
 
     folder: Path
     step: int
     facts: dict[str, Any] | None
+    waited: int = 0
 
     @property
     def epochs(self) -> Epochs | None:
@@ -188,9 +192,10 @@ def write_run(
 def read_run(checkpoint: str | Path) -> SavedRun:
     """Read what a checkpoint says of its run; its files are sound (:mod:`carot_hf.run.checkpoint_files`)."""
     folder = Path(checkpoint)
-    step = int(json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     path = folder / RUN_NAME
-    return SavedRun(folder, step, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return SavedRun(folder, int(state["global_step"]), facts, waited(state.get("stateful_callbacks")))
 
 
 def check_resumed(

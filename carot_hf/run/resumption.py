@@ -108,6 +108,15 @@ class Resumption:
         """
         num_epochs, steps, *counts, max_steps = values
         self.epochs = None
+        patience = args.early_stopping_patience
+        if self.saved is not None and self.saved.waited >= patience > 0:
+            logger.warning(
+                "Nothing is left to train: %s comes after %d evaluations without progress, where early stopping ends a "
+                "run. To go on raise `early_stopping_patience`, or set it to 0.",
+                self.saved.folder,
+                self.saved.waited,
+            )
+            return (0, steps, *counts, max_steps), max_steps, max_steps / steps
         if num_epochs == sys.maxsize:  # of a loader without a length
             return tuple(values), max_steps, 0.0
         self.epochs = Epochs(steps) if self.saved is None else continued(self.saved, steps)

@@ -29,9 +29,11 @@ from .announce import announce_end, last_kept
 from .callbacks import TerminationCallback
 from .checkpoint import rotate_checkpoints
 from .checks import check_launch
+from .early_stopping import arrange
 from .header import refuse_finished
 from .input_wait import InputWait
 from .lock import alone
+from .log_for_people import speak_to_people
 from .parts import CheckpointParts
 from .resume import differences, hyperparameters, read_run, write_run
 from .resumption import Resumption
@@ -56,6 +58,7 @@ class RunTrainer(Trainer, ABC):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        speak_to_people(self.callback_handler, self._set_names)
         check_launch(self.args)
         keep_group()
         self.resumption, self.input_wait, self.bad_images = Resumption(), InputWait(), BadImages()
@@ -65,6 +68,11 @@ class RunTrainer(Trainer, ABC):
         self._losses: Tensor | None = None  # of the micro-batches of a step so far
         self.termination = TerminationCallback()
         self.add_callback(self.termination)
+        arrange(self.callback_handler, self.args)
+
+    def _set_names(self) -> list[str]:
+        """Names of the sets that are evaluated, for the log."""
+        return list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
 
     # ---- what a subclass says ----
 
@@ -127,6 +135,9 @@ class RunTrainer(Trainer, ABC):
                 raise RuntimeError(f"{cause} {last_kept(self.args.output_dir)}") from error
             raise
         finally:
+            # Workaround, transformers 5.23: after a training that ended in an error Trainer believes to be in it still,
+            # and an evaluation would be one of `eval_sets`. Until: it resets this itself.
+            self.is_in_train = False
             let_workers_go(self.callback_handler.train_dataloader)
         self.report_bad_images()
         self._check_weights()
@@ -198,6 +209,7 @@ class RunTrainer(Trainer, ABC):
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Lay epochs and steps as ``Trainer`` does, of a resumed run from where its checkpoint lies; say the plan."""
+        arrange(self.callback_handler, args)  # a search may have set another patience
         values, steps, epochs = self.resumption.lay(super().set_initial_training_values(args, dataloader), self.args)
         if self.resumption.saved is None and self.args.scale_constants(steps):
             self.arguments_set()

@@ -217,6 +217,7 @@ def test_early_stopping_sees_the_aggregates(make_trainer):
         save_steps=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_id_accuracy",
+        eval_sets="all",
         trainer={"callbacks": [EarlyStoppingCallback(early_stopping_patience=2), watch]},
     )
     trainer.train()

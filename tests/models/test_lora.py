@@ -380,7 +380,7 @@ def test_a_temperature_of_an_earlier_calibration_does_not_spoil_a_resume(make_tr
 def test_the_best_model_comes_back_and_can_be_trained_on(make_trainer):
     trainer = make_trainer(
         **RANK, max_steps=6, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps",
-        save_steps=1, teacher_update_every=1, metric_for_best_model="eval_id_accuracy",
+        save_steps=1, eval_sets="all", teacher_update_every=1, metric_for_best_model="eval_id_accuracy",
     )  # fmt: skip
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)

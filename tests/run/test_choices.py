@@ -189,6 +189,7 @@ def test_names_are_parsed_whole():
 
 def test_a_choice_by_the_test_set_is_said_and_stands_in_the_card(make_trainer, caplog):
     both = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    both["eval_sets"] = "all"
     cards = {}
     for metric in ("eval_id_nll", "eval_home_nll", "eval_validation_nll"):
         caplog.clear()
@@ -322,7 +323,7 @@ def test_a_card_says_who_chose_only_where_something_did(make_trainer):
     """A metric that is only followed, with checkpoints of its best step, chooses nothing."""
     steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     for callbacks, chooses in (([], False), ([EarlyStoppingCallback(3)], True)):
-        options = {**steps, "overwrite_output_dir": True, "metric_for_best_model": "eval_id_nll"}
+        options = {**steps, "overwrite_output_dir": True, "eval_sets": "all", "metric_for_best_model": "eval_id_nll"}
         trainer = make_trainer(**options, trainer={"callbacks": callbacks})
         trainer.train()
         trainer.evaluate()

@@ -141,6 +141,7 @@ def test_the_suite_itself_may_be_called_otherwise(make_trainer, suite, saved, sa
 
 def test_the_best_so_far_is_of_one_metric(make_trainer, saved):
     best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_validation_nll"}
+    best["eval_sets"] = "all"
     checkpoint = saved(**best)
     with pytest.raises(ValueError, match="`metric_for_best_model` eval_validation_nll -> eval_id_accuracy"):
         make_trainer(**{**SAVE, **best, "metric_for_best_model": "eval_id_accuracy"}).train(checkpoint)
