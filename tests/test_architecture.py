@@ -71,7 +71,7 @@ THIRD_PARTY = {
         "transformers",
         "yaml",
     },
-    "evaluation": {"matplotlib", "numpy", "PIL", "safetensors", "torch", "tqdm", "transformers"},
+    "evaluation": {"huggingface_hub", "matplotlib", "numpy", "PIL", "safetensors", "torch", "tqdm", "transformers"},
     "run": {"numpy", "torch", "tqdm", "transformers"},
     "hub": {"huggingface_hub", "transformers"},
     "cli": {"accelerate", "numpy", "scipy", "torch", "tqdm", "transformers", "yaml"},
@@ -234,7 +234,7 @@ def test_all_public_names_exist():
 
 
 OVERRIDDEN = {
-    "_finalize_training", "_finish_current_push", "_hp_search_setup", "_init_training_state", "_load_best_model",
+    "_finalize_training", "_finish_current_push", "_get_grad_norm", "_hp_search_setup", "_init_training_state", "_load_best_model",
     "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_push_from_checkpoint", "_save",
     "_save_checkpoint", "call_model_init", "compute_loss", "create_model_card", "evaluate", "evaluation_loop",
     "floating_point_ops", "get_batch_samples", "get_decay_parameter_names", "get_eval_dataloader",

@@ -54,7 +54,7 @@ def work(options: argparse.Namespace) -> None:
     if calibration_record(loaded.model) is not None:
         print("The temperature that is in the weights is taken out and fitted anew.")
         unbake_temperature(loaded.model)
-    evaluator = Evaluator(loaded.model, loaded.processor, suite, batch_size=options.batch_size)
+    evaluator = Evaluator(loaded.model, loaded.processor, suite, batch_size=options.batch_size, keep_heads=True)
     record = evaluator.calibrate(options.method, images)
     with whole_files(options.output_dir) as beside:
         loaded.model.save_pretrained(beside)

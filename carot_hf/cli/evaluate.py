@@ -39,7 +39,13 @@ def main(argv: Sequence[str]) -> None:
     check_classes(loaded, suite.class_names)
     memory = Memory(calibrator=loaded.calibrator)
     evaluator = Evaluator(
-        loaded.model, loaded.processor, suite, batch_size=options.batch_size, n_bins=options.n_bins, memory=memory
+        loaded.model,
+        loaded.processor,
+        suite,
+        batch_size=options.batch_size,
+        n_bins=options.n_bins,
+        memory=memory,
+        keep_heads=True,
     )
     found = evaluator.evaluate(options.sets, calibrator=loaded.calibrator)
     per_image = loaded.calibrator is not None or getattr(loaded.model, "density", None) is not None

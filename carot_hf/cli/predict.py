@@ -229,7 +229,7 @@ def estimate(loaded: Any, suite: Any, pictures: Sequence[Picture], batch_size: i
     from ..evaluation.memory import Memory
 
     memory = Memory(calibrator=loaded.calibrator)
-    evaluator = Evaluator(loaded.model, loaded.processor, suite, batch_size=batch_size, memory=memory)
+    evaluator = Evaluator(loaded.model, loaded.processor, suite, batch_size=batch_size, memory=memory, keep_heads=True)
     data = ShiftSet(PictureRows(pictures), name="images", num_classes=len(suite.class_names), label_column=None)
     found = evaluator.estimate(data)
     beyond = (

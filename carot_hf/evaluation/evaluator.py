@@ -37,6 +37,7 @@ from .estimated import estimated
 from .evaluation import Evaluation, Reported, with_aggregates
 from .fitting import HomeFit, check_home
 from .home import METHODS, check_calibration_method
+from .kept_heads import kept_class_embeddings
 from .logits import Head, SetLogits, head_of
 from .marks import marks_of
 from .measure import Measured, bins_at, compared, given_scalings, intervals_by_set, measure_all, scaling_of
@@ -68,6 +69,8 @@ class Evaluator:
         captions: The suite's captions in the model's tokens; ``None``: made when they are needed.
         embedder: Embeds images; ``None``: made of the rest.
         memory: What is kept between calls; ``None``: a new one.
+        keep_heads: Keep the embeddings of many class captions on the disk, too: see
+            :func:`~carot_hf.evaluation.kept_heads.kept_class_embeddings`.
     Attributes:
         link: From logits to probabilities: "softmax" or "sigmoid".
     Raises:
@@ -91,11 +94,13 @@ class Evaluator:
         captions: CaptionTable | None = None,
         embedder: Embedder | None = None,
         memory: Memory | None = None,
+        keep_heads: bool = False,
     ) -> None:
         self.model, self.processor, self.suite, self.n_bins = model, processor, suite, n_bins
         self.criterion, self.bounds, self.method = criterion, bounds, check_calibration_method(method)
         self.alpha = checked_alpha(alpha)
         self._train = suite.train if train is None else train
+        self._class_embeddings = kept_class_embeddings if keep_heads else class_embeddings
         network = base_model(model)
         if is_backbone(network):
             align_markers(network, processor)
@@ -353,7 +358,7 @@ class Evaluator:
             return head_of(self.model)
         if known.get("classes", (None,))[0] is not self.captions:
             with self.embedder.autocast():
-                known["classes"] = (self.captions, class_embeddings(self.model, self.captions))
+                known["classes"] = (self.captions, self._class_embeddings(self.model, self.captions))
         return head_of(self.model, known["classes"][1])
 
     def _chosen(self, sets: Mapping[str, ShiftSet] | Sequence[str] | None) -> dict[str, ShiftSet]:

@@ -14,7 +14,7 @@ from ..calibration.density import DensityCalibrator
 from ..calibration.links import at_scaling, check_link, chunk_of
 from ..calibration.record import calibration_record, kept_sets
 from ..data.batches import CaRotCollator
-from ..data.captions import CaptionTable, class_embeddings
+from ..data.captions import CaptionTable
 from ..data.images import BadImageError
 from ..data.pictures import Picture, PictureRows
 from ..data.shift_set import ShiftSet
@@ -22,6 +22,7 @@ from ..data.transforms import check_image_size, image_transform
 from ..models.backbones import backbone_of, caption_options
 from ..models.classifier import CLIPClassifier
 from .embed import Embedder
+from .kept_heads import kept_class_embeddings
 from .logits import SetLogits, head_of
 
 
@@ -84,7 +85,7 @@ class Predictor:
             options = caption_options(model.config, processor.tokenizer)
             captions = CaptionTable(processor.tokenizer, self.class_names, templates, **options)
             with torch.no_grad():
-                self._link, self._head = backbone_of(model).link, head_of(model, class_embeddings(model, captions))
+                self._link, self._head = backbone_of(model).link, head_of(model, kept_class_embeddings(model, captions))
         record = calibration_record(model)
         known = {} if record is None else kept_sets(record)
         same = record is not None and record.get("classes", self.class_names) == self.class_names
