@@ -234,12 +234,12 @@ def test_all_public_names_exist():
 
 
 OVERRIDDEN = {
-    "_finalize_training", "_finish_current_push", "_get_grad_norm", "_hp_search_setup", "_init_training_state", "_load_best_model",
-    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs", "_push_from_checkpoint", "_save",
-    "_save_checkpoint", "call_model_init", "compute_loss", "create_model_card", "evaluate", "evaluation_loop",
-    "floating_point_ops", "get_batch_samples", "get_decay_parameter_names", "get_eval_dataloader",
-    "get_test_dataloader", "get_train_dataloader", "hyperparameter_search", "init_hf_repo", "log", "push_to_hub",
-    "set_initial_training_values", "train", "training_step",
+    "_finalize_training", "_finish_current_push", "_get_grad_norm", "_hp_search_setup", "_init_training_state",
+    "_load_best_model", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_prepare_inputs",
+    "_push_from_checkpoint", "_save", "_save_checkpoint", "call_model_init", "compute_loss", "create_model_card",
+    "evaluate", "evaluation_loop", "floating_point_ops", "get_batch_samples", "get_decay_parameter_names",
+    "get_eval_dataloader", "get_test_dataloader", "get_train_dataloader", "hyperparameter_search", "init_hf_repo",
+    "log", "push_to_hub", "set_initial_training_values", "train", "training_step",
 }  # fmt: skip
 
 
