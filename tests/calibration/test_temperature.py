@@ -249,3 +249,20 @@ def test_the_search_goes_up_and_down_as_far_as_it_has_to(start):
     found = temperature_ece.fit_ece(logits, labels, 0.5, 10.0, start)
     assert 1.2 < found < 4.0
     assert ece_of(logits, labels, found) <= grid_best(logits, labels, 0.5, 10.0) + 1.2e-7
+
+
+def test_the_search_goes_on_where_the_mean_confidence_is_the_accuracy_already():
+    """Rows at .95 of which .6 are right and rows at .55 of which .9 are: right on average at T = 1, best far above."""
+    logits, labels = [], []
+    for confidence, accuracy in ((0.95, 0.6), (0.55, 0.9)):
+        rows = torch.zeros(200, 2, dtype=torch.float64)
+        rows[:, 0] = math.log(confidence / (1 - confidence)) + torch.linspace(-0.02, 0.02, 200, dtype=torch.float64)
+        logits.append(rows)
+        labels.append((torch.arange(200) >= round(200 * accuracy)).long())
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    confidences = top_label(logits, labels, 1.0)[0]
+    assert abs(confidences.mean() - float((labels == 0).double().mean())) < 0.03
+    for start in (0.9, 1.0, 1.1):
+        found = temperature_ece.fit_ece(logits, labels, 0.2, 10.0, start)
+        assert found > 1.25
+        assert ece_of(logits, labels, found) <= grid_best(logits, labels, 0.2, 10.0) + 1.2e-7
