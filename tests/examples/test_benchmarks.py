@@ -55,7 +55,7 @@ def test_steps_are_compared_only_while_they_train_alike():
     assert result.stdout.count("at least") + result.stdout.count("at most") == 4
 
 
-@pytest.mark.parametrize("script", ["growth.py", "gradient_cache.py", "density.py"])
+@pytest.mark.parametrize("script", ["growth.py", "gradient_cache.py", "density.py", "evaluation.py"])
 def test_it_runs(script):
     result = run(script, "--quick")
     assert result.returncode == 0, result.stderr[-3000:]
