@@ -126,6 +126,7 @@ class RunTrainer(Trainer, ABC):
         return output
 
     def _train(self, checkpoint: str | None, **kwargs: Any) -> Any:
+        self._losses = None  # of a step that an error ended
         try:
             with self.termination.listening():
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
