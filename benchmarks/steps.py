@@ -37,21 +37,29 @@ def versions() -> str:
     return f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
+def peak_megabytes() -> float:
+    """The most memory that this process has had, not its parent: `ru_maxrss` goes on from that one's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def processor(image: int) -> CLIPProcessor:
     """CLIP's processor for square images; the tokenizer is that of the demo."""
     images = CLIPImageProcessor(size={"shortest_edge": image}, crop_size={"height": image, "width": image})
     return CLIPProcessor(image_processor=images, tokenizer=CLIPTokenizer.from_pretrained(CLIP))
 
 
-def clip(processor: CLIPProcessor, *, depth: int, vision: int, text: int, image: int) -> CLIPModel:
-    """A CLIP of random weights, CLIP's vocabulary and the demo's markers."""
+def clip(
+    processor: CLIPProcessor, *, depth: int, vision: int, text: int, image: int, text_depth: int | None = None
+) -> CLIPModel:
+    """A CLIP of random weights, CLIP's vocabulary and the demo's markers; both towers of one depth unless said."""
     torch.manual_seed(0)
     markers = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     towers = {
         name: {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
         for name, width in (("text", text), ("vision", vision))
     }
-    text_config = {**towers["text"], **markers, "num_hidden_layers": depth, "vocab_size": 49408}
+    text_config = {**towers["text"], **markers, "num_hidden_layers": text_depth or depth, "vocab_size": 49408}
     vision_config = {**towers["vision"], "num_hidden_layers": depth, "image_size": image, "patch_size": 16}
     return CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=text))
 

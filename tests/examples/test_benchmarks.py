@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 from toys import ROOT
 
 pytestmark = pytest.mark.release
+PEERS = {"sentence_transformers": "sentence-transformers", "open_clip": "open_clip_torch", "trl": "trl"}
 ABSENT = ("datasets", "evaluate")
 
 
@@ -53,6 +56,30 @@ def test_steps_are_compared_only_while_they_train_alike():
     result = run("train_step.py", "--quick", "--rounds", "1")
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("at least") + result.stdout.count("at most") == 4
+
+
+def test_peers_are_compared_on_the_same_losses_and_those_that_are_missing_are_named():
+    result = run("peers.py", "--quick")
+    assert result.returncode == 0, result.stderr[-3000:]
+    tables = [part for part in result.stdout.split("\n\n") if part.startswith("| a step")]
+    missing = [name for module, name in PEERS.items() if not importlib.util.find_spec(module)]
+    assert ("pip install --no-deps " + " ".join(missing) in result.stdout) == bool(missing)
+    assert len(tables) == 4
+    for table in tables:
+        rows = [line.strip("| ").split("|") for line in table.splitlines()[2:]]
+        there = {row[0].strip(): float(row[2]) for row in rows}
+        assert there["FLYP, ours"] == 1
+        assert {"CaRot, ours", "transformers' Trainer, captions trimmed"} < there.keys()
+        assert ("sentence-transformers" in there) == ("sentence-transformers" not in missing)
+    losses = ast.literal_eval(result.stderr.partition("losses of the first step: ")[2].splitlines()[0])
+    assert losses.keys() == there.keys()
+
+
+def test_a_peer_of_another_loss_is_not_compared():
+    tried = "import sys; sys.path[0] = 'benchmarks'; from peers import check_losses as check; check({'a': 3, 'b': 3})"
+    found = run("", python=("-c", f"{tried}; check({{'a': 3.0, 'b': 3.01}})"))
+    assert found.returncode == 1
+    assert "Expected equal losses of the first step, got {'a': 3.0, 'b': 3.01}" in found.stderr
 
 
 @pytest.mark.parametrize("script", ["growth.py", "gradient_cache.py", "density.py"])
