@@ -79,6 +79,11 @@ def make_batch(size: int, processor: CLIPProcessor, *, image: int) -> dict[str, 
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": (places < lengths).long()}
 
 
+def as_collated(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch as our collator hands it over: CLIP's text tower never sees the padding, and gets no mask."""
+    return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+
 def padded(batch: dict[str, Tensor], processor: CLIPProcessor) -> dict[str, Tensor]:
     """The batch with captions of 77 tokens, as published."""
     missing = CONTEXT - batch["input_ids"].shape[1]

@@ -35,14 +35,59 @@ def packages(tmp_path):
     return os.pathsep.join([str(folder), str(ROOT)])
 
 
-def test_the_gpu_benchmark_needs_neither_datasets_nor_evaluate(packages):
+def test_the_gpu_benchmark_needs_neither_datasets_nor_evaluate(packages, tmp_path):
     missing = run("../tests/conftest.py", python=("-S", "-c", "import datasets"), PYTHONPATH=packages)
     assert "No module named 'datasets'" in missing.stderr
-    result = run("gpu.py", "--device", "cpu", "--quick", python=("-S",), PYTHONPATH=packages)
+    written = tmp_path / "gpu.md"
+    command = ("gpu.py", "--device", "cpu", "--quick", "--output", str(written))
+    result = run(*command, python=("-S",), PYTHONPATH=packages)
     assert result.returncode == 0, result.stderr[-3000:]
-    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith(("| FLYP", "| CaRot"))]
-    assert [row[1] for row in rows] == ["no", "yes"] * 3
-    assert all(float(row[2].replace(",", "")) > 0 for row in rows)
+    assert result.stdout == written.read_text(encoding="utf-8")
+    rows = gpu_rows(result.stdout)
+    assert [name for name in rows if "compiled" in name] == [
+        "CaRot, compiled", "FLYP, compiled", "CaRot, gradient cache, compiled"
+    ]  # fmt: skip
+    failed = {name for name, cells in rows.items() if cells[-1].startswith("failed: ")}
+    assert "CaRot, attention CUDNN_ATTENTION" in failed  # a back end that no CPU has
+    assert all("attention" in name for name in failed)
+    assert all(float(cells[1].replace(",", "")) > 0 for name, cells in rows.items() if name not in failed)
+    tf32 = "CaRot, float32 multiplied as tf32"
+    assert {name: cells[0] for name, cells in rows.items()} == {**dict.fromkeys(rows, "highest"), tf32: "high"}
+    assert "FT 1,334, TRACER 970, CaRot 736" in result.stdout
+    assert "2,000 pairs a second on an H100, 2,400 pairs a second on an H200, and 45% of" in result.stdout
+    again = run(*command)
+    assert again.returncode == 1
+    assert "Expected a new file as `--output`" in again.stderr
+
+
+def gpu_rows(printed):
+    """Cells by the name of the run."""
+    lines = [line.strip("| ").split("|") for line in printed.splitlines() if line.startswith(("| FLYP", "| CaRot"))]
+    return {first.strip(): [cell.strip() for cell in cells] for first, *cells in lines}
+
+
+def test_what_there_is_no_time_for_is_said():
+    result = run("gpu.py", "--device", "cpu", "--quick", "--minutes", "0")
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = gpu_rows(result.stdout)
+    assert len(rows) == 14
+    assert {cells[-1] for cells in rows.values()} == {"skipped: the time was over"}
+
+
+@pytest.mark.parametrize(
+    ("device", "rate", "share", "said"),
+    [
+        ("NVIDIA H100 80GB HBM3", "2,000", "0.450", ["2,000 on this H100, met", "45.0% of the ceiling, met"]),
+        ("NVIDIA H200", "2,399", "0.449", ["2,399 on this H200, MISSED", "44.9% of the ceiling, MISSED"]),
+        ("NVIDIA L4", "2,000", "0.5", ["2,000 on a device without a goal of its own", "50.0% of the ceiling, met"]),
+    ],
+)
+def test_the_goal_is_that_of_the_device(device, rate, share, said):
+    rows = [["FLYP", "highest", "9,000", "", "0.9", "", ""], ["CaRot", "highest", "1,999", "", "0.1", "", ""],
+            ["CaRot, compiled", "highest", rate, "", share, "", ""], ["CaRot, x", "highest", *[""] * 5]]  # fmt: skip
+    code = f"import sys; sys.path[0] = 'benchmarks'; import gpu; print(gpu.verdict({rows}, {device!r}, False))"
+    found = run("", python=("-c", code)).stdout
+    assert f"{'; '.join(said)} (CaRot, compiled)" in found
 
 
 def test_a_gpu_that_is_not_there_is_named():
