@@ -7,17 +7,19 @@
 A CLIP of random weights (vision 6 x 384 at 224 pixels, patches of 16; text 4 x 256), 32 pairs a step, captions of 6 to
 11 tokens, JPEGs of 500 x 375, one thread, decoding in the process that trains. All contestants live side by side in one
 process, from the same weights, and take turns step by step, forwards and backwards, so that a machine that slows down
-does so for all: only the ratios count. Two kinds of data: captions that are all distinct, and 10 classes in 3
-templates, of which a batch has some twice. Without decoding all get the same batch, made by each one's own collator,
-and the run stops unless the contrastive losses of the first step agree. Peak memory is that of a process that does
-nothing else, beyond libraries and data. Last, the copy of the weights that follows the model: TRL's callback beside our
-teacher, a step of each. Who is compared how is in contestants.py.
+does so for all: only the ratios count. Seconds are those of the processor, so that what other jobs take is left out.
+Two kinds of data: captions that are all distinct, and 10 classes in 3 templates, of which a batch has some twice.
+Without decoding all get the same batch, made by each one's own collator, and the run stops unless the contrastive
+losses of the first step agree. Peak memory is that of a process that does nothing else, beyond libraries and data.
+Last, the copy of the weights that follows the model: TRL's callback beside our teacher, a step of each. Who is compared
+how is in contestants.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -45,17 +47,17 @@ EQUAL = 1e-4  # losses of one batch
 
 
 def measure(task: Task, rounds: int, names: list[str]) -> dict[str, list[float]]:
-    """Seconds of each contestant's steps, but for the first."""
+    """Seconds of the processor of each contestant's steps, but for the first."""
     runs = {name: CONTESTANTS[name][0](task) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in names if number % 2 else names[::-1]:
-            start = time.perf_counter()
+            start, wall = time.process_time(), time.perf_counter()
             runs[name]()
-            elapsed = time.perf_counter() - start
+            elapsed, waited = time.process_time() - start, time.perf_counter() - wall
             if number:
                 seconds[name].append(elapsed)
-                print(f"round {number}: {name}: {elapsed:.3f}", file=sys.stderr, flush=True)
+                print(f"round {number}: {name}: {elapsed:.3f} ({waited:.3f} waited)", file=sys.stderr, flush=True)
     first = {}
     for name, run in runs.items():
         if isinstance(run, Paused):
@@ -79,6 +81,7 @@ def megabytes(name: str, task: dict[str, Any], pipe: Any) -> None:
     made = make_task(**task)
     if (package := CONTESTANTS[name][1]) == "sentence_transformers":
         __import__(package)
+    steps.forget_peak()
     before = steps.peak_megabytes()
     with redirect_stdout(sys.stderr):
         run = CONTESTANTS[name][0](made)
@@ -119,9 +122,9 @@ def averages(size: dict[str, int], rounds: int) -> list[list[str]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name in list(calls) if number % 2 else list(calls)[::-1]:
-            start = time.perf_counter()
+            start = time.process_time()
             calls[name].on_step_end(args, state, None, model=model)
-            times[name] += [time.perf_counter() - start] if number else []
+            times[name] += [time.process_time() - start] if number else []
     rows = [["a copy of the weights follows, each step", "median ms", "time / ours", "middle half"]]
     for name, own in times.items():
         value, low, high = middle(own, times["our teacher"])
@@ -137,9 +140,9 @@ def middle(above: list[float], below: list[float]) -> tuple[float, float, float]
     return value, low, high
 
 
-def laid_out(seconds: dict[str, list[float]], memory: dict[str, float], lead: dict[str, float]) -> str:
+def laid_out(seconds: dict[str, list[float]], lead: dict[str, float]) -> str:
     """The table of a situation."""
-    rows = [["a step", "median s", "time / FLYP, ours", "middle half", "verdict", *(["peak MB"] if memory else [])]]
+    rows = [["a step", "median s", "time / FLYP, ours", "middle half", "verdict"]]
     for name, own in seconds.items():
         value, low, high = middle(own, seconds[FLYP])
         like, said = CONTESTANTS[name][2], ""
@@ -153,7 +156,7 @@ def laid_out(seconds: dict[str, list[float]], memory: dict[str, float], lead: di
             said = beside + ("ours is ahead" if value >= 1 else "ours is BEHIND")
             if least > 1:
                 said += f"; at least {least}: {'met' if value >= least else 'MISSED'}"
-        rows.append([*row, said, *([f"{memory[name]:,.0f}"] if memory else [])])
+        rows.append([*row, said])
     return table(rows)
 
 
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, tiny images, one round")
     parser.add_argument("--rounds", type=int, help="steps of each one that count; default: 8")
     parser.add_argument("--only", choices=["end-to-end", "without-decoding"], help="one half of it")
+    parser.add_argument("--captions", choices=["distinct", "few"], help="one kind of data")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 8)
     size, batch_size = (steps.TINY_SIZE, 16) if options.quick else (FULL, 32)
@@ -170,24 +174,27 @@ def main() -> None:
     torch.set_num_threads(1)
     absent = [name for package, name in PACKAGES.items() if not present(package)]
     names = [name for name, (_, package, _) in CONTESTANTS.items() if present(package)]
-    arguments = [*(["--quick"] if options.quick else []), f"--rounds {rounds}"]
-    arguments += [f"--only {options.only}"] if options.only else []
-    print(f"`python benchmarks/peers.py {' '.join(arguments)}`, {contestants.versions()}, 1 thread\n")
+    print(
+        f"`python benchmarks/peers.py {' '.join(sys.argv[1:])}`, {contestants.versions()}, {rounds} rounds, 1 thread\n"
+    )
     if absent:
         print(f"Not installed, and left out: {', '.join(absent)}. pip install --no-deps {' '.join(absent)}\n")
-    for decode in (False, True):
+    task: dict[str, Any] = {"size": size, "batch_size": batch_size, "count": rounds + 1, "photo": photo}
+    for decode, few in itertools.product((False, True), (False, True)):
         if options.only not in (None, "end-to-end" if decode else "without-decoding"):
             continue
-        for few in (False, True):
-            task = {"size": size, "batch_size": batch_size, "count": rounds + 1, "few": few, "decode": decode}
-            with redirect_stdout(sys.stderr):  # what trainers say
-                seconds = measure(make_task(**task, photo=photo), rounds, names)
-            gc.collect()
-            memory = peaks(names, {**task, "photo": photo}) if decode and not few else {}
-            title = "From the JPEGs" if decode else "Without decoding"
-            print(f"{title}, {'10 classes x 3 templates' if few else 'captions all distinct'}:\n")
-            print(laid_out(seconds, memory, LEAD if few and decode else {}) + "\n", flush=True)
-    print(table(averages(size, 3 if options.quick else 25)))
+        if options.captions not in (None, "few" if few else "distinct"):
+            continue
+        with redirect_stdout(sys.stderr):  # what trainers say
+            seconds = measure(make_task(**task, few=few, decode=decode), rounds, names)
+        gc.collect()
+        title = "From the JPEGs" if decode else "Without decoding"
+        print(f"{title}, {'10 classes x 3 templates' if few else 'captions all distinct'}:\n")
+        print(laid_out(seconds, LEAD if few and decode else {}) + "\n", flush=True)
+    print(table(averages(size, 3 if options.quick else 25)), flush=True)
+    if options.only != "without-decoding":
+        rows = [[name, f"{value:,.0f}"] for name, value in peaks(names, {**task, "few": False, "decode": True}).items()]
+        print("\n" + table([["two steps from the JPEGs, captions all distinct", "peak MB"], *rows]))
 
 
 if __name__ == "__main__":

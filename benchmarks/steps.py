@@ -38,9 +38,14 @@ def versions() -> str:
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has had, not its parent: `ru_maxrss` goes on from that one's."""
+    """The most memory that this process has had since `forget_peak`; `ru_maxrss` begins with that of its parent."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def forget_peak() -> None:
+    """Let the peak be what is in use now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def processor(image: int) -> CLIPProcessor:
