@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, TrainerCallback
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSet, ShiftSuite
+from carot_hf.data.captions import CAPTION_INDEX
 
 CLIP = Path(__file__).resolve().parent.parent / "carot_hf" / "suites" / "digits_clip"
 CONTEXT = 77
@@ -69,8 +70,11 @@ def clip(
     return CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=text))
 
 
-def make_batch(size: int, processor: CLIPProcessor, *, image: int) -> dict[str, Tensor]:
-    """Random pixels, uint8 as our loader hands them over, and random captions, padded to the longest."""
+def make_batch(size: int, processor: CLIPProcessor, *, image: int, captions: int = 0) -> dict[str, Tensor]:
+    """Random pixels, uint8 as our loader hands them over, and random captions, padded to the longest.
+
+    Of so many captions, in turn, if `captions` is not 0; else all are distinct.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.linspace(SHORTEST, LONGEST, size).round().long()[:, None]
     places = torch.arange(LONGEST)
@@ -80,13 +84,19 @@ def make_batch(size: int, processor: CLIPProcessor, *, image: int) -> dict[str, 
     ids[:, 0] = tokenizer.bos_token_id
     ids = torch.where(places == lengths - 1, tokenizer.eos_token_id, ids)
     ids = torch.where(places >= lengths, tokenizer.pad_token_id, ids)
+    if captions:
+        rows = torch.arange(size) % captions
+        ids, lengths = ids[rows], lengths[rows]
     pixels = torch.randint(0, 256, (size, 3, image, image), generator=generator, dtype=torch.uint8)
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": (places < lengths).long()}
 
 
 def as_collated(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch as our collator hands it over: CLIP's text tower never sees the padding, and gets no mask."""
-    return {name: value for name, value in batch.items() if name != "attention_mask"}
+    """The batch as our collator hands it over for CLIP: no mask, since its text tower never sees the padding, and each
+    distinct caption once."""
+    once, index = batch["input_ids"].unique(dim=0, return_inverse=True)
+    made = {"pixel_values": batch["pixel_values"], "input_ids": batch["input_ids"]}
+    return made if len(once) == len(index) else {**made, "input_ids": once, CAPTION_INDEX: index}
 
 
 def padded(batch: dict[str, Tensor], processor: CLIPProcessor) -> dict[str, Tensor]:

@@ -100,7 +100,30 @@ def test_steps_are_compared_only_while_they_train_alike():
     """The script itself stops if the losses of the hand-written and of our steps differ."""
     result = run("train_step.py", "--quick", "--rounds", "1")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("at least") + result.stdout.count("at most") == 4
+    assert result.stdout.count("at least") + result.stdout.count("at most") == 5
+
+
+@pytest.mark.parametrize(("loops", "allowed"), [(1.3, "1.32"), (1.5, "1.34")])
+def test_the_teacher_may_cost_what_it_costs_a_bare_loop_and_a_little_but_no_more_than_a_third(loops, allowed):
+    code = f"""import sys; sys.path[0] = 'benchmarks'; import train_step as t
+names = (t.PUBLISHED, t.FLYP, t.CAROT, t.BARE_FLYP, t.BARE_CAROT, t.FEW, t.BARE_FEW)
+print(t.targets(dict(zip(names, [[x] * 3 for x in (1.25, 1, 1.33, 1, {loops}, 1, 1)]))))"""
+    printed = run("", python=("-c", code)).stdout
+    rows = {line.split(" | ")[0].strip("| "): line for line in printed.splitlines()}
+    assert f"at most {allowed}: {'met' if float(allowed) >= 1.33 else 'MISSED'}" in rows["CaRot / FLYP, ours"]
+    assert "1.250" in rows["FLYP as published / ours"]
+    assert "at least 1.25: met" in rows["FLYP as published / ours"]
+
+
+def test_the_batch_is_what_our_collator_hands_over():
+    """Each distinct caption once, no mask; put back by the index it is the batch of the loops."""
+    code = """import sys; sys.path[0] = 'benchmarks'; import steps, torch
+whole = steps.make_batch(6, steps.processor(32), image=32, captions=3)
+made = steps.as_collated(whole)
+print(sorted(made), len(made['input_ids']), torch.equal(made['input_ids'][made['caption_index']], whole['input_ids']))
+print(sorted(steps.as_collated(steps.make_batch(6, steps.processor(32), image=32))))"""
+    printed = run("", python=("-c", code)).stdout.splitlines()
+    assert printed == ["['caption_index', 'input_ids', 'pixel_values'] 3 True", "['input_ids', 'pixel_values']"]
 
 
 def test_peers_are_compared_on_the_same_losses_and_those_that_are_missing_are_named():
