@@ -153,7 +153,7 @@ def laid_out(seconds: dict[str, list[float]], lead: dict[str, float]) -> str:
                 value, low, high = middle(own, seconds[like])
                 beside = f"{value:.3f} ({low:.3f} to {high:.3f}) times our cache: "
             least = lead.get(name, 1.0)
-            said = beside + ("ours is ahead" if value >= 1 else "ours is BEHIND")
+            said = beside + ("ours is ahead" if low > 1 else "ours is BEHIND" if high < 1 else "not told apart")
             if least > 1:
                 said += f"; at least {least}: {'met' if value >= least else 'MISSED'}"
         rows.append([*row, said])
