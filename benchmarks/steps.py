@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, TrainerCallback
 
 from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSet, ShiftSuite
+from carot_hf.data.captions import CAPTION_INDEX
 
 CLIP = Path(__file__).resolve().parent.parent / "carot_hf" / "suites" / "digits_clip"
 CONTEXT = 77
@@ -37,27 +38,43 @@ def versions() -> str:
     return f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
+def peak_megabytes() -> float:
+    """The most memory that this process has had since `forget_peak`; `ru_maxrss` begins with that of its parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def forget_peak() -> None:
+    """Let the peak be what is in use now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def processor(image: int) -> CLIPProcessor:
     """CLIP's processor for square images; the tokenizer is that of the demo."""
     images = CLIPImageProcessor(size={"shortest_edge": image}, crop_size={"height": image, "width": image})
     return CLIPProcessor(image_processor=images, tokenizer=CLIPTokenizer.from_pretrained(CLIP))
 
 
-def clip(processor: CLIPProcessor, *, depth: int, vision: int, text: int, image: int) -> CLIPModel:
-    """A CLIP of random weights, CLIP's vocabulary and the demo's markers."""
+def clip(
+    processor: CLIPProcessor, *, depth: int, vision: int, text: int, image: int, text_depth: int | None = None
+) -> CLIPModel:
+    """A CLIP of random weights, CLIP's vocabulary and the demo's markers; both towers of one depth unless said."""
     torch.manual_seed(0)
     markers = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     towers = {
         name: {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
         for name, width in (("text", text), ("vision", vision))
     }
-    text_config = {**towers["text"], **markers, "num_hidden_layers": depth, "vocab_size": 49408}
+    text_config = {**towers["text"], **markers, "num_hidden_layers": text_depth or depth, "vocab_size": 49408}
     vision_config = {**towers["vision"], "num_hidden_layers": depth, "image_size": image, "patch_size": 16}
     return CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=text))
 
 
-def make_batch(size: int, processor: CLIPProcessor, *, image: int) -> dict[str, Tensor]:
-    """Random pixels, uint8 as our loader hands them over, and random captions, padded to the longest."""
+def make_batch(size: int, processor: CLIPProcessor, *, image: int, captions: int = 0) -> dict[str, Tensor]:
+    """Random pixels, uint8 as our loader hands them over, and random captions, padded to the longest.
+
+    Of so many captions, in turn, if `captions` is not 0; else all are distinct.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.linspace(SHORTEST, LONGEST, size).round().long()[:, None]
     places = torch.arange(LONGEST)
@@ -67,8 +84,19 @@ def make_batch(size: int, processor: CLIPProcessor, *, image: int) -> dict[str, 
     ids[:, 0] = tokenizer.bos_token_id
     ids = torch.where(places == lengths - 1, tokenizer.eos_token_id, ids)
     ids = torch.where(places >= lengths, tokenizer.pad_token_id, ids)
+    if captions:
+        rows = torch.arange(size) % captions
+        ids, lengths = ids[rows], lengths[rows]
     pixels = torch.randint(0, 256, (size, 3, image, image), generator=generator, dtype=torch.uint8)
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": (places < lengths).long()}
+
+
+def as_collated(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch as our collator hands it over for CLIP: no mask, since its text tower never sees the padding, and each
+    distinct caption once."""
+    once, index = batch["input_ids"].unique(dim=0, return_inverse=True)
+    made = {"pixel_values": batch["pixel_values"], "input_ids": batch["input_ids"]}
+    return made if len(once) == len(index) else {**made, "input_ids": once, CAPTION_INDEX: index}
 
 
 def padded(batch: dict[str, Tensor], processor: CLIPProcessor) -> dict[str, Tensor]:

@@ -5,11 +5,12 @@
 
 A ViT-B/16 and its text tower with random weights, one batch of 16 that all share, AdamW (fused) throughout. The
 variants live side by side in one process, each from the same weights, and take turns step by step, forwards and
-backwards, so that a machine that slows down does so for all; the losses of all must agree. "as published" pads
-captions to 77 tokens. Our steps include all that a step of `Trainer` does: fetching the batch, callbacks, logging, the
-check of the loss; what stands against them in "overhead" is the same step in a bare loop. One malloc arena, because our
-trainers rest in threads of their own: glibc would hand their memory back to the system after each step, and that of the
-loops in the main thread not.
+backwards, so that a machine that slows down does so for all; the losses of all must agree. "as published" pads captions
+to 77 tokens. Our trainer gets the batch as our collator hands it over, without a mask, since CLIP's text tower never
+sees the padding; the loops have one. "few captions": each one twice, which ours embeds once. Our steps include all that
+a step of `Trainer` does: fetching the batch, callbacks, logging, the check of the loss; what stands against them in
+"overhead" is the same step in a bare loop. One malloc arena, because our trainers rest in threads of their own: glibc
+would hand their memory back to the system after each step, and that of the loops in the main thread not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from typing import Any
 import steps
 import torch
 
-Step = Callable[[], None]
+from carot_hf.basics.escape import table
+
+PUBLISHED, FLYP, BARE_FLYP = "FLYP, hand-written, as published", "FLYP, ours", "FLYP, bare loop, captions trimmed"
+CAROT, BARE_CAROT = "CaRot, ours", "CaRot, bare loop, captions trimmed"
+FEW, BARE_FEW = "few captions, FLYP, ours", "few captions, FLYP, bare loop, captions trimmed"
 
 
 class Paused(steps.Clock):
@@ -79,9 +84,11 @@ def variants(size: dict[str, int], batch_size: int, count: int) -> dict[str, Bar
     processor = steps.processor(size["image"])
     pretrained = steps.clip(processor, **size).state_dict()
     batch = steps.make_batch(batch_size, processor, image=size["image"])
+    few = steps.make_batch(batch_size, processor, image=size["image"], captions=batch_size // 2)
     images = processor.image_processor
     mean, std = (torch.tensor(part)[:, None, None] for part in (images.image_mean, images.image_std))
-    ready = {**batch, "pixel_values": (batch["pixel_values"] / 255 - mean) / std}
+    pixels = (batch["pixel_values"] / 255 - mean) / std  # of both
+    ready = {**batch, "pixel_values": pixels}
 
     def fresh() -> Any:
         model = steps.clip(processor, **size)
@@ -91,17 +98,20 @@ def variants(size: dict[str, int], batch_size: int, count: int) -> dict[str, Bar
     def bare(inputs: dict[str, Any], distillation: float = 0.0) -> Bare:
         return Bare(steps.hand_written(fresh(), inputs, distillation=distillation))
 
-    def ours(preset: str) -> Paused:
+    def ours(preset: str, whole: dict[str, Any] = batch) -> Paused:
         options = {"lr_scheduler_type": "constant", "parity": True, "teacher_update_every": 0}
-        return Paused(lambda clock: steps.train(preset, fresh(), batch, processor, count, clock, **options))
+        collated = steps.as_collated(whole)
+        return Paused(lambda clock: steps.train(preset, fresh(), collated, processor, count, clock, **options))
 
     return {
-        "FLYP, hand-written, as published": bare(steps.padded(ready, processor)),
-        "FLYP, ours": ours("flyp"),
-        "CaRot, ours": ours("carot"),
+        PUBLISHED: bare(steps.padded(ready, processor)),
+        FLYP: ours("flyp"),
+        CAROT: ours("carot"),
         "CaRot, hand-written, as published": bare(steps.padded(ready, processor), steps.CAROT_WEIGHT),
-        "FLYP, bare loop, captions trimmed": bare(ready),
-        "CaRot, bare loop, captions trimmed": bare(ready, steps.CAROT_WEIGHT),
+        BARE_FLYP: bare(ready),
+        BARE_CAROT: bare(ready, steps.CAROT_WEIGHT),
+        FEW: ours("flyp", few),
+        BARE_FEW: bare({**few, "pixel_values": pixels}),
     }
 
 
@@ -130,7 +140,7 @@ def measure(runs: dict[str, Bare | Paused], rounds: int) -> dict[str, list[float
 
 def check_losses(losses: dict[str, list[float]]) -> None:
     """Stop if two variants of a method do not train alike."""
-    for method in ("FLYP", "CaRot"):
+    for method in ("FLYP", "CaRot", "few"):
         rows = [values for name, values in losses.items() if name.startswith(method)]
         for row in rows[1:]:
             if max(abs(a - b) for a, b in zip(row, rows[0], strict=True)) > 2e-3:
@@ -153,21 +163,45 @@ def main() -> None:
     print("| step | median seconds | fastest |\n|---|---|---|")
     for name, times in seconds.items():
         print(f"| {name} | {statistics.median(times):.3f} | {min(times):.3f} |")
-    published, flyp, carot, _, bare_flyp, bare_carot = runs
-    print("\n| ratio | median of the rounds | middle half | of the fastest | target |\n|---|---|---|---|---|")
-    for title, above, below, target, least in (
-        ("FLYP as published / ours", published, flyp, 1.12, True),
-        ("CaRot / FLYP, ours", carot, flyp, 1.34, False),
-        ("FLYP, ours / bare loop", flyp, bare_flyp, 1.03, False),
-        ("CaRot, ours / bare loop", carot, bare_carot, 1.03, False),
-    ):
-        ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-        value = statistics.median(ratios)
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (value, value, value)
-        met = value >= target if least else value <= target
-        said = f"at {'least' if least else 'most'} {target}: {'met' if met else 'MISSED'}"
-        fastest = min(seconds[above]) / min(seconds[below])
-        print(f"| {title} | {value:.3f} | {low:.3f} to {high:.3f} | {fastest:.3f} | {said} |")
+    print()
+    print(targets(seconds))
+
+
+def targets(seconds: dict[str, list[float]]) -> str:
+    """The table of the ratios and what they should be; CaRot / FLYP is held against that of the bare loops."""
+    pairs = {
+        "FLYP as published / ours": (PUBLISHED, FLYP),
+        "CaRot / FLYP, bare loops": (BARE_CAROT, BARE_FLYP),
+        "CaRot / FLYP, ours": (CAROT, FLYP),
+        "FLYP, ours / bare loop": (FLYP, BARE_FLYP),
+        "CaRot, ours / bare loop": (CAROT, BARE_CAROT),
+        "FLYP with few captions, ours / bare loop": (FEW, BARE_FEW),
+    }
+    ratios = {
+        title: [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+        for title, (above, below) in pairs.items()
+    }
+    medians = {title: statistics.median(values) for title, values in ratios.items()}
+    allowed = min(1.34, medians["CaRot / FLYP, bare loops"] + 0.02)
+    goals: dict[str, tuple[str, float]] = {
+        "FLYP as published / ours": ("least", 1.25),
+        "CaRot / FLYP, ours": ("most", allowed),
+        "FLYP, ours / bare loop": ("most", 1.03),
+        "CaRot, ours / bare loop": ("most", 1.02),
+        "FLYP with few captions, ours / bare loop": ("most", 1.0),
+    }
+    rows = [["ratio", "median of the rounds", "middle half", "of the fastest", "target"]]
+    for title, values in ratios.items():
+        value = medians[title]
+        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (value, value, value)
+        said = ""
+        if title in goals:
+            side, goal = goals[title]
+            met = value >= goal if side == "least" else value <= goal
+            said = f"at {side} {goal:.4g}: {'met' if met else 'MISSED'}"
+        above, below = (min(seconds[name]) for name in pairs[title])
+        rows.append([title, f"{value:.3f}", f"{low:.3f} to {high:.3f}", f"{above / below:.3f}", said])
+    return table(rows)
 
 
 if __name__ == "__main__":
