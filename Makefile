@@ -20,7 +20,8 @@ SPACE := .venv-space
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 REHEARSAL := .venv-rehearsal
-ALL := docs test-cpus rehearsal test-space test-package test-versions test-slow report
+# Parts joined by + run at once.
+ALL := docs test-cpus rehearsal+test-space+test-package test-versions test-slow report
 PIP := -m pip install --quiet --disable-pip-version-check
 # Tests run in as many processes as there are cores, eight at most; `make test JOBS=1`: in one.
 JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() or 1))")
