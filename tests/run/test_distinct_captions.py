@@ -162,6 +162,7 @@ def test_what_counts_as_dropout(model):
     model.text_model.encoder.layers[1].self_attn.dropout = 0.0
     model.vision_model.encoder.layers[1].self_attn.dropout = 0.1
     assert not has_text_dropout(model), "the image tower's is no matter"
+    pytest.importorskip("peft")
     adapted = add_lora(model, 2, None, 0)
     assert not has_text_dropout(adapted.base_model.model)
     adapted.base_model.model.text_model.encoder.layers[0].mlp.fc1.lora_dropout["default"] = torch.nn.Dropout(0.1)
