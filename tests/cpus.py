@@ -35,6 +35,7 @@ TESTS = (
     "objective/test_gradient_cache.py::test_the_parts_add_up_to_the_gradient_of_the_whole",
     "objective/test_gradient_cache.py::test_the_cache_trains_as_the_large_batch_does[carot-2024]",
     "objective/test_gradient_cache.py::test_the_cache_trains_as_the_large_batch_does[tracer]",
+    "run/test_distinct_captions.py",
     "run/test_distributed.py::test_two_processes_equal_one_with_the_whole_batch",
 )  # fmt: skip
 MKL = ({}, {"MKL_CBWR": "COMPATIBLE"}, {"MKL_CBWR": "AVX2"})
