@@ -80,19 +80,6 @@ def plain_loop(model: Any, transform: Any, pictures: Pictures, head: Tensor, bat
     return right / len(pictures)
 
 
-def turns(runs: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Processor seconds of each run by rounds, but for the first, forwards and backwards; and what they returned."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    found = {}
-    for number in range(rounds + 1):
-        for name in list(runs) if number % 2 else list(runs)[::-1]:
-            start = time.process_time()
-            found[name] = runs[name]()
-            if number:
-                seconds[name].append(time.process_time() - start)
-    return seconds, found
-
-
 def row(name: str, seconds: list[float], count: int, peer: list[float]) -> str:
     """A line of the table: milliseconds a unit, and the ratio to the peer, with the middle half of the rounds."""
     ratios = [other / own for own, other in zip(seconds, peer, strict=True)]
@@ -133,7 +120,7 @@ def main() -> None:
         "plain loop, images": lambda: plain_loop(model, transform, pictures, head, same),
         **{f"ours, head and images, batches of {size}": ours(size) for size in sizes},
     }
-    seconds, found = turns(runs, options.rounds)
+    seconds, found = steps.turns(runs, options.rounds, time.process_time)
     if len(set(found.values())) > 1:
         raise SystemExit(f"Expected one accuracy, got {found}.")
     print(

@@ -49,15 +49,7 @@ EQUAL = 1e-4  # losses of one batch
 def measure(task: Task, rounds: int, names: list[str]) -> dict[str, list[float]]:
     """Seconds of the processor of each contestant's steps, but for the first."""
     runs = {name: CONTESTANTS[name][0](task) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        for name in names if number % 2 else names[::-1]:
-            start, wall = time.process_time(), time.perf_counter()
-            runs[name]()
-            elapsed, waited = time.process_time() - start, time.perf_counter() - wall
-            if number:
-                seconds[name].append(elapsed)
-                print(f"round {number}: {name}: {elapsed:.3f} ({waited:.3f} waited)", file=sys.stderr, flush=True)
+    seconds, _ = steps.turns(runs, rounds, time.process_time)
     first = {}
     for name, run in runs.items():
         if isinstance(run, Paused):

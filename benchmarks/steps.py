@@ -6,9 +6,10 @@ import copy
 import itertools
 import os
 import platform
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,28 @@ def timed(step: Callable[[], Tensor], steps: int, device: str = "cpu") -> tuple[
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
     return seconds[1:], losses[1:]
+
+
+def turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Let several take turns, forwards and backwards, so that a machine that slows down does so for all.
+
+    Args:
+        runs: By name.
+        rounds: That count; one before them does not.
+        clock: ``time.perf_counter``, or ``time.process_time`` where others work on the machine.
+    Returns:
+        Seconds by name and round, and what each returned last.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    found = {}
+    for number in range(rounds + 1):
+        for name in list(runs) if number % 2 else list(runs)[::-1]:
+            start, wall = clock(), time.perf_counter()
+            found[name] = runs[name]()
+            elapsed, waited = clock() - start, time.perf_counter() - wall
+            if number:
+                seconds[name].append(elapsed)
+                print(f"round {number}: {name}: {elapsed:.3f} ({waited:.3f} waited)", file=sys.stderr, flush=True)
+    return seconds, found

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -117,16 +116,7 @@ def variants(size: dict[str, int], batch_size: int, count: int) -> dict[str, Bar
 
 def measure(runs: dict[str, Bare | Paused], rounds: int) -> dict[str, list[float]]:
     """Seconds of each variant's steps, but for the first; all losses of a method must agree."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        order = list(runs) if number % 2 else list(runs)[::-1]
-        for name in order:
-            start = time.perf_counter()
-            runs[name]()
-            elapsed = time.perf_counter() - start
-            if number:
-                seconds[name].append(elapsed)
-                print(f"round {number}: {name}: {elapsed:.3f}", file=sys.stderr, flush=True)
+    seconds, _ = steps.turns(runs, rounds, time.perf_counter)
     losses = {}
     for name, run in runs.items():
         if isinstance(run, Paused):

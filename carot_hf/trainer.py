@@ -276,8 +276,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
 
         Args:
             model: The student, possibly wrapped.
-            inputs: ``pixel_values``, ``input_ids``, ``attention_mask``; ``labels`` may be there.
-            return_outputs: Return the model's output as well.
+            inputs: ``pixel_values``, ``input_ids``; ``attention_mask``, ``labels``, ``caption_index`` may be there.
+            return_outputs: Return the model's output as well; with ``caption_index`` each of its texts is there once.
             num_items_in_batch: Not used: every term is a mean over the micro-batch.
         """
         share = 1.0 / getattr(self, "current_gradient_accumulation_steps", 1)

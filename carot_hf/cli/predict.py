@@ -54,7 +54,13 @@ def main(argv: Sequence[str]) -> None:
     if len(names) < 2:
         raise ValueError(f"Expected two classes or more, got {names}. Name what the images may show.")
     predictor = Predictor(
-        loaded.model, loaded.processor, names, templates, calibrator=loaded.calibrator, batch_size=options.batch_size
+        loaded.model,
+        loaded.processor,
+        names,
+        templates,
+        calibrator=loaded.calibrator,
+        batch_size=options.batch_size,
+        keep_heads=True,
     )
     facts = {"model": options.model, "weights": fingerprint(loaded.model), "classes": names, "templates": templates}
     if tables := {str(place): place.stat().st_size for place in options.images if is_table(place)}:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..basics.escape import guarded
-from ..basics.whole_file import failed_to_write, whole_file
+from ..basics.whole_file import whole_file
 from ..data.captions import CaptionTable, class_embeddings
 
 logger = guarded(logging.getLogger(__name__))
@@ -54,11 +54,9 @@ def kept_class_embeddings(model: Any, captions: CaptionTable, folder: str | Path
         place.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as beside:
             save_file({_NAME: made.cpu().contiguous()}, beside)
-        for old in sorted(place.glob("*.safetensors"), key=os.path.getmtime)[:-MOST_FILES]:
+        for old in sorted(place.glob(f"{'[0-9a-f]' * 64}.safetensors"), key=os.path.getmtime)[:-MOST_FILES]:
             old.unlink(missing_ok=True)
-    except OSError as error:
-        if not failed_to_write(error):
-            raise
+    except (OSError, SafetensorError) as error:  # no room, no permission, or another process does the same
         logger.info("The class embeddings are not kept: %s", error)
     return made
 

@@ -14,7 +14,7 @@ from ..calibration.density import DensityCalibrator
 from ..calibration.links import at_scaling, check_link, chunk_of
 from ..calibration.record import calibration_record, kept_sets
 from ..data.batches import CaRotCollator
-from ..data.captions import CaptionTable
+from ..data.captions import CaptionTable, class_embeddings
 from ..data.images import BadImageError
 from ..data.pictures import Picture, PictureRows
 from ..data.shift_set import ShiftSet
@@ -60,6 +60,7 @@ class Predictor:
         templates: Captions with ``{}`` for the name; of a `CLIPClassifier` nothing depends on them.
         calibrator: Divides the logits of each image; ``None``: nothing does.
         batch_size: Images at a time.
+        keep_heads: As of an :class:`~carot_hf.Evaluator`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Predictor:
         *,
         calibrator: DensityCalibrator | None = None,
         batch_size: int = 64,
+        keep_heads: bool = False,
     ) -> None:
         self.model, self.class_names = model, list(class_names)
         own = getattr(model, "density", None)
@@ -84,8 +86,9 @@ class Predictor:
         else:
             options = caption_options(model.config, processor.tokenizer)
             captions = CaptionTable(processor.tokenizer, self.class_names, templates, **options)
+            embed = kept_class_embeddings if keep_heads else class_embeddings
             with torch.no_grad():
-                self._link, self._head = backbone_of(model).link, head_of(model, kept_class_embeddings(model, captions))
+                self._link, self._head = backbone_of(model).link, head_of(model, embed(model, captions))
         record = calibration_record(model)
         known = {} if record is None else kept_sets(record)
         same = record is not None and record.get("classes", self.class_names) == self.class_names

@@ -24,7 +24,8 @@ def embeds_of(outputs: Any, inputs: Mapping[str, Any]) -> Embeds:
     """
     image, text = unit(outputs.image_embeds), unit(outputs.text_embeds)
     index = inputs.get(CAPTION_INDEX)
-    return image, text if index is None else text.index_select(0, index)
+    # F.embedding, since the gradient of an index_select is summed in no fixed order on a GPU
+    return image, text if index is None else F.embedding(index, text)
 
 
 def unit(embeds: Tensor) -> Tensor:

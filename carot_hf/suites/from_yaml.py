@@ -86,6 +86,10 @@ def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
         raise ValueError(f"Expected YAML in {path}, got {error}. Correct that line.") from error
     where, inner = str(path), suite_in(content)
     if inner is not None:
+        if beside := sorted(content.keys() & _SUITE_KEYS.keys()):
+            raise ValueError(
+                f"{path}: {beside[0]}: expected all of the suite under `suite`, got this key beside it. Move it there."
+            )
         where, content = f"{path}: suite", inner
     return suite_from_description(content, where, path.parent, name=path.stem, streaming=streaming)
 

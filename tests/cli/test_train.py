@@ -83,6 +83,9 @@ def test_a_file_may_hold_its_suite_too(fruit, tmp_path, monkeypatch):
     assert (suite.content_hash, suite.test.name) == (alone.content_hash, "home")
     assert load_suite("fruit/run.yaml").content_hash == alone.content_hash, "as other commands take it"
     assert train_options.parse([*words, "--suite", "digits"])[2].name == "digits"
+    run.write_text(f"{run.read_text()}\ntest: {{path: sketch}}\n")
+    with pytest.raises(ValueError, match=r"run.yaml: test: expected all of the suite under `suite`"):
+        load_suite("fruit/run.yaml")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,7 @@ def test_a_file_may_hold_its_suite_too(fruit, tmp_path, monkeypatch):
         ("run.yaml", "{tset: {path: test}}", "run.yaml: suite: "),
         ("run.yaml", "{test: {path: none}}", "run.yaml: suite: test"),
         ("run.yaml", "{train: {path: train}, test: {path: test}}", "run.yaml: suite: validation: expected this key"),
+        ("run.yaml", "{test: {path: test}}\ntest: {path: test}", "expected an option, got 'test'"),
         ("run.txt", "{test: {path: test}}", "Expected a file .yaml as --config with a suite in it"),
     ],
 )
