@@ -237,6 +237,8 @@ def turns(
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Let several take turns, forwards and backwards, so that a machine that slows down does so for all.
 
+    Each round begins with another one, or who is first and last would follow itself each time, and nobody else would.
+
     Args:
         runs: By name.
         rounds: That count; one before them does not.
@@ -247,7 +249,8 @@ def turns(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     found = {}
     for number in range(rounds + 1):
-        for name in list(runs) if number % 2 else list(runs)[::-1]:
+        names = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]
+        for name in names if number % 2 else names[::-1]:
             start, wall = clock(), time.perf_counter()
             found[name] = runs[name]()
             elapsed, waited = clock() - start, time.perf_counter() - wall
