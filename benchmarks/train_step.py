@@ -149,7 +149,8 @@ def main() -> None:
     seconds = measure(runs, options.rounds)
     print(
         f"`python benchmarks/train_step.py --only {options.only}`, batch {batch_size}, captions of "
-        f"{steps.SHORTEST} to {steps.LONGEST} tokens, {options.rounds} rounds, {steps.versions()}, {torch.get_num_threads()} threads\n"
+        f"{steps.SHORTEST} to {steps.LONGEST} tokens, {options.rounds} rounds, {steps.versions()}, "
+        f"{torch.get_num_threads()} threads\n"
     )
     print("| step | median seconds | fastest |\n|---|---|---|")
     for name, times in seconds.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from .data.augment import AUGMENTATIONS
 from .objective.losses import SAME_CLASS
-from .objective.terms import TEXT, VISUAL, penalties, weight_fields
+from .objective.terms import MOVED, PAIRS, TEXT, VISUAL, fields_with, penalties, weight_fields
 from .teacher.average import check_momentum
 
 TEACHERS = ("ema", "frozen", "beta")
@@ -152,7 +152,7 @@ def _check_objective(args: Any) -> None:
                 "use the preset 'lp-ft' or `objective` 'cross_entropy'."
             )
         return
-    for name in weight_fields():
+    for name in fields_with(PAIRS, MOVED, VISUAL, TEXT):
         if getattr(args, name):
             raise ValueError(
                 f"Expected `{name}` 0 with the objective 'cross_entropy', got {getattr(args, name)}. It needs both "

@@ -72,6 +72,55 @@ PRESETS: dict[str, Preset] = {
         "(arXiv 2605.29380): its FD + CRD, 0.9 (L_fd + 2 L_kd), without ICL and CrossKD. The published code weighs "
         "0.9 (3.906 L_fd + L_kd + ICL + CrossKD) and flips images.",
     ),
+    "static": Preset(
+        {"distillation_weight": 0.75, "teacher": "frozen"},
+        "CaRot with a teacher that never moves: the last row of CaRot 2023's Table 2; Static SD of TRACER "
+        "(arXiv 2605.29380), Table 2, whose weight is not said.",
+    ),
+    "fd": Preset(
+        {
+            "distillation_weight": 0.0,
+            "feature_distillation_weight": 0.9,
+            "teacher": "beta",
+            "teacher_update_every": 1,
+        },
+        "Contrastive loss + distillation of features alone from a beta-weighted mean of all snapshots. TRACER "
+        "(arXiv 2605.29380), Table 8; the weight is that of our tracer, the published code has 0.9 x 3.906.",
+    ),
+    "l2-sp": Preset(
+        {"distillation_weight": 0.0, "l2_sp_weight": 0.01},
+        "Contrastive loss + the squared distance of the weights to those of the start. Li et al. 2018 "
+        "(arXiv 1802.01483), Eq. 5; on CLIP in TRACER (arXiv 2605.29380), Table 2, which does not say the weight: 0.01 "
+        "is ours.",
+    ),
+    "dive": Preset(
+        {"distillation_weight": 0.0, "difference_vector_weight": 1000.0},
+        "Contrastive loss + 1,000 x (AVL + PVL): all images and texts are to move alike. DiVE (arXiv 2511.09973), read "
+        "in notes on the paper, which has no public code; it takes a reference set such as CC3M where this takes the "
+        "training batch.",
+    ),
+    "lipsum": Preset(
+        {
+            "objective": "cross_entropy",
+            "distillation_weight": 0.0,
+            "energy_gap_weight": 1.0,
+            "weight_decay": 0.0,
+        },
+        "ft + the squared difference to the start model's energies with 80 random texts a step. Lipsum-FT "
+        "(arXiv 2404.00860); weight, rate and decay of its code, which takes batches of 256 and 50,000 steps and keeps "
+        "exp(logit_scale) apart from the head that is trained.",
+    ),
+    "car-ft": Preset(
+        {
+            "objective": "cross_entropy",
+            "distillation_weight": 0.0,
+            "context_distillation_weight": 1.0,
+            "learning_rate": 3e-5,
+            "max_grad_norm": 1.0,
+        },
+        "ft + the divergence from the start model's distribution over the templates. CAR-FT (arXiv 2211.16175); "
+        "weight, direction and scale are not in what could be read of it: 1, that of distillation, the start model's.",
+    ),
 }
 
 

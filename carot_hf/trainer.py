@@ -45,7 +45,7 @@ from .run.announce import announce
 from .run.callbacks import LogitScaleCallback
 from .run.checks import check_optimizer, check_options, check_training_set
 from .run.lock import refuse_file
-from .run.method import TeacherMaker, teacher_callback
+from .run.method import CompanionMaker, Companions
 from .run.parts import CheckpointParts
 from .run.resume import used_arguments
 from .run.resumption import facts_of_run
@@ -53,7 +53,6 @@ from .run.search import search_goal
 from .run.step import LossStep
 from .run.trainer import RunTrainer
 from .teacher.average import Teacher, half_life
-from .teacher.callback import TeacherCallback
 from .training_args import CaRotTrainingArguments
 
 logger = guarded(logging.get_logger(__name__))
@@ -136,8 +135,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         self.label_smoother = None  # label_smoothing_factor acts in our own loss
         self.teacher: Teacher | None = None
         self._written_teacher: list[str] = []  # files of the latest `save_teacher`
-        self._teachers, self._made_callbacks = TeacherMaker(), list[Any]()
-        self._teacher_callback: TeacherCallback | None = None
+        self._maker, self._made_callbacks = CompanionMaker(), list[Any]()
+        self._companions = Companions()
         self._set_up()
 
     # ---- what is trained, by the model and the arguments of this moment ----
@@ -171,17 +170,11 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
 
     def _set_up_method(self, args: CaRotTrainingArguments) -> None:
         self.method = Objective(args, self._link)
-        self.teacher, self._teacher_callback = None, None
-        made: list[Any] = []
-        if self.method.clamps_scale:
-            made.append(LogitScaleCallback(args.max_logit_multiplier))
-        if args.needs_teacher:
-            options = self.accelerator.state.dynamo_plugin.to_kwargs() if args.torch_compile else None
-            self.teacher = self._teachers.make(self.model, self._student, options)
-            self._teacher_callback = teacher_callback(self.teacher, args)
-            made.append(self._teacher_callback)
-        else:
-            self._teachers = TeacherMaker()
+        options = self.accelerator.state.dynamo_plugin.to_kwargs() if args.torch_compile else None
+        self._companions = self._maker.make(args, self._prepared, self.model, self._student, options)
+        self.teacher = self._companions.teacher
+        made = [LogitScaleCallback(args.max_logit_multiplier)] if self.method.clamps_scale else list[Any]()
+        made += self._companions.callbacks
         # where the former ones were: the user's own callbacks see the teacher after its update as they did before
         others = [callback for callback in self.callback_handler.callbacks if callback not in self._made_callbacks]
         at = others.index(self.termination) + 1 if self.termination in others else len(others)
@@ -190,6 +183,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             self.method,
             None if self.teacher is None else self.teacher.model,
             self.captions,
+            self._companions.start,
             unwrap=self.accelerator.unwrap_model,
             autocast=self.accelerator.autocast,
             prepare=self._prepare_inputs,
@@ -262,7 +256,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Take the batches of a step from the loader."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self._step.begin(batches if self.args.contrastive_batch_size else [])
+        self._step.begin(batches if self.args.contrastive_batch_size else [], self.state.global_step)
         return batches, items
 
     def compute_loss(
@@ -308,7 +302,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         means = self._step.means(reduce) if "loss" in logs else {}
         if means:
             logs.update(means)
-            callback = self._teacher_callback
+            callback = self._companions.moves
             if callback is not None and callback.momentum is not None:
                 logs["teacher_momentum"] = callback.momentum
                 if callback.momentum < 1:
@@ -385,7 +379,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
     @property
     def parts(self) -> CheckpointParts:
         """What of the run a checkpoint holds beside what Trainer saves."""
-        return CheckpointParts(self._student, self.teacher, sharded=self.is_deepspeed_enabled)
+        return CheckpointParts(self._student, self.teacher, self._companions.start, sharded=self.is_deepspeed_enabled)
 
     def facts(self) -> dict[str, Any]:
         """What this run is."""
@@ -411,7 +405,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             steps=steps,
             epochs=epochs,
             first_step=0 if saved is None else saved.step,
-            update_every=None if self._teacher_callback is None else self._teacher_callback.update_every,
+            update_every=None if self._companions.moves is None else self._companions.moves.update_every,
             transform=name_of(self._own_transform),
         )
 

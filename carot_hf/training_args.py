@@ -21,7 +21,7 @@ from .calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_
 from .data.augment import AUGMENTATIONS
 from .models.lora import check_lora_options, check_penalties
 from .objective.losses import SAME_CLASS
-from .objective.terms import needs_teacher
+from .objective.terms import needs_start, needs_teacher
 from .presets import preset_arguments
 
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
@@ -131,6 +131,20 @@ class CaRotTrainingArguments(TrainingArguments):
     feature_distillation_weight: float = _option(
         0.0, "Weight of the squared distance to the teacher's embeddings (TRACER)."
     )
+    energy_gap_weight: float = _option(
+        0.0, "Weight of the squared difference to the start model's energies with random texts (Lipsum-FT)."
+    )
+    context_distillation_weight: float = _option(
+        0.0, "Weight of the divergence from the start model's distribution over the templates (CAR-FT)."
+    )
+    difference_vector_weight: float = _option(
+        0.0, "Weight of how unlike the moves of the embeddings since the start are, to their mean and in a pair (DiVE)."
+    )
+    l2_sp_weight: float = _option(
+        0.0,
+        "Weight of the squared distance of the trained weights to those of the start; with LoRA of the adapters' "
+        "products (L2-SP).",
+    )
     orthogonality_weight: float = _option(
         0.0, "Weight of the orthogonality penalty on the visual projection (CaRot-2024)."
     )
@@ -219,7 +233,8 @@ class CaRotTrainingArguments(TrainingArguments):
         """Make arguments from a method's name.
 
         Args:
-            preset: A key of ``PRESETS``: "ft", "ft-ls", "lp-ft", "flyp", "flyp-ls", "carot", "carot-2024", "tracer".
+            preset: A key of ``PRESETS``: "ft", "ft-ls", "lp-ft", "flyp", "flyp-ls", "carot", "carot-2024", "tracer",
+                "static", "fd", "l2-sp", "dive", "lipsum", "car-ft".
             **overrides: Any argument, ``output_dir`` first of all; they go before the preset. For a suite pass
                 ``**{**suite.recommended, ...}``.
         Raises:
@@ -343,9 +358,19 @@ class CaRotTrainingArguments(TrainingArguments):
         return self.on_bad_image == "skip"
 
     @property
+    def moves_every(self) -> int:
+        """Optimizer steps between updates of the teacher; 0: it never moves."""
+        return 0 if self.teacher == "frozen" else self.teacher_update_every
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether a term of the loss reads a teacher."""
         return needs_teacher(self)
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether a term of the loss reads the model that the run started from."""
+        return needs_start(self)
 
     @property
     def clamps_logit_scale(self) -> bool:

@@ -29,7 +29,8 @@ data
   --data_root D                  folder of local copies of ImageNet and its shifts, in place of the Hub
   --streaming, --shifts, --partial   see --help_all
 method
-  --preset P                     carot (default), carot-2024, tracer, flyp, flyp-ls, ft, ft-ls, lp-ft
+  --preset P                     carot (default), carot-2024, tracer, flyp, flyp-ls, ft, ft-ls, lp-ft,
+                                 static, fd, l2-sp, dive, lipsum, car-ft
   --model_name_or_path M         checkpoint to start from; default: the suite's own
   --label_smoothing_factor E     epsilon of the -ls presets
   --lora_rank R                  train LoRA adapters of this rank only; default: all weights

@@ -218,6 +218,33 @@ class CaptionTable:
             self._own.update(zip(part, self._rows(part), strict=True))
         return cut
 
+    def random(self, count: int, length: int, seed: Sequence[int]) -> dict[str, Tensor]:
+        """Return strings of random tokens between the markers that captions have; special tokens are not drawn.
+
+        Args:
+            count: Strings.
+            length: Tokens of each, without the markers.
+            seed: What the draws are a function of.
+        Returns:
+            As `lookup`, ``(count, length + 2)``.
+        """
+        table = self.input_ids.view(-1, self.input_ids.shape[-1])
+        begin, end = table[0, 0], table[0, int(self.lengths.flatten()[0]) - 1]
+        special = np.array([*self._tokenizer.all_special_ids, int(begin), int(end)])
+        plain = np.setdiff1d(np.arange(self._vocab_size or len(self._tokenizer)), special)
+        drawn = plain[np.random.default_rng(list(seed)).integers(len(plain), size=(count, length))]
+        ids = torch.cat([begin.expand(count, 1), torch.from_numpy(drawn), end.expand(count, 1)], dim=1).long()
+        return {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if self._masked else {})}
+
+    def check_random(self, length: int) -> None:
+        """Raise a ValueError where `random` cannot be: the tower reads the padding, or its context is too short."""
+        if self._padded or length + 2 > self._max_length:
+            raise ValueError(
+                f"Expected a text tower of CLIP's kind, with a context of at least {length + 2} tokens, for "
+                f"`energy_gap_weight`, got one of {self._max_length} tokens{', all of which it reads' * self._padded}. "
+                "Its random texts are read from the published code, which has them for CLIP: set the weight to 0."
+            )
+
     def _rows(self, captions: Sequence[str]) -> list[NDArray[np.int32]]:
         """Tokens of each caption, cut at the model's context, not padded."""
         encoded = self._tokenizer(

@@ -21,7 +21,7 @@ _OF_A_MODEL = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
-_OURS = ("teacher.safetensors", "beside_adapters.safetensors")  # in a checkpoint, beside the model
+_OURS = ("teacher.safetensors", "start.safetensors", "beside_adapters.safetensors")  # in a checkpoint, beside the model
 
 
 def published_files(folder: str | Path, names: Iterable[str]) -> list[str]:

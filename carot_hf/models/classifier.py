@@ -10,6 +10,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +74,13 @@ class CLIPClassifierConfig(PreTrainedConfig):
                 f"Expected `problem_type` None or 'single_label_classification', got {self.problem_type!r}. "
                 "The probabilities of this model are a softmax."
             )
+
+
+@dataclass
+class CLIPClassifierOutput(ImageClassifierOutput):
+    """``ImageClassifierOutput``, and ``image_embeds`` ``(b, D)`` of length 1 where they were asked for."""
+
+    image_embeds: Tensor | None = None
 
 
 class CLIPClassifier(CLIPPreTrainedModel):
@@ -244,7 +252,8 @@ class CLIPClassifier(CLIPPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-    ) -> ImageClassifierOutput | tuple[Any, ...]:
+        output_image_embeds: bool = False,
+    ) -> CLIPClassifierOutput | tuple[Any, ...]:
         """Classify images.
 
         Args:
@@ -254,6 +263,7 @@ class CLIPClassifier(CLIPPreTrainedModel):
             output_hidden_states: See there.
             output_attentions: See there.
             return_dict: See there.
+            output_image_embeds: Give the normalised features as ``image_embeds``, too.
         Returns:
             ``logits`` ``(b, K)`` in at least float32; with labels ``loss``, their mean cross-entropy in nats.
         Raises:
@@ -271,10 +281,15 @@ class CLIPClassifier(CLIPPreTrainedModel):
         if labels is not None:
             check_labels(labels, len(logits))
             loss = F.cross_entropy(logits, labels.to(logits.device, torch.int64))
-        output = ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        output = CLIPClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_embeds=embeds if output_image_embeds else None,
         )
-        return self._returned(output, return_dict)
+        returned: CLIPClassifierOutput | tuple[Any, ...] = self._returned(output, return_dict)
+        return returned
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
         as_object = self.config.return_dict if return_dict is None else return_dict

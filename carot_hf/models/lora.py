@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,44 @@ def check_folder(folder: str | Path) -> None:
             f"Expected a folder without adapters for the merged model, got {folder} with {_ADAPTER_CONFIG}. "
             f"`from_pretrained` would apply them on top: remove it or choose another folder; {_SEE}"
         )
+
+
+@dataclass(frozen=True)
+class Product:
+    """What an adapter adds to a weight: ``scale * b @ a``.
+
+    Attributes:
+        names: Of the two parameters.
+        a: ``(r, in)``.
+        b: ``(out, r)``.
+        scale: ``lora_alpha / r``.
+    """
+
+    names: list[str]
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def adapter_products(model: Any) -> list[Product]:
+    """Return what each adapter adds to its layer.
+
+    Raises:
+        ValueError: If an adapter adds something else than the product of two matrices to the weights.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if _ADAPTER in getattr(module, "lora_A", {}):
+            a, b = module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight
+            plain = a.dim() == b.dim() == 2 and not getattr(module, "lora_magnitude_vector", {})
+            if not plain:
+                raise ValueError(
+                    f"Expected plain LoRA on linear layers for `l2_sp_weight`, got another kind on {name}. What it "
+                    f"adds to the weights is no product B A: set the weight to 0; {_SEE}"
+                )
+            names = [f"{name}.lora_{part}.{_ADAPTER}.weight" for part in "AB"]
+            found.append(Product(names, a, b, float(module.scaling[_ADAPTER])))
+    return found
 
 
 def save_beside(model: nn.Module, folder: str | Path) -> None:

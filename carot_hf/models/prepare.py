@@ -16,6 +16,7 @@ from ..basics.precision import not_finite
 from ..calibration.record import calibration_record
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.suite import ShiftSuite
+from ..objective.terms import needs_start_texts
 from .backbones import TABLE, backbone_of, caption_options, check_method, has_text_dropout, is_backbone
 from .classifier import CLIPClassifier, export_classifier
 from .lora import add_lora, base_model, cast_frozen, check_adapters, is_adapted, merged, refuse_own_adapters
@@ -35,12 +36,14 @@ class Prepared:
         link: From logits to probabilities: "softmax" or "sigmoid".
         captions: The suite's captions as its text tower takes them.
         arguments: What `ARGUMENTS` were.
+        clip: The model that a classifier was made of, where a term embeds texts with it; else ``None``.
     """
 
     model: Any
     link: str
     captions: CaptionTable
     arguments: Mapping[str, Any]
+    clip: Any = None
 
 
 def prepare_model(model: Any, args: Any, suite: ShiftSuite, processor: Any) -> Prepared:
@@ -87,14 +90,26 @@ def prepare_model(model: Any, args: Any, suite: ShiftSuite, processor: Any) -> P
             f"{getattr(network.config, '_name_or_path', '') or type(network).__name__}. Load another checkpoint."
         )
     captions = captions_of(network, suite, processor)
+    clip = None
     if model is network and args.lora_rank:
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-    elif is_backbone(network) and args.objective == "cross_entropy":
-        model = zero_shot_classifier(model, suite, captions)
+    elif args.objective == "cross_entropy":
+        clip = _with_texts(network) if needs_start_texts(args) else None
+        model = zero_shot_classifier(model, suite, captions) if is_backbone(network) else model
     _freeze(model, args.freeze)
     if suite.sources:  # saved with the model
         model.config.prompt_sources = dict(suite.sources)
-    return Prepared(model, link, captions, {name: getattr(args, name) for name in ARGUMENTS})
+    return Prepared(model, link, captions, {name: getattr(args, name) for name in ARGUMENTS}, clip)
+
+
+def _with_texts(network: Any) -> Any:
+    """A model that a term can embed texts with."""
+    if not is_backbone(network):
+        raise ValueError(
+            f"Expected a CLIPModel to start from with `energy_gap_weight` or `context_distillation_weight`, got "
+            f"{type(network).__name__}. They embed texts, and it has no text tower: start from the CLIPModel."
+        )
+    return network
 
 
 def zero_shot_classifier(model: Any, suite: ShiftSuite, captions: CaptionTable) -> CLIPClassifier:

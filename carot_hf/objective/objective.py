@@ -15,7 +15,7 @@ from torch import Tensor
 from ..basics.processes import row_counts
 from .gather import gather_rows, local_columns
 from .losses import same_class_targets, similarity_logits
-from .terms import CLASSES, PAIRS, TEACHER_LOGITS, TERMS, TEXT, VISUAL, Step, Term
+from .terms import CLASSES, PAIRS, TEACHER_LOGITS, TERMS, TEXT, VISUAL, Started, Step, Term
 
 Embeds = tuple[Tensor, Tensor]
 Head = Sequence[Tensor]  # logit_scale and, with a sigmoid, logit_bias
@@ -56,7 +56,11 @@ class Objective:
             row
             for row in TERMS.values()
             if self.link in row.links
-            and (main in row.needs if row.weight is None else row.weight_in(self.args) > 0 and main == PAIRS)
+            and (
+                main in row.needs
+                if row.weight is None
+                else row.weight_in(self.args) > 0 and (main == PAIRS or row.of_images)
+            )
         ]
 
     @property
@@ -69,6 +73,10 @@ class Objective:
         """Modules of the student whose weights are penalised."""
         needs = {need for row in self.terms for need in row.needs}
         return [name for name in (VISUAL, TEXT) if name in needs]
+
+    def needs(self, name: str) -> bool:
+        """Whether a term that is on needs something, by its name in :mod:`carot_hf.objective.terms`."""
+        return any(name in row.needs for row in self.terms)
 
     def weighted(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Sum terms with their weights."""
@@ -86,9 +94,13 @@ class Objective:
         smoothing = self.args.label_smoothing_factor
         return " + ".join(parts) + (f", label smoothing {smoothing:g}" if smoothing else "")
 
-    def class_terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The term of a linear head's logits ``(b, K)``."""
-        return self._of_rows(Step(self.args.label_smoothing_factor, logits=(logits,), targets=labels), len(logits))
+    def class_terms(
+        self, logits: Tensor, labels: Tensor, image: Tensor | None = None, start: Started | None = None
+    ) -> dict[str, Tensor]:
+        """The terms of a linear head's logits ``(b, K)`` and, where one needs them, of image embeddings ``(b, D)``."""
+        embeds = None if image is None else (image,)
+        step = Step(self.args.label_smoothing_factor, embeds, logits=(logits,), targets=labels, start=start)
+        return self._of_rows(step, len(logits))
 
     def pair_terms(
         self,
@@ -97,6 +109,7 @@ class Objective:
         labels: Tensor | None,
         taught: Embeds | None = None,
         teacher_head: Head = (),
+        start: Started | None = None,
     ) -> dict[str, Tensor]:
         """The terms that are functions of embeddings of pairs, by name, unweighted.
 
@@ -106,6 +119,7 @@ class Objective:
             labels: ``(b,)`` int64, where there are any.
             taught: Of the teacher, as ``embeds``.
             teacher_head: The teacher's.
+            start: Of the model that the run started from.
         Raises:
             ValueError: If captions of one class are told apart by labels, and there are none.
         """
@@ -113,13 +127,19 @@ class Objective:
         logits = self._pairing.logits(*embeds, head, counts, with_grad=True)
         targets, ignore = self._targets(labels, logits[0], counts)
         step = Step(self.args.label_smoothing_factor, embeds, logits, targets, ignore, taught)
-        if taught is not None and any(TEACHER_LOGITS in row.needs for row in self.terms):
+        step.start = start
+        if taught is not None and self.needs(TEACHER_LOGITS):
             step.teacher_logits = self._pairing.logits(*taught, teacher_head, counts, with_grad=False)
         return self._of_rows(step, len(embeds[0]), counts)
 
-    def weight_terms(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The terms that are functions of weights of :attr:`modules` alone."""
-        return {row.name: row.compute(Step(weights=weights)) for row in self.terms if not row.of_rows}
+    def weight_terms(self, weights: Mapping[str, Tensor], moved: Tensor | None = None) -> dict[str, Tensor]:
+        """The terms that are functions of weights alone.
+
+        Args:
+            weights: Of :attr:`modules`.
+            moved: Squared distance of the trained weights to those that the run started from, if a term needs it.
+        """
+        return {row.name: row.compute(Step(weights=weights, moved=moved)) for row in self.terms if not row.of_rows}
 
     def _of_rows(self, step: Step, rows: int, counts: list[int] | None = None) -> dict[str, Tensor]:
         """Means over this process's rows, weighed so that the mean over the processes is that over all rows."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -24,13 +24,38 @@ from .losses import (
     orthogonality_penalty,
 )
 from .sigmoid import sigmoid_distillation_loss, sigmoid_loss
+from .start_losses import context_distillation_loss, difference_vector_loss, energy_gap_loss
 
+IMAGES = "images"  # embeddings of images, with either objective
 PAIRS = "pairs"  # embeddings of images and captions, their logits and targets
 CLASSES = "classes"  # logits of a linear head, and labels
 TEACHER = "teacher"  # the teacher's embeddings of the same pairs
 TEACHER_LOGITS = "teacher_logits"  # and its logits
+START = "start"  # what the model that the run started from says of the same batch
+RANDOM_TEXTS, CONTEXTS = "random_texts", "contexts"  # embeddings by the start model's text tower
+MEAN = "mean"  # the moving mean of the moves since the start
+MOVED = "moved"  # how far the trained weights are from the start model's
 VISUAL, TEXT = "visual_projection", "text_projection"  # weights of the model, by the name of the module
 EITHER = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Started:
+    """What the model that a run started from says of a batch. What no term needs is not there.
+
+    Attributes:
+        embeds: Of images ``(b, D)`` and, of pairs, captions ``(b, D)``, length 1, at least float32.
+        scale: Its ``logit_scale``, 0-dimensional.
+        random_texts: ``(M, D)``, length 1, of strings of random tokens.
+        contexts: ``(M, D)``, length 1, of the templates.
+        mean: ``(D,)``, the moving mean of the moves since.
+    """
+
+    embeds: tuple[Tensor, ...]
+    scale: Tensor
+    random_texts: Tensor | None = None
+    contexts: Tensor | None = None
+    mean: Tensor | None = None
 
 
 @dataclass
@@ -39,7 +64,7 @@ class Step:
 
     Attributes:
         label_smoothing: epsilon, in [0, 1).
-        embeds: Of images and captions of this process, ``(b, D)`` each, length 1, at least float32.
+        embeds: Of images and, of pairs, captions of this process, ``(b, D)`` each, length 1, at least float32.
         logits: Of this process's rows against the whole batch, ``(b, B)``: images and captions as rows with a softmax,
             images with a sigmoid. Of a linear head ``(b, K)``.
         targets: Columns ``(b,)`` int64, or ``(b, B)`` float; of a linear head labels ``(b,)``.
@@ -47,16 +72,20 @@ class Step:
         taught: Of the teacher, as ``embeds``.
         teacher_logits: Of the teacher, as ``logits``.
         weights: Weights of modules of the student, by name.
+        start: Of the model that the run started from.
+        moved: Squared distance of the trained weights to that model's, 0-dimensional.
     """
 
     label_smoothing: float = 0.0
-    embeds: tuple[Tensor, Tensor] | None = None
+    embeds: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] = ()
     targets: Tensor | None = None
     ignore: Tensor | None = None
     taught: tuple[Tensor, Tensor] | None = None
     teacher_logits: tuple[Tensor, ...] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    start: Started | None = None
+    moved: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +112,12 @@ class Term:
     @property
     def of_rows(self) -> bool:
         """Whether it is a mean over rows."""
-        return bool({PAIRS, CLASSES} & set(self.needs))
+        return bool({PAIRS, CLASSES, IMAGES} & set(self.needs))
+
+    @property
+    def of_images(self) -> bool:
+        """Whether it knows images alone, and goes with either objective."""
+        return IMAGES in self.needs
 
     def weight_in(self, args: Any) -> float:
         """Its weight in training arguments."""
@@ -109,6 +143,30 @@ def _features(step: Step) -> Tensor:
     embeds: Any = step.embeds
     taught: Any = step.taught
     return feature_distillation_loss(*embeds, *taught)
+
+
+def _energy_gap(step: Step) -> Tensor:
+    embeds: Any = step.embeds
+    start: Any = step.start
+    return energy_gap_loss(embeds[0], start.embeds[0], start.random_texts, start.scale)
+
+
+def _context_distillation(step: Step) -> Tensor:
+    embeds: Any = step.embeds
+    start: Any = step.start
+    return context_distillation_loss(embeds[0], start.embeds[0], start.contexts, start.scale)
+
+
+def _difference_vectors(step: Step) -> Tensor:
+    image, text = step.embeds or ()
+    start: Any = step.start
+    image_then, text_then = start.embeds
+    return difference_vector_loss(image, text, image_then, text_then, start.mean)
+
+
+def _moved(step: Step) -> Tensor:
+    moved: Any = step.moved
+    return cast(Tensor, moved)
 
 
 _ROWS = (
@@ -139,6 +197,28 @@ _ROWS = (
         source="TRACER (arXiv 2605.29380)",
     ),
     Term(
+        "energy_gap",
+        "energy_gap_weight",
+        (IMAGES, START, RANDOM_TEXTS),
+        _energy_gap,
+        source="Lipsum-FT (arXiv 2404.00860)",
+    ),
+    Term(
+        "context_distillation",
+        "context_distillation_weight",
+        (IMAGES, START, CONTEXTS),
+        _context_distillation,
+        source="CAR-FT (arXiv 2211.16175)",
+    ),
+    Term(
+        "difference_vectors",
+        "difference_vector_weight",
+        (PAIRS, START, MEAN),
+        _difference_vectors,
+        source="DiVE (arXiv 2511.09973)",
+    ),
+    Term("l2_sp", "l2_sp_weight", (MOVED,), _moved, source="L2-SP (arXiv 1802.01483)"),
+    Term(
         "orthogonality",
         "orthogonality_weight",
         (VISUAL,),
@@ -161,6 +241,12 @@ def weight_fields() -> list[str]:
     return list(dict.fromkeys(row.weight for row in TERMS.values() if row.weight is not None))
 
 
+def fields_with(*needs: str) -> list[str]:
+    """Return the fields of training arguments that weigh a term with one of these needs."""
+    rows = [row for row in TERMS.values() if row.weight is not None and set(needs) & set(row.needs)]
+    return list(dict.fromkeys(str(row.weight) for row in rows))
+
+
 def penalties() -> dict[str, list[str]]:
     """Return by field of the training arguments the modules of the student whose weights it penalises."""
     rows = {row.weight: [name for name in row.needs if name in (VISUAL, TEXT)] for row in TERMS.values()}
@@ -169,4 +255,18 @@ def penalties() -> dict[str, list[str]]:
 
 def needs_teacher(args: Any) -> bool:
     """Tell whether a term that is on looks at a teacher."""
-    return any(TEACHER in row.needs and row.weight_in(args) > 0 for row in TERMS.values())
+    return _on(args, TEACHER)
+
+
+def needs_start(args: Any) -> bool:
+    """Tell whether a term that is on looks at the model that the run started from."""
+    return _on(args, START, MOVED)
+
+
+def needs_start_texts(args: Any) -> bool:
+    """Tell whether one embeds texts with that model, which a classifier cannot."""
+    return _on(args, RANDOM_TEXTS, CONTEXTS)
+
+
+def _on(args: Any, *needs: str) -> bool:
+    return any(getattr(args, name) > 0 for name in fields_with(*needs))

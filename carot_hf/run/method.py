@@ -1,15 +1,82 @@
-"""The teacher of a training, and when it moves."""
+"""What follows or recalls the student in a training: the teacher, when it moves, and the model of the start."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from ..basics.precision import wide_dtype
 from ..models.lora import is_adapted
+from ..models.prepare import Prepared
 from ..teacher.average import Teacher, beta_momentum, ema_momentum
 from ..teacher.callback import Schedule, TeacherCallback
+from ..teacher.start import Start
 from ..training_args import CaRotTrainingArguments
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The networks beside the student.
+
+    Attributes:
+        teacher: ``None``: no term needs one.
+        start: The model before the first step; ``None``: no term needs it. It is the teacher's network where that never
+            moves: there is one copy.
+        callbacks: What moves them.
+    """
+
+    teacher: Teacher | None = None
+    start: Start | None = None
+    callbacks: list[TeacherCallback] = field(default_factory=list)
+
+    @property
+    def moves(self) -> TeacherCallback | None:
+        """The callback of the teacher."""
+        return None if self.teacher is None else self.callbacks[0]
+
+
+class CompanionMaker:
+    """Makes the networks beside a student; those that there are, if they were made of the same parameters."""
+
+    def __init__(self) -> None:
+        self._teachers, self._starts = TeacherMaker(), TeacherMaker()
+
+    def make(
+        self,
+        args: CaRotTrainingArguments,
+        prepared: Prepared,
+        model: Any,
+        student: Any,
+        compile_options: dict[str, Any] | None,
+    ) -> Companions:
+        """Return what the terms that are on need.
+
+        Args:
+            args: Of the training.
+            prepared: The model before it.
+            model: The student as Trainer has it.
+            student: Unwrapped.
+            compile_options: Of ``nn.Module.compile``; ``None``: nothing is compiled.
+        """
+        teacher, start, callbacks = None, None, []
+        name = str(getattr(student.config, "_name_or_path", "") or "")
+        if args.needs_teacher:
+            teacher = self._teachers.make(model, student, compile_options)
+            callbacks.append(teacher_callback(teacher, args))
+            start = None if args.moves_every else Start(teacher.model, name)
+        else:
+            self._teachers = TeacherMaker()
+        if args.needs_start and start is None:
+            if prepared.clip is not None:  # a classifier's: it has texts, and is no twin of the student
+                copy = self._starts.make(prepared.clip, prepared.clip, None).to(args.device)
+            else:
+                copy = self._starts.make(model, student, compile_options)
+                callbacks.append(TeacherCallback(copy, update_every=0, save_as=None))
+            start = Start(copy.model, name)
+        elif not args.needs_start:
+            self._starts = TeacherMaker()
+        return Companions(teacher, start, callbacks)
 
 
 class TeacherMaker:
@@ -45,8 +112,7 @@ class TeacherMaker:
 
 def teacher_callback(teacher: Teacher, args: CaRotTrainingArguments) -> TeacherCallback:
     """Return what moves a teacher as the arguments say; it neither saves nor loads."""
-    update_every = 0 if args.teacher == "frozen" else args.teacher_update_every
-    return TeacherCallback(teacher, schedule(args), update_every, save_as=None)
+    return TeacherCallback(teacher, schedule(args), args.moves_every, save_as=None)
 
 
 def schedule(options: CaRotTrainingArguments) -> Schedule:

@@ -13,7 +13,11 @@ from ..data.captions import CaptionTable
 from ..models.backbones import logit_head, pair_inputs
 from ..objective.gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from ..objective.objective import Objective
+from ..objective.terms import MOVED
+from ..teacher.start import Start
 from .embeds import Embeds, embeds_of
+from .moved import squared_distance
+from .start import StartViews, joined_start
 from .taught import Taught
 
 
@@ -24,6 +28,7 @@ class LossStep:
         objective: The terms that are on.
         teacher: Its network; ``None``: no term needs one.
         captions: The suite's captions.
+        start: The model that the run started from; ``None``: no term needs it.
         unwrap: From the model that Trainer passes to the student.
         autocast: Makes the context in which networks run without gradient.
         prepare: Moves a batch to the device.
@@ -35,6 +40,7 @@ class LossStep:
         objective: Objective,
         teacher: Any,
         captions: CaptionTable,
+        start: Start | None = None,
         *,
         unwrap: Callable[[Any], Any],
         autocast: Callable[[], AbstractContextManager[Any]],
@@ -42,18 +48,31 @@ class LossStep:
         device: torch.device,
     ) -> None:
         self.objective, self.teacher = objective, teacher
-        self._taught = None if teacher is None else Taught(teacher, captions, objective.args, autocast)
+        args = objective.args
+        self._taught = None if teacher is None else Taught(teacher, captions, args, autocast)
+        self._start: StartViews | None = None
+        if start is not None and args.needs_start:
+            recalled = self._taught  # of a teacher that never moves: it is the start model
+            if recalled is None or start.network is not teacher:
+                recalled = Taught(start.network, captions, args, autocast, moves=False)
+            self._start = StartViews(start, objective, recalled, captions, autocast, args.order_seed)
         self._unwrap, self._autocast, self._prepare, self._device = unwrap, autocast, prepare, device
         self._batches: list[Any] = []  # of one step with the gradient cache
-        self._index = 0
+        self._index, self._number = 0, 0  # of the micro-batch, and of the step
         self._cached: CachedGradients | None = None
         self._cached_terms: dict[str, Tensor] = {}
         self._random_states: list[RandomState] = []
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0
 
-    def begin(self, batches: Sequence[Any]) -> None:
-        """Begin a step with its micro-batches, whose loss is that of all of them; fewer than two: no cache."""
+    def begin(self, batches: Sequence[Any], number: int = 0) -> None:
+        """Begin a step with its micro-batches, whose loss is that of all of them; fewer than two: no cache.
+
+        Args:
+            batches: Of a contrastive batch.
+            number: Steps before it.
+        """
+        self._number = number
         self._batches = list(batches) if len(batches) > 1 else []
         self._index, self._cached = 0, None
 
@@ -65,13 +84,15 @@ class LossStep:
     def terms(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """Compute the terms of one batch by name, unweighted, and the model's output."""
         if self.objective.args.objective == "cross_entropy":
-            outputs = model(pixel_values=inputs["pixel_values"])
-            return self.objective.class_terms(outputs.logits, inputs["labels"]), outputs
+            return self._class_terms(model, inputs)
         student = self._unwrap(model)
         pairs = pair_inputs(inputs)
         outputs = model(**pairs)
         embeds = embeds_of(outputs, inputs)
-        terms = self._pair_terms(embeds, logit_head(student), inputs.get("labels"), self.taught(inputs))
+        start = None if self._start is None else self._start.pairs(inputs, self._number)
+        terms = self._pair_terms(embeds, logit_head(student), inputs.get("labels"), self.taught(inputs), start)
+        if self._start is not None and model.training:
+            self._start.follow(embeds, start)
         return {**terms, **self._weight_terms(student)}, outputs
 
     def cached_loss(self, model: nn.Module, inputs: Mapping[str, Any], share: float) -> tuple[Tensor, Any]:
@@ -122,18 +143,32 @@ class LossStep:
         means = reduce(torch.stack(sums) / steps).tolist()  # a device is asked once
         return dict(zip(names, means, strict=True))
 
-    def _pair_terms(self, embeds: Embeds, head: Sequence[Tensor], labels: Any, taught: Any) -> dict[str, Tensor]:
-        """The terms that are functions of the embeddings of this device's rows, the teacher's, and the labels."""
+    def _class_terms(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+        """The terms of a linear head, and of image embeddings where one needs them."""
+        start = None if self._start is None else self._start.images(inputs, self._number)
+        wanted = {} if start is None else {"output_image_embeds": True}
+        outputs = model(pixel_values=inputs["pixel_values"], **wanted)
+        image = None if start is None else outputs.image_embeds
+        return self.objective.class_terms(outputs.logits, inputs["labels"], image, start), outputs
+
+    def _pair_terms(
+        self, embeds: Embeds, head: Sequence[Tensor], labels: Any, taught: Any, start: Any
+    ) -> dict[str, Tensor]:
+        """The terms that are functions of embeddings of this device's rows, the student's and others', and labels."""
         teacher_head = () if self.teacher is None else logit_head(self.teacher)
-        return self.objective.pair_terms(embeds, head, labels, taught, teacher_head)
+        return self.objective.pair_terms(embeds, head, labels, taught, teacher_head, start)
 
     def _weight_terms(self, student: Any) -> dict[str, Tensor]:
         """The terms that are functions of weights alone."""
-        return self.objective.weight_terms({name: getattr(student, name).weight for name in self.objective.modules})
+        weights = {name: getattr(student, name).weight for name in self.objective.modules}
+        moved = None
+        if self._start is not None and self.objective.needs(MOVED):
+            moved = squared_distance(student, self._start.start.network)
+        return self.objective.weight_terms(weights, moved)
 
     def _embed_batches(self, model: nn.Module, head: Sequence[Tensor]) -> tuple[CachedGradients, dict[str, Tensor]]:
         """The first pass over all micro-batches of a step: gradients of their embeddings, and the terms."""
-        embeds, taught, labels = [], [], []
+        embeds, taught, labels, starts = [], [], [], []
         self._random_states = []
         for batch in self._batches:
             inputs = self._prepare(batch)
@@ -141,14 +176,20 @@ class LossStep:
             with torch.no_grad(), self._autocast():
                 embeds.append(embeds_of(model(**pair_inputs(inputs)), inputs))
             taught += [] if self.teacher is None else [self.taught(inputs)]
+            said = None if self._start is None else self._start.pairs(inputs, self._number)
+            starts += [] if said is None else [said]
             labels += [inputs["labels"]] if "labels" in inputs else []
         whole = torch.cat(labels) if labels else None
         joined = tuple(torch.cat(part) for part in zip(*taught, strict=True)) or None  # type: ignore[arg-type]
+        start = joined_start(starts)
         terms: dict[str, Tensor] = {}
 
         def loss_of(images: Tensor, texts: Tensor, *head: Tensor) -> Tensor:
-            terms.update(self._pair_terms((images, texts), head, whole, joined))
+            terms.update(self._pair_terms((images, texts), head, whole, joined, start))
             return self.objective.weighted(terms)
 
         cached = cache_gradients(embeds, head, loss_of)
+        if self._start is not None:
+            image, text = (torch.cat(part) for part in zip(*embeds, strict=True))
+            self._start.follow((image, text), start)
         return cached, {name: term.detach() for name, term in terms.items()}

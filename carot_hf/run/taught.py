@@ -29,12 +29,20 @@ class Taught:
         captions: The suite's captions.
         args: :class:`~carot_hf.CaRotTrainingArguments`; read at each call.
         autocast: Makes the context in which the network runs.
+        moves: Whether the network follows the student at all.
     """
 
     def __init__(
-        self, network: Any, captions: CaptionTable, args: Any, autocast: Callable[[], AbstractContextManager[Any]]
+        self,
+        network: Any,
+        captions: CaptionTable,
+        args: Any,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        *,
+        moves: bool = True,
     ) -> None:
         self._network, self._captions, self._args, self._autocast = network, captions, args, autocast
+        self._moves = moves
         self._kept: tuple[int, Tensor] | None = None  # state of the text tower, and its embeddings of all captions
 
     def __call__(self, inputs: Mapping[str, Any]) -> Embeds:
@@ -61,7 +69,7 @@ class Taught:
         args, count = self._args, self._captions.lengths.numel()
         if getattr(self._network, "_compiled_call_impl", None) is not None:
             return False  # of a compiled network only the call as a whole is compiled
-        moves = 0 if args.teacher == "frozen" else args.teacher_update_every
+        moves = args.moves_every if self._moves else 0
         steps = min(moves or math.inf, args.max_steps if args.max_steps > 0 else math.inf)
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         distinct = count * -math.expm1(-rows / count)  # of so many draws, on average

@@ -239,7 +239,7 @@ def test_tracer_trains_with_its_teacher(make_trainer, every):
         if "teacher_momentum" in entry:
             step = entry["step"] - entry["step"] % every
             assert entry["teacher_momentum"] == beta_momentum(step, 4, update_every=every)
-    assert trainer._teacher_callback.momentum == beta_momentum(4, 4, update_every=every)
+    assert trainer._companions.moves.momentum == beta_momentum(4, 4, update_every=every)
 
 
 def test_feature_distillation_alone_has_a_teacher_too(make_trainer):
@@ -396,7 +396,8 @@ def test_models_that_do_not_fit_the_objective_are_refused(make_trainer, suite, p
 
 
 def test_every_preset_says_where_it_comes_from():
-    assert set(PRESETS) == {"ft", "ft-ls", "lp-ft", "flyp", "flyp-ls", "carot", "carot-2024", "tracer"}
+    first = {"ft", "ft-ls", "lp-ft", "flyp", "flyp-ls", "carot", "carot-2024", "tracer"}
+    assert set(PRESETS) == first | {"static", "fd", "l2-sp", "dive", "lipsum", "car-ft"}
     for name, preset in PRESETS.items():
         assert len(preset.source) > 40, name
         args = CaRotTrainingArguments.from_preset(name, output_dir=str(Path("unused")), use_cpu=True)

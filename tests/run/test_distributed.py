@@ -85,6 +85,8 @@ def assert_alike(one, two, exact=EXACT):
         pytest.param("tracer", {"teacher_update_every": 2, "same_class": "ignore"}, marks=pytest.mark.slow),
         pytest.param("flyp", {"same_class": "positive", "dataloader_drop_last": False}, marks=pytest.mark.slow),
         pytest.param("lp-ft", {"dataloader_drop_last": False}, marks=pytest.mark.slow),
+        pytest.param("dive", {"l2_sp_weight": 0.01, "dataloader_drop_last": False}, marks=pytest.mark.slow),
+        pytest.param("lipsum", {"context_distillation_weight": 1.0}, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path, preset, options):

@@ -140,7 +140,7 @@ def test_a_search_over_the_arguments_of_the_method_is_about_them(make_trainer, p
     assert trainer.teacher is None
     trial = {"distillation_weight": 0.75, "teacher_update_every": 1, "per_device_train_batch_size": 2, "freeze": "text"}
     trainer.train(trial=trial)
-    assert trainer._teacher_callback.update_every == 1
+    assert trainer._companions.moves.update_every == 1
     assert trainer.args.gradient_accumulation_steps == 4
     before, after = weights(tiny_clip(processor.tokenizer), "text"), weights(trainer.model, "text")
     assert all(torch.equal(after[name], value) for name, value in before.items())

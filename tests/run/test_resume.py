@@ -34,7 +34,7 @@ def test_resumed_equals_unbroken(make_trainer, tmp_path, step, workers):
     assert len(whole.seen) == 16
     resumed = run(make_trainer, tmp_path / "again", resume=str(tmp_path / "whole" / f"checkpoint-{step}"), **options)
     assert_equal_runs(whole, resumed)
-    assert resumed._teacher_callback.momentum == whole._teacher_callback.momentum
+    assert resumed._companions.moves.momentum == whole._companions.moves.momentum
     one, two = whole.evaluate(), resumed.evaluate()
     assert one["eval_ood_nll"] == two["eval_ood_nll"]
 

@@ -97,7 +97,7 @@ def test_bad_options_say_expected_got_cure(tmp_path, arguments, message):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match=r"Expected a preset of \['carot', .*\], got 'clip'"):
+    with pytest.raises(ValueError, match=r"Expected a preset of \['car-ft', 'carot', .*\], got 'clip'"):
         CaRotTrainingArguments.from_preset("clip")
 
 
