@@ -39,6 +39,7 @@ _HOMES = {
     "load_clip_checkpoint": "models.convert",
     "load_ece": "metric",
     "load_suite": "suites.load",
+    "model_stock": "models.model_stock",
     "pipeline": "models.pipeline",
     "reliability_diagram": "evaluation.plots",
     "unbake_temperature": "calibration.record",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .models.classifier import CLIPClassifier, export_classifier
     from .models.convert import clip_from_state_dict, load_clip_checkpoint
     from .models.merging import alpha_sweep, greedy_soup, interpolate, uniform_soup
+    from .models.model_stock import model_stock
     from .models.onnx import export_onnx
     from .models.pipeline import CalibratedZeroShotPipeline, pipeline
     from .suites.load import load_suite
@@ -104,6 +106,7 @@ __all__ = [
     "load_clip_checkpoint",
     "load_ece",
     "load_suite",
+    "model_stock",
     "pipeline",
     "reliability_diagram",
     "unbake_temperature",

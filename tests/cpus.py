@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Each compares results of matrix products of other shapes, in another order, or of another library.
 TESTS = (
-    "models/test_classifier.py", "objective/test_losses.py", "objective/test_sigmoid.py",
+    "models/test_classifier.py", "models/test_model_stock.py", "objective/test_losses.py", "objective/test_sigmoid.py",
     "calibration/test_calibration.py", "calibration/test_temperature.py", "data/test_prompts.py",
     "teacher/test_teacher.py", "ece/test_weights.py",
     "ece/test_foreign_rows.py", "ece/test_interval.py", "calibration/test_density.py",
