@@ -21,6 +21,7 @@ _HOMES = {
     "ShiftSuite": "data.suite",
     "Teacher": "teacher.average",
     "TeacherCallback": "teacher.callback",
+    "VRF": "calibration.vrf",
     "alpha_sweep": "models.merging",
     "bake_temperature": "calibration.record",
     "calibration_metrics": "calibration.metrics",
@@ -28,11 +29,13 @@ _HOMES = {
     "compare": "evaluation.compare",
     "confidence_histogram": "evaluation.plots",
     "estimate_accuracy": "calibration.estimate",
+    "evaluate_vrf": "evaluation.vrf",
     "export_classifier": "models.classifier",
     "export_onnx": "models.onnx",
     "fit_conformal": "calibration.conformal",
     "fit_density": "calibration.density",
     "fit_temperature": "calibration.temperature",
+    "fit_vrf": "calibration.vrf",
     "greedy_soup": "models.merging",
     "interpolate": "models.merging",
     "learning_curves": "evaluation.curves",
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from .calibration.metrics import calibration_metrics
     from .calibration.record import bake_temperature, unbake_temperature
     from .calibration.temperature import fit_temperature
+    from .calibration.vrf import VRF, fit_vrf
     from .data.shift_set import ShiftSet
     from .data.suite import ShiftSuite
     from .evaluation.compare import Comparison, compare
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluation import Evaluation
     from .evaluation.evaluator import Evaluator
     from .evaluation.plots import confidence_histogram, reliability_diagram
+    from .evaluation.vrf import evaluate_vrf
     from .metric import load_ece
     from .models.classifier import CLIPClassifier, export_classifier
     from .models.convert import clip_from_state_dict, load_clip_checkpoint
@@ -74,6 +79,7 @@ if TYPE_CHECKING:
     from .training_args import CaRotTrainingArguments
 
 __all__ = [
+    "VRF",
     "CLIPClassifier",
     "CaRotTrainer",
     "CaRotTrainingArguments",
@@ -95,11 +101,13 @@ __all__ = [
     "compare",
     "confidence_histogram",
     "estimate_accuracy",
+    "evaluate_vrf",
     "export_classifier",
     "export_onnx",
     "fit_conformal",
     "fit_density",
     "fit_temperature",
+    "fit_vrf",
     "greedy_soup",
     "interpolate",
     "learning_curves",
