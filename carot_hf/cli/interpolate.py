@@ -122,7 +122,7 @@ def mixed_images(
     from ..evaluation.vrf import evaluate_vrf
 
     found, vrf = evaluate_vrf(*(evaluator_of(end, suite, processor, options) for end in (zero_shot, ends[0])))
-    print(f"{len(vrf.failures)} training images that zero-shot alone has wrong; the nearest {vrf.k} say how far one is")
+    print(f"{len(vrf.failures)} training images that zero-shot alone has wrong, k = {vrf.k}")
     yield options.method, found.flat(), found, None
 
 
