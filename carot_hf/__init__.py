@@ -21,6 +21,7 @@ _HOMES = {
     "ShiftSuite": "data.suite",
     "Teacher": "teacher.average",
     "TeacherCallback": "teacher.callback",
+    "VRF": "calibration.vrf",
     "alpha_sweep": "models.merging",
     "bake_temperature": "calibration.record",
     "calibration_metrics": "calibration.metrics",
@@ -28,17 +29,20 @@ _HOMES = {
     "compare": "evaluation.compare",
     "confidence_histogram": "evaluation.plots",
     "estimate_accuracy": "calibration.estimate",
+    "evaluate_vrf": "evaluation.vrf",
     "export_classifier": "models.classifier",
     "export_onnx": "models.onnx",
     "fit_conformal": "calibration.conformal",
     "fit_density": "calibration.density",
     "fit_temperature": "calibration.temperature",
+    "fit_vrf": "calibration.vrf",
     "greedy_soup": "models.merging",
     "interpolate": "models.merging",
     "learning_curves": "evaluation.curves",
     "load_clip_checkpoint": "models.convert",
     "load_ece": "metric",
     "load_suite": "suites.load",
+    "model_stock": "models.model_stock",
     "pipeline": "models.pipeline",
     "reliability_diagram": "evaluation.plots",
     "unbake_temperature": "calibration.record",
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
     from .calibration.metrics import calibration_metrics
     from .calibration.record import bake_temperature, unbake_temperature
     from .calibration.temperature import fit_temperature
+    from .calibration.vrf import VRF, fit_vrf
     from .data.shift_set import ShiftSet
     from .data.suite import ShiftSuite
     from .evaluation.compare import Comparison, compare
@@ -59,10 +64,12 @@ if TYPE_CHECKING:
     from .evaluation.evaluation import Evaluation
     from .evaluation.evaluator import Evaluator
     from .evaluation.plots import confidence_histogram, reliability_diagram
+    from .evaluation.vrf import evaluate_vrf
     from .metric import load_ece
     from .models.classifier import CLIPClassifier, export_classifier
     from .models.convert import clip_from_state_dict, load_clip_checkpoint
     from .models.merging import alpha_sweep, greedy_soup, interpolate, uniform_soup
+    from .models.model_stock import model_stock
     from .models.onnx import export_onnx
     from .models.pipeline import CalibratedZeroShotPipeline, pipeline
     from .suites.load import load_suite
@@ -72,6 +79,7 @@ if TYPE_CHECKING:
     from .training_args import CaRotTrainingArguments
 
 __all__ = [
+    "VRF",
     "CLIPClassifier",
     "CaRotTrainer",
     "CaRotTrainingArguments",
@@ -93,17 +101,20 @@ __all__ = [
     "compare",
     "confidence_histogram",
     "estimate_accuracy",
+    "evaluate_vrf",
     "export_classifier",
     "export_onnx",
     "fit_conformal",
     "fit_density",
     "fit_temperature",
+    "fit_vrf",
     "greedy_soup",
     "interpolate",
     "learning_curves",
     "load_clip_checkpoint",
     "load_ece",
     "load_suite",
+    "model_stock",
     "pipeline",
     "reliability_diagram",
     "unbake_temperature",

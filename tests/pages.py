@@ -200,8 +200,8 @@ def small(words):
 def run_command(words):
     script, arguments = script_of(words)
     cut = CUT[ours(words)]
-    if dict(itertools.pairwise(arguments)).get("--suite") != "digits":
-        cut = ["--use_cpu"]  # a page's own suite says how long it is trained
+    if dict(itertools.pairwise(arguments)).get("--suite") != "digits" or "--method" in arguments:
+        cut = ["--use_cpu"]  # a page's own suite says how long it is trained; only WiSE-FT has alphas
     launcher = ["-m", "accelerate.commands.launch"] if words[0] == "accelerate" else []
     result = subprocess.run(
         [sys.executable, *launcher, *script.split(), *arguments, *cut], capture_output=True, text=True, check=False

@@ -7,17 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..basics.precision import at_least_float32
 from ..ece.binning import checked_weights
 from .density_file import read_calibrator, write_calibrator
 from .links import check_link
-from .nearest import density, near_density
+from .nearest import checked_embeddings, checked_k, density, near_density
 from .rows import LogitRows, Logits, check_temperature, checked_rows, row_chunks
 
 K = 10  # nearest images of the bank
@@ -69,7 +67,7 @@ class DensityCalibrator:
         Args:
             embeds: As for `temperature`, with the same errors.
         """
-        rows = _embeddings(embeds, "embeds", self.bank.shape[1])
+        rows = checked_embeddings(embeds, "embeds", self.bank.shape[1])
         return self.standardised(density(rows, self.bank, self.k))
 
     @property
@@ -140,14 +138,10 @@ def fit_density(
         After Tomani et al., ICML 2023 (arXiv 2302.05118), in one layer, with the cosine of CLIP's own embeddings.
     """
     check_temperature(start)
-    kept = F.normalize(_embeddings(bank, "bank"), dim=1).to(torch.float16)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(kept):
-        raise ValueError(
-            f"Expected `k` as a whole number from 1 to {len(kept)}, the images of the bank, got {k!r}. Lower it, or "
-            "pass more images."
-        )
+    kept = F.normalize(checked_embeddings(bank, "bank"), dim=1).to(torch.float16)
+    checked_k(k, len(kept), "the images of the bank")
     rows, targets = checked_rows(logits, labels)
-    points = _embeddings(embeds, "embeds", kept.shape[1])
+    points = checked_embeddings(embeds, "embeds", kept.shape[1])
     if len(points) != len(rows):
         raise ValueError(f"Expected `embeds` of {len(rows)} rows, one for each of `logits`, got {len(points)}.")
     weights = checked_weights(sample_weight, len(rows))
@@ -202,21 +196,3 @@ def _fitted(
             break
         at, (value, gradient, curvature, positive) = at + size * step, found
     return float(at[0]), float(at[1])
-
-
-def _embeddings(values: Any, name: str, size: int | None = None) -> Tensor:
-    """A finite matrix of at least float32 without gradient, or a ValueError."""
-    rows = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    if rows.dim() != 2 or len(rows) < 1 or not rows.is_floating_point():
-        raise ValueError(
-            f"Expected `{name}` of a float dtype and shape (N, D) with N >= 1, got {rows.dtype} of shape "
-            f"{tuple(rows.shape)}. Pass one image embedding a row."
-        )
-    if size is not None and rows.shape[1] != size:
-        raise ValueError(
-            f"Expected `{name}` of {size} numbers a row, as in the bank, got {rows.shape[1]}. Pass embeddings of the "
-            "model that the bank was made with."
-        )
-    if not math.isfinite(rows.sum()) and not bool(rows.isfinite().all()):
-        raise ValueError(f"Expected finite `{name}`, got nan or inf. Find out where the model diverged.")
-    return at_least_float32(rows)

@@ -2,6 +2,7 @@
 
     carot_hf interpolate --fine_tuned out/carot --suite digits --output_dir out/wise
     carot_hf interpolate --fine_tuned out/carot --suite digits --output_dir out/half --alpha 0.5 --save
+    carot_hf interpolate --fine_tuned out/ft-1 out/ft-2 --method model_stock --output_dir out/stock
 
 takes about a minute and a half on two cores without a GPU and prints one row for each alpha, the weight of the
 fine-tuned end: accuracy and ECE in distribution (ID) and as mean over the shifted sets (OOD), the ECE without and with
@@ -10,7 +11,10 @@ the temperature T. T is fitted anew for each alpha, on the validation split: ave
 The ends are merged without temperatures: one that is baked into an end is taken out first. The fine-tuned end may be a
 CLIPModel or a CLIPClassifier (presets ft, ft-ls, lp-ft); for a classifier the zero-shot end gets the suite's head.
 
-In the output folder: sweep.json (all metrics), sweep.csv (the table) and with --save the merged model of --alpha,
+Model Stock merges two or more fine-tuned models of one start into one, without a choice; VRF keeps both ends and mixes
+their probabilities, image by image, by how near an image is to training images that zero-shot had wrong. Each is a row.
+
+In the output folder: sweep.json (all metrics), sweep.csv (the table) and with --save the merged model (of --alpha),
 calibrated, with its processor, in model/. Alpha is a choice like any other: fix it beforehand (0.5 is WiSE-FT's) or
 choose it by the validation metrics in sweep.json, never by the shifted sets.
 """
@@ -21,7 +25,7 @@ import argparse
 import csv
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +37,12 @@ from .parser import Parser
 
 if TYPE_CHECKING:
     from ..data.suite import ShiftSuite
+    from ..evaluation.evaluation import Evaluation
     from ..evaluation.evaluator import Evaluator
 
 SWEEP = tuple(step / 10 for step in range(11))  # WiSE-FT's
+HALF = 0.5  # its recommendation
+WISE, STOCK, VRF = "wise", "model_stock", "vrf"
 TABLE = [
     *COLUMNS,
     ("OOD ECE, perturbed", "eval_ood_ece_pts"),
@@ -53,7 +60,7 @@ def main(argv: Sequence[str]) -> list[dict[str, float]]:
         refuse_finished(options.output_dir)
         refuse_finished(options.output_dir / "model")
     if options.zero_shot is None:
-        options.zero_shot = recorded_start(Path(options.fine_tuned))
+        options.zero_shot = common_start(options.fine_tuned)
     with locked(options.output_dir):
         return sweep(options, argv)
 
@@ -61,40 +68,66 @@ def main(argv: Sequence[str]) -> list[dict[str, float]]:
 def sweep(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, float]]:
     """Evaluate each mixture, write the table, save the wanted one."""
     from ..evaluation.evaluation import comparison_table
-    from ..evaluation.oracle import oracle_metrics
     from ..models.classifier import CLIPClassifier
-    from ..models.merging import alpha_sweep, interpolate
+    from ..models.merging import interpolate
     from ..models.prepare import captions_of, zero_shot_classifier
     from ..suites.load import load_suite
     from .models import processor_of
 
     suite = load_suite(options.suite, **suite_options(options))
-    zero_shot, fine_tuned = (load_end(end) for end in (options.zero_shot, options.fine_tuned))
-    processor = processor_of(options.fine_tuned)
-    if isinstance(fine_tuned, CLIPClassifier) and not isinstance(zero_shot, CLIPClassifier):
+    zero_shot, *ends = (load_end(end) for end in (options.zero_shot, *options.fine_tuned))
+    processor = processor_of(options.fine_tuned[0])
+    if isinstance(ends[0], CLIPClassifier) and not isinstance(zero_shot, CLIPClassifier):
         zero_shot = zero_shot_classifier(zero_shot, suite, captions_of(zero_shot, suite, processor))
-    rows: list[dict[str, float]] = []
+    rows: dict[str, dict[str, float]] = {}
     intervals = {}
-    for alpha, model in alpha_sweep(zero_shot, fine_tuned, options.alphas):
-        evaluator = evaluator_of(model, suite, processor, options)
-        found = evaluator.evaluate()
-        metrics = found.flat()
-        oracle = oracle_metrics(evaluator, suite, found.marks) if options.oracle else {}
-        rows.append({"alpha": alpha, **metrics, **oracle})
-        intervals[f"alpha {alpha:g}"] = {
-            f"eval_id_{name}": ends for name, ends in found.intervals.get(suite.test.name, {}).items()
-        }
-        print(f"alpha {alpha:g}: T {metrics['eval_temperature']:.3f}", flush=True)
-    write(rows, list(argv), options.output_dir)
-    print("\n" + comparison_table({f"alpha {row['alpha']:g}": row for row in rows}, TABLE, intervals))
+    measured = mixed_images if options.method == VRF else merged_models
+    for title, row, found, model in measured(zero_shot, ends, suite, processor, options):  # noqa: B007  # the last is saved
+        rows[title] = row
+        intervals[title] = {f"eval_id_{name}": own for name, own in found.intervals.get(suite.test.name, {}).items()}
+        print(f"{title}: T {row['eval_temperature']:.3f}", flush=True)
+    write(list(rows.values()), list(argv), options.output_dir)
+    print("\n" + comparison_table(rows, TABLE, intervals))
     print(f"\nSaved to {options.output_dir}")
     if options.save:
-        save(interpolate(zero_shot, fine_tuned, options.alpha), suite, processor, options)
-    return rows
+        if options.method == WISE:
+            title, model = f"alpha {options.alpha:g}", interpolate(zero_shot, ends[0], options.alpha)
+        save(model, title, suite, processor, options)
+    return list(rows.values())
 
 
-def save(merged: Any, suite: ShiftSuite, processor: Any, options: argparse.Namespace) -> None:
-    """Calibrate the model of ``--alpha`` and save it."""
+def merged_models(
+    zero_shot: Any, ends: Sequence[Any], suite: ShiftSuite, processor: Any, options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, float], Evaluation, Any]]:
+    """Title, row, evaluation and model of each merge, one after the other."""
+    from ..evaluation.oracle import oracle_metrics
+    from ..models.merging import alpha_sweep
+    from ..models.model_stock import model_stock
+
+    if options.method == WISE:
+        sweep = ((f"alpha {a:g}", {"alpha": a}, model) for a, model in alpha_sweep(zero_shot, ends[0], options.alphas))
+    else:
+        sweep = ((title, {}, model_stock(zero_shot, ends)) for title in (options.method,))
+    for title, alpha, model in sweep:
+        evaluator = evaluator_of(model, suite, processor, options)
+        found = evaluator.evaluate()
+        oracle = oracle_metrics(evaluator, suite, found.marks) if options.oracle else {}
+        yield title, {**alpha, **found.flat(), **oracle}, found, model
+
+
+def mixed_images(
+    zero_shot: Any, ends: Sequence[Any], suite: ShiftSuite, processor: Any, options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, float], Evaluation, Any]]:
+    """The same of VRF, which is no model."""
+    from ..evaluation.vrf import evaluate_vrf
+
+    found, vrf = evaluate_vrf(*(evaluator_of(end, suite, processor, options) for end in (zero_shot, ends[0])))
+    print(f"{len(vrf.failures)} training images that zero-shot alone has wrong, k = {vrf.k}")
+    yield options.method, found.flat(), found, None
+
+
+def save(merged: Any, title: str, suite: ShiftSuite, processor: Any, options: argparse.Namespace) -> None:
+    """Calibrate a merged model and save it."""
     evaluator = evaluator_of(merged, suite, processor, options)
     record = evaluator.calibrate()
     with whole_files(options.output_dir / "model") as beside:
@@ -102,26 +135,59 @@ def save(merged: Any, suite: ShiftSuite, processor: Any, options: argparse.Names
         processor.save_pretrained(beside)
         if evaluator.calibrator is not None:
             evaluator.calibrator.save_pretrained(beside)
-    print(f"The model of alpha {options.alpha:g}, temperature {record['temperature']:.3f}, is in model/")
+    print(f"The model of {title}, temperature {record['temperature']:.3f}, is in model/")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; what is wrong ends here, before anything is loaded."""
     parser = Parser("interpolate", __doc__ or "")
-    parser.add_argument("--fine_tuned", required=True, help="the end at alpha 1: folder or name of the model")
-    parser.add_argument("--zero_shot", help="the end at alpha 0; default: the model that the run started from")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument(
+        "--fine_tuned", required=True, nargs="+", metavar="MODEL", help="the end at alpha 1: its folder or name"
+    )
+    parser.add_argument("--zero_shot", metavar="MODEL", help="the end at alpha 0; default: the start of the run")
+    parser.add_argument(
+        "--method", default=WISE, choices=[WISE, STOCK, VRF], help="default: wise; see docs/how-to/wise_ft"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where results go")
     add_suite_options(parser)
-    parser.add_argument("--alphas", type=weight, nargs="+", default=list(SWEEP), help="default: 0 to 1 by 0.1")
-    parser.add_argument("--alpha", type=weight, default=0.5, help="of the model that --save keeps; default: 0.5")
-    parser.add_argument("--save", action="store_true", help="save the model of --alpha, calibrated")
+    parser.add_argument("--alphas", type=weight, nargs="+", metavar="A", help="default: 0 to 1 by 0.1")
+    parser.add_argument("--alpha", type=weight, metavar="A", help="of the model that --save keeps; default: 0.5")
+    parser.add_argument("--save", action="store_true", help="save the model (of --alpha), calibrated")
     parser.add_argument("--criterion", default="nll", choices=["nll", "ece"], help="what the temperature minimises")
     parser.add_argument("--calibration_method", default="temperature", choices=METHODS, help="see docs/explanations")
     parser.add_argument("--oracle", action="store_true", help="measure the best temperature for the shifts, too")
-    parser.add_argument("--batch_size", type=int, default=256, help="images at a time; default: 256")
+    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images at a time; default: 256")
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier sweep or model there")
-    return parser.read(argv)
+    options = parser.read(argv)
+    if message := what_does_not_fit(options):
+        parser.error(message)
+    options.alphas = list(SWEEP) if options.alphas is None else options.alphas
+    options.alpha = HALF if options.alpha is None else options.alpha
+    return options
+
+
+def what_does_not_fit(options: argparse.Namespace) -> str | None:
+    """What the method cannot do of what is asked for, if anything."""
+    method, count = options.method, len(options.fine_tuned)
+    if method == STOCK and count < 2:
+        return f"expected two or more --fine_tuned models for --method {method}, got 1"
+    if method != STOCK and count > 1:
+        return f"expected one --fine_tuned model for --method {method}, got {count}"
+    if method != WISE and (options.alphas is not None or options.alpha is not None):
+        return f"expected no --alphas and no --alpha with --method {method}: it finds its own weights"
+    further = options.save or options.oracle or options.calibration_method != METHODS[0]
+    if method == VRF and further:
+        return f"expected no --save, --oracle and --calibration_method with --method {method}: it is no model, but two"
+    return None
+
+
+def common_start(folders: Sequence[str]) -> str:
+    """The one model that all runs started from."""
+    starts = sorted({recorded_start(Path(folder)) for folder in folders})
+    if len(starts) > 1:
+        raise ValueError(f"Expected runs from one start model, got {starts}. Name the right one with --zero_shot.")
+    return starts[0]
 
 
 def recorded_start(folder: Path) -> str:
@@ -159,7 +225,7 @@ def load_end(name: str) -> Any:
 
     model = model_of(name)
     if getattr(model.config, "calibration", None) is not None:
-        print(f"{name} is calibrated: its temperature is taken out before merging, and fitted anew for each alpha.")
+        print(f"{name} is calibrated: its temperature is taken out before merging, and fitted anew for each mixture.")
         unbake_temperature(model)
     return model
 
@@ -180,7 +246,7 @@ def write(rows: Sequence[dict[str, float]], argv: Sequence[str], folder: Path) -
     report = {"command": shlex.join(["carot_hf", "interpolate", *public_words(argv)]), "rows": rows}
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # nan, e.g. an AUROC without errors
     write_whole(folder / "sweep.json", json.dumps(report, indent=2) + "\n")
-    keys = ["alpha", *(key for _, key in TABLE)]
+    keys = [*(["alpha"] if "alpha" in rows[0] else []), *(key for _, key in TABLE)]
     with whole_file(folder / "sweep.csv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, keys, extrasaction="ignore")
         writer.writeheader()

@@ -35,6 +35,8 @@ TITLES = {
     "wise-carot": "WiSE-CaRot",
     "carot-2024": "CaRot-2024",
     "tracer": "TRACER",
+    "model-stock": "Model Stock of FT",
+    "vrf": "VRF of FT",
 }
 PAPER_ROWS = list(TITLES)[:8]
 COLUMNS = {
@@ -89,7 +91,7 @@ def write_report(
         folder: Made if missing.
         suite: What was trained and evaluated on.
         runs: What metrics.json holds, by method, one a seed.
-        sweeps: Rows of sweep.json by merged method, one list a seed; each has the alpha 0.5.
+        sweeps: Rows of sweep.json by merged method, one list a seed; each has the alpha 0.5, or is a single row.
         smoothings: Validation NLL by label smoothing, by method.
         seeds: Seeds, in the order of the runs.
         interval: Optimizer steps between updates of CaRot's teacher.
@@ -103,6 +105,7 @@ def write_report(
     }
     for method, by_seed in sweeps.items():
         metrics[method] = [at_alpha(rows, 0.5) for rows in by_seed]
+    titles = {name: title for name, title in TITLES.items() if name in metrics}
     write_csv(folder / "results.csv", metrics, seeds)
     draw_figures(folder, suite, runs, metrics, {method: by_seed[0] for method, by_seed in sweeps.items()})
     published = suite.name == "imagenet"
@@ -110,7 +113,8 @@ def write_report(
         f"# CaRot's tables and figures on `{suite.name}`",
         *introduction(suite, smoothings, seeds, command, seconds, quick),
         "## Table 1: methods",
-        means({TITLES[name]: metrics[name] for name in TITLES}, COLUMNS),
+        means({title: metrics[name] for name, title in titles.items()}, COLUMNS),
+        *(text for name, text in FURTHER_TEXT.items() if name in titles),
         *(published_table(PUBLISHED, TITLES, list(COLUMNS)) if published else []),
         f"## Table 2: steps between updates of the teacher (default {interval})",
         means({title: metrics[name] for name, title in INTERVALS.items()}, dict(list(COLUMNS.items())[:4])),
@@ -129,11 +133,11 @@ def write_report(
 
 def under_shift(metrics: Mapping[str, Sequence[Metrics]]) -> list[str]:
     """The section on calibration where the data shift; without density where nothing could keep a bank."""
-    every = [run for by_seed in metrics.values() for run in by_seed]
+    every = [run for name, by_seed in metrics.items() for run in by_seed if name != "vrf"]  # it is no single model
     measured = {title: key for title, key in SHIFT_COLUMNS.items() if all(key in run for run in every)}
     text = " ".join(part for name, part in SHIFT_TEXT.items() if f"OOD {name}" in measured)
     parts = ["## ECE where the data shift", text, f"![{BY_SET}](ece_by_set.png)"]
-    parts.append(means({TITLES[name]: metrics[name] for name in TITLES}, measured))
+    parts.append(means({TITLES[name]: metrics[name] for name in TITLES if name in metrics}, measured))
     if "OOD density" in measured:
         parts.append(ratios({TITLES[name]: metrics[name] for name in ("ft", "flyp", "carot")}))
     return parts
@@ -182,6 +186,12 @@ def introduction(
     ]
 
 
+FURTHER_TEXT = {
+    "model-stock": "Model Stock (Jang et al. 2024) merges the FT runs of two seeds, each with the next. Pairs that "
+    "share a run are no independent repeats: its interval is too narrow.",
+    "vrf": "VRF (Zhu et al. 2024) mixes the probabilities of ZS and FT, each at its temperature of home, image by "
+    "image, with the published a = 1.5 and b = 0.6; its columns T are those at one more temperature of the mixture.",
+}
 SHIFT_TEXT = {
     "home T": "home T: fitted on the validation split.",
     "perturbed T": "perturbed T: on perturbed copies of it, too.",
@@ -199,8 +209,8 @@ FIGURES = {
 
 
 def at_alpha(rows: Sequence[Metrics], alpha: float) -> Metrics:
-    """The row of a sweep with this alpha."""
-    return next(row for row in rows if abs(row["alpha"] - alpha) < 1e-9)
+    """The row of a sweep with this alpha, or the only one of a merge without any."""
+    return next(row for row in rows if abs(row.get("alpha", alpha) - alpha) < 1e-9)
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
@@ -224,8 +234,11 @@ def number(values: Sequence[float], digits: int = 3) -> str:
 
 
 def means(rows: Mapping[str, Sequence[Metrics]], columns: Mapping[str, str]) -> str:
-    """Lay out a Markdown table of means and intervals."""
-    cells = [[title, *(number([run[key] for run in runs]) for key in columns.values())] for title, runs in rows.items()]
+    """Lay out a Markdown table of means and intervals; what was not measured is left empty."""
+    cells = [
+        [title, *("" if key not in runs[0] else number([run[key] for run in runs]) for key in columns.values())]
+        for title, runs in rows.items()
+    ]
     return table([["", *columns], *cells])
 
 
@@ -323,6 +336,7 @@ def draw_figures(
             mean_and_half_width([run["eval_ood_accuracy"] for run in metrics[method]])[0],
         )
         for method in TITLES
+        if method in metrics
     }
     curves = {
         TITLES.get(method, method): [(row["eval_id_accuracy"], row["eval_ood_accuracy"]) for row in rows]

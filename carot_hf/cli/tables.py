@@ -225,18 +225,34 @@ def plan(
 def merge_plan(
     cells: dict[str, list[Cell]], seeds: Sequence[int], runner: Runner, options: argparse.Namespace
 ) -> dict[str, list[Cell]]:
-    """Lay out the interpolations: all alphas for the first seed, 0.5 for the others."""
+    """Lay out the merges: WiSE-FT's alphas, all for the first seed and 0.5 for the others, Model Stock, VRF."""
+
+    def merge(name: str, ends: Sequence[Cell], *flags: str, measured: Sequence[str] = shift(options)) -> Cell:
+        folders = [str(runner.folder(cell)) for cell in ends]
+        chosen = (*start(options, "--zero_shot"), *flags, *measured, *(("--use_cpu",) if options.use_cpu else ()))
+        return Cell(name, MERGE, (*source(options), "--fine_tuned", *folders, *chosen), "sweep.json")
+
     merges: dict[str, list[Cell]] = {}
     whole = QUICK_ALPHAS if options.quick else ALPHAS
     for base in ("ft", "ft-ls", "carot"):
-        merges[f"wise-{base}"] = []
-        for seed, cell in zip(seeds, cells[base], strict=True):
-            alphas = whole if seed == seeds[0] else ("0.5",)
-            flags = ("--use_cpu",) if options.use_cpu else ()
-            ends = ("--fine_tuned", str(runner.folder(cell)), *start(options, "--zero_shot"))
-            arguments = (*source(options), *ends, "--alphas", *alphas, *shift(options), *flags)
-            merges[f"wise-{base}"].append(Cell(f"wise-{cell.name}", MERGE, arguments, "sweep.json"))
+        merges[f"wise-{base}"] = [
+            merge(f"wise-{cell.name}", [cell], "--alphas", *(whole if seed == seeds[0] else ("0.5",)))
+            for seed, cell in zip(seeds, cells[base], strict=True)
+        ]
+    if pairs := seed_pairs(cells["ft"]):
+        merges["model-stock"] = [
+            merge(f"model-stock-{one.name}-{other.name}", [one, other], "--method", "model_stock")
+            for one, other in pairs
+        ]
+    if not options.streaming:  # it looks for images in the training set
+        merges["vrf"] = [merge(f"vrf-{cell.name}", [cell], "--method", "vrf", measured=()) for cell in cells["ft"]]
     return merges
+
+
+def seed_pairs(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    """Each seed with the next, the last with the first: as many pairs as seeds, or the only one of two seeds."""
+    pairs = list(zip(cells, [*cells[1:], cells[0]], strict=True))
+    return pairs if len(cells) > 2 else pairs[: len(cells) - 1]
 
 
 class Runner:

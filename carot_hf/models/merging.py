@@ -1,4 +1,4 @@
-"""Merges of models of one class: interpolation of two ends (WiSE-FT), uniform and greedy soups.
+"""Merges of models of one class: interpolation of two ends (WiSE-FT), uniform and greedy soups; checks of all merges.
 
 Weights are taken as they are stored, so a temperature that is baked into an end is part of its ``logit_scale`` (or of
 its head) and is merged with it. No merge keeps ``config.calibration``: the temperature of one end says nothing about
@@ -49,9 +49,9 @@ def interpolate(zero_shot: Model, fine_tuned: Model, alpha: float = 0.5) -> Mode
         Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (arXiv 2109.01903), Eq. 1.
     """
     _check_alpha(alpha)
-    _check_twins(zero_shot, fine_tuned, ("`zero_shot`", "`fine_tuned`"))
-    zero_shot_tensors, fine_tuned_tensors = _floating(zero_shot), _floating(fine_tuned)
-    return _model_with(
+    check_twins(zero_shot, fine_tuned, ("`zero_shot`", "`fine_tuned`"))
+    zero_shot_tensors, fine_tuned_tensors = floating(zero_shot), floating(fine_tuned)
+    return model_with(
         fine_tuned,
         ((name, _mix(zero_shot_tensors[name], end, alpha)) for name, end in fine_tuned_tensors.items()),
     )
@@ -74,7 +74,7 @@ def alpha_sweep(zero_shot: Model, fine_tuned: Model, alphas: Sequence[float] = S
     """
     for alpha in alphas:
         _check_alpha(alpha)
-    _check_twins(zero_shot, fine_tuned, ("`zero_shot`", "`fine_tuned`"))
+    check_twins(zero_shot, fine_tuned, ("`zero_shot`", "`fine_tuned`"))
     return ((alpha, interpolate(zero_shot, fine_tuned, alpha)) for alpha in alphas)
 
 
@@ -101,7 +101,7 @@ def uniform_soup(models: Iterable[Model]) -> Model:
             first = model
             sums = _sums({}, first)
         else:
-            _check_twins(first, model, ("model 0", f"model {count - 1}"))
+            check_twins(first, model, ("model 0", f"model {count - 1}"))
             sums = _sums(sums, model)
     if first is None:
         raise ValueError("Expected at least one model, got none. Pass the models to be averaged.")
@@ -139,7 +139,7 @@ def greedy_soup(models: Sequence[Model], score: Callable[[Model], float]) -> tup
     soup = _mean_model(first, sums, 1)
     for index in order[1:]:
         model = models[index]
-        _check_twins(first, model, (f"model {order[0]}", f"model {index}"))
+        check_twins(first, model, (f"model {order[0]}", f"model {index}"))
         tried_sums = _sums(sums, model)
         tried = _mean_model(first, tried_sums, len(used) + 1)
         tried_score = _finite(score(tried), f"the mean of models {[*used, index]}")
@@ -180,7 +180,7 @@ def _mix(zero_shot: Tensor, fine_tuned: Tensor, alpha: float) -> Tensor:
 
 def _sums(sums: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The sums with one more model added, float64 on the CPU; nothing given is changed."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in _floating(model).items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in floating(model).items()}
     if not sums:
         _check_merged(model)
         return {name: tensor.to(torch.float64, copy=True) for name, tensor in tensors.items()}
@@ -188,14 +188,14 @@ def _sums(sums: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _mean_model(like: Model, sums: Mapping[str, Tensor], count: int) -> Model:
-    return _model_with(like, ((name, total / count) for name, total in sums.items()))
+    return model_with(like, ((name, total / count) for name, total in sums.items()))
 
 
 @torch.no_grad()
-def _model_with(like: Model, tensors: Iterable[tuple[str, Tensor]]) -> Model:
+def model_with(like: Model, tensors: Iterable[tuple[str, Tensor]]) -> Model:
     """A copy of ``like`` with other values in its floating tensors and without the record of a temperature."""
     merged = copy.deepcopy(like)
-    own = _floating(merged)
+    own = floating(merged)
     for name, tensor in tensors:
         own[name].copy_(tensor)
     config: Any = getattr(merged, "config", None)
@@ -204,13 +204,13 @@ def _model_with(like: Model, tensors: Iterable[tuple[str, Tensor]]) -> Model:
     return merged.eval()
 
 
-def _floating(model: nn.Module) -> dict[str, Tensor]:
+def floating(model: nn.Module) -> dict[str, Tensor]:
     """Floating parameters and buffers by name; tensors under several names once."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
 
 
-def _check_twins(one: nn.Module, other: nn.Module, titles: tuple[str, str]) -> None:
+def check_twins(one: nn.Module, other: nn.Module, titles: tuple[str, str]) -> None:
     """Refuse two models whose tensors or settings differ, naming the first difference."""
     for model in (one, other):
         _check_merged(model)

@@ -11,12 +11,13 @@ import torch
 from tolerances import float32_bound
 from transformers import CLIPModel, CLIPProcessor
 
-from carot_hf import bake_temperature
+from carot_hf import Evaluator, bake_temperature, evaluate_vrf
 from carot_hf.cli import data_options, interpolate
 from carot_hf.evaluation.home import METHODS
 from carot_hf.models.classifier import CLIPClassifier
 from carot_hf.models.merging import SWEEP
 from carot_hf.models.merging import interpolate as merge
+from carot_hf.models.model_stock import model_stock
 
 
 @pytest.fixture
@@ -110,6 +111,83 @@ def test_a_classifier_as_fine_tuned_end(ends, make_trainer, processor, tmp_path)
     saved = CLIPClassifier.from_pretrained(tmp_path / "wise" / "model")
     temperature = saved.config.calibration["temperature"]
     torch.testing.assert_close(saved.head.weight * temperature, fine_tuned.head.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_model_stock_is_one_row_of_the_merged_model(ends, processor, make_trainer, tmp_path, capsys):
+    """Of two ends, the second one trained further; measured, calibrated and saved as the library's merge is."""
+    further = make_trainer(CLIPModel.from_pretrained(ends[0]), preset="flyp", learning_rate=1e-3, max_steps=9, seed=7)
+    further.train()
+    further.model.save_pretrained(tmp_path / "further")
+    zero_shot = CLIPModel.from_pretrained(ends[0])
+    merged = model_stock(zero_shot, [ends[2], CLIPModel.from_pretrained(tmp_path / "further")])
+    command = ["--zero_shot", str(ends[0]), "--fine_tuned", str(ends[1]), str(tmp_path / "further"), "--use_cpu"]
+    out = tmp_path / "stock"
+    rows = interpolate.main([*command, "--method", "model_stock", "--save", "--output_dir", str(out)])
+    assert "model_stock: T " in capsys.readouterr().out
+    (row,) = rows
+    assert "alpha" not in row
+    for name, value in direct(make_trainer, merged).items():
+        assert row[name] == pytest.approx(value, abs=float32_bound(14.3, 12), nan_ok=True), name
+    assert json.loads((out / "sweep.json").read_text())["rows"][0]["eval_id_nll"] == row["eval_id_nll"]
+    with (out / "sweep.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert list(line) == [key for _, key in interpolate.TABLE]
+    saved = CLIPModel.from_pretrained(out / "model")
+    assert saved.config.calibration["temperature"] == pytest.approx(row["eval_temperature"], rel=1e-6)
+    for name, parameter in merged.named_parameters():
+        if name != "logit_scale":  # the baked end was unbaked: off by a rounding
+            torch.testing.assert_close(saved.get_parameter(name), parameter, rtol=0, atol=1e-6)
+
+
+def test_vrf_is_one_row_of_the_mixed_probabilities(ends, suite, processor, tmp_path, capsys):
+    """That of the library; the baked temperature of the end is taken out, and one fitted anew."""
+    rows = run(ends[:2], tmp_path / "vrf", "--method", "vrf")
+    output = capsys.readouterr().out
+    pair = [Evaluator(end, processor, suite) for end in (CLIPModel.from_pretrained(ends[0]), ends[2])]
+    found, vrf = evaluate_vrf(*pair)
+    (row,) = rows
+    assert row.keys() == found.flat().keys()
+    for name, value in found.flat().items():
+        assert row[name] == pytest.approx(value, abs=float32_bound(14.3, 12), nan_ok=True), name
+    assert f"{len(vrf.failures)} training images that zero-shot alone has wrong" in output
+    assert [line.split("|")[1].strip() for line in output.splitlines() if line.startswith("| vrf")] == ["vrf"]
+    assert json.loads((tmp_path / "vrf" / "sweep.json").read_text())["rows"][0]["eval_ood_ece"] == row["eval_ood_ece"]
+    assert not (tmp_path / "vrf" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["a", "b"], "xpected one --fine_tuned model for --method wise, got 2"),
+        (["a", "--method", "model_stock"], "two or more --fine_tuned models for --method model_stock, got 1"),
+        (["a", "b", "--method", "model_stock", "--alpha", "0.5"], "no --alphas and no --alpha with --method model_"),
+        (["a", "b", "--method", "model_stock", "--alphas", "0"], "no --alphas and no --alpha with --method model_"),
+        (["a", "b", "--method", "vrf"], "xpected one --fine_tuned model for --method vrf, got 2"),
+        (["a", "--method", "vrf", "--alphas", "0"], "no --alphas and no --alpha with --method vrf"),
+        (["a", "--method", "vrf", "--save"], "no --save, --oracle and --calibration_method with --method vrf"),
+        (["a", "--method", "vrf", "--oracle"], "no --save, --oracle and --calibration_method with --method vrf"),
+        (["a", "--method", "vrf", "--calibration_method", "density"], "no --save, --oracle and --calibration_method"),
+    ],
+)
+def test_what_does_not_fit_the_method_ends_before_anything_is_loaded(flags, message):
+    with pytest.raises(ValueError, match=message):
+        interpolate.parse(["--output_dir", "y", "--fine_tuned", *flags])
+
+
+def test_runs_of_several_starts_ask_for_the_right_one(tmp_path):
+    for name, start in (("a", "one"), ("b", "one"), ("c", "other")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"start_model": start, "suite": "my.yaml"}))
+    folders = [str(tmp_path / name) for name in "abc"]
+    assert interpolate.common_start(folders[:2]) == "one"
+    with pytest.raises(ValueError, match=r"runs from one start model, got \['one', 'other'\].*--zero_shot"):
+        interpolate.common_start(folders)
+
+
+def test_the_help_fits_a_screen(capsys):
+    with pytest.raises(SystemExit):
+        interpolate.parse(["--help"])
+    assert len(capsys.readouterr().out.splitlines()) < 50
 
 
 def test_defaults_are_wise_ft():

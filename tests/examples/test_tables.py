@@ -79,6 +79,9 @@ def fake_results(suite, seeds):
     sweeps = {
         name: [[{"alpha": alpha, **run()["metrics"]} for alpha in (0.0, 0.5, 1.0)] for _ in seeds] for name in merged
     }
+    sweeps["model-stock"] = [[run()["metrics"]] for _ in seeds]
+    mixed = [key for key in keys if not key.endswith(("_pts", "_dts", "_oracle"))]
+    sweeps["vrf"] = [[{key: float(rng.random()) for key in mixed}] for _ in seeds]
     return runs, sweeps
 
 
@@ -103,7 +106,9 @@ def test_the_page_holds_every_figure_that_was_measured(tmp_path, published):
     page = re.sub(" +[|]", " |", page)  # columns are aligned
     suite.name = "digits"
     for method, title in tables.TITLES.items():
-        results = [run["metrics"] for run in runs[method]] if method in runs else [s[1] for s in sweeps[method]]
+        results = (
+            [run["metrics"] for run in runs[method]] if method in runs else [s[len(s) // 2] for s in sweeps[method]]
+        )
         cells = [tables.number([r[key] for r in results]) for key in tables.COLUMNS.values()]
         assert f"| {title} | {' | '.join(cells)} |" in page
     for method, title in tables.INTERVALS.items():
@@ -119,17 +124,20 @@ def test_the_page_holds_every_figure_that_was_measured(tmp_path, published):
             assert min(image.size) > 100
     with (tmp_path / "results.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 1 + 3 * 11 + 3 * 3
+    assert len(table) == 1 + 3 * 11 + 3 * 5
+    [line] = [line for line in page.split("## Does CaRot")[0].splitlines() if line.startswith("| VRF of FT |")][1:]
+    density = list(tables.SHIFT_COLUMNS).index("ID density")
+    assert line.split("|")[2 + density].strip() == "", "it was not measured, and the column stays"
     (cell,) = [row for row in table if (row["method"], row["seed"]) == ("tracer", "43")]
     assert float(cell["eval_ood_ece"]) == pytest.approx(runs["tracer"][1]["metrics"]["eval_ood_ece"], rel=1e-5)
     assert "eval_runtime" not in cell
 
 
 CELL = """
-import json, pathlib, sys, zlib
+import itertools, json, pathlib, sys, zlib
 words = sys.argv[1:]
 out = pathlib.Path(words[words.index("--output_dir") + 1])
-method = words[words.index("--calibration_method") + 1]
+method = dict(itertools.pairwise(words)).get("--calibration_method", "temperature")
 ends = {"temperature": ["_ts"], "perturbed": ["_ts", "_pts"], "density": ["_ts", "_pts", "_dts"]}[method]
 names = ["id", "ood", "test", "art", "sketch"]
 keys = [f"eval_{name}_ece{end}" for name in names for end in ["", *ends, *["_oracle"] * ("--oracle" in words)]]
@@ -139,6 +147,8 @@ metrics = {key: zlib.crc32(f"{out.name} {key}".encode()) % 1000 / 1000 for key i
 if "--alphas" in words:
     alphas = words[words.index("--alphas") + 1 : words.index("--calibration_method")]
     (out / "sweep.json").write_text(json.dumps({"rows": [{"alpha": float(alpha), **metrics} for alpha in alphas]}))
+elif "--method" in words:
+    (out / "sweep.json").write_text(json.dumps({"rows": [metrics]}))
 else:
     bins = json.loads((out.parents[2] / "bins.json").read_text())
     found = {"metrics": metrics, "bins": bins, "bins_ts": bins}
@@ -160,14 +170,26 @@ def test_of_streams_the_report_is_made_without_a_density(tmp_path, monkeypatch, 
     (tmp_path / "bins.json").write_text(json.dumps(dict.fromkeys(["validation", "test", "art", "sketch"], table)))
     for name in ("TRAIN", "MERGE"):
         monkeypatch.setattr(reproduce_tables, name, (str(tmp_path / "cell.py"),))
-    words = ["--suite", str(tmp_path / "data"), "--seeds", "1", "--jobs", "2", "--output_dir", str(tmp_path / "report")]
+    seeds = "1" if streaming else "2"
+    words = [
+        "--suite",
+        str(tmp_path / "data"),
+        "--seeds",
+        seeds,
+        "--jobs",
+        "2",
+        "--output_dir",
+        str(tmp_path / "report"),
+    ]
     place = reproduce_tables.main([*words, *["--streaming"] * streaming])
     assert f"Report: {place}" in capsys.readouterr().out
     cells = [json.loads(path.read_text()) for path in place.parent.glob("cells/*/seen.json")]
     assert len(cells) > 20
     assert all(("--streaming" in cell) is streaming for cell in cells)
     method = "perturbed" if streaming else "density"
-    assert {cell[cell.index("--calibration_method") + 1] for cell in cells} == {method}
+    mixed = [cell for cell in cells if "vrf" in cell]
+    assert len(mixed) == (0 if streaming else 2), "it looks for images in the training set"
+    assert {cell[cell.index("--calibration_method") + 1] for cell in cells if cell not in mixed} == {method}
     section = place.read_text().split("## ECE where the data shift")[1].split("## Does CaRot")[0]
     assert ("density" in section) is not streaming
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
@@ -175,11 +197,32 @@ def test_of_streams_the_report_is_made_without_a_density(tmp_path, monkeypatch, 
     keys = {f"{side} {title}": f"eval_{name}_ece{end}" for side, name in (("ID", "id"), ("OOD", "ood"))
             for title, end in endings.items()} | {"OOD oracle": "eval_ood_ece_oracle"}  # fmt: skip
     assert lines[0] == ["", *keys]
-    [carot] = [line for line in lines[: 2 + len(tables.TITLES)] if line[0] == "CaRot"]
-    assert carot[1:] == [f"{value_of('carot-42', key):.3f}" for key in keys.values()]
+    of = {line[0]: line[1:] for line in lines[: 2 + len(tables.TITLES)]}
+    runs = ["carot-42"] if streaming else ["carot-42", "carot-43"]
+    assert of["CaRot"] == [tables.number([value_of(run, key) for run in runs]) for key in keys.values()]
+    assert ("VRF of FT" in of, "Model Stock of FT" in of) == ((False, False) if streaming else (True, True))
+    if not streaming:
+        assert of["Model Stock of FT"] == [f"{value_of('model-stock-ft-42-ft-43', key):.3f}" for key in keys.values()]
+        [stock] = [cell for cell in cells if "model_stock" in cell]
+        at = stock.index("--fine_tuned")
+        assert stock[at + 1 : at + 3] == [str(place.parent / "cells" / name) for name in ("ft-42", "ft-43")]
+        assert "no independent repeats" in place.read_text()
+        homes = [tables.number([value_of(run, key) for run in ("vrf-ft-42", "vrf-ft-43")])
+                 for key in ("eval_id_ece", "eval_id_ece_ts")]  # fmt: skip
+        assert of["VRF of FT"][:4] == [*homes, "", ""], "what was not measured of it"
     for picture in re.findall(r"\((\w+\.png)\)", place.read_text()):
         with Image.open(place.parent / picture) as image:
             assert min(image.size) > 100
+
+
+def test_model_stock_takes_each_seed_with_the_next():
+    def pairs(count):
+        return [(one.name, other.name) for one, other in reproduce_tables.seed_pairs(cells[:count])]
+
+    cells = [Cell(name, (), ()) for name in "abc"]
+    assert pairs(3) == [("a", "b"), ("b", "c"), ("c", "a")]
+    assert pairs(2) == [("a", "b")], "the other way round it is the same merge"
+    assert pairs(1) == []
 
 
 def test_the_interval_of_the_teacher_is_the_published_share_of_the_run():
@@ -246,7 +289,7 @@ def test_bad_options_end_before_anything_is_loaded(argv):
 
 
 def test_the_scatter_draws_what_it_is_given():
-    points = {f"method {i}": (0.5 + i / 100, 0.4 + i / 50) for i in range(12)}
+    points = {f"method {i}": (0.5 + i / 100, 0.4 + i / 50) for i in range(14)}
     curves = {"WiSE-FT": [(0.5, 0.6), (0.7, 0.65), (0.8, 0.5)]}
     figure = id_ood_scatter(points, curves, title="here")
     (ax,) = figure.axes
@@ -256,8 +299,8 @@ def test_the_scatter_draws_what_it_is_given():
         assert (lines[name].get_xdata()[0], lines[name].get_ydata()[0]) == (home, shifted)
     assert list(zip(*lines["WiSE-FT, sweep"].get_data(), strict=True)) == curves["WiSE-FT"]
     looks = {(lines[name].get_color(), lines[name].get_marker()) for name in points}
-    assert len(looks) == 12
-    assert len({look[1] for look in looks}) == 12  # told apart without colour
+    assert len(looks) == 14
+    assert len({look[1] for look in looks}) == 14  # told apart without colour
     assert ax.get_title() == "here"
     assert id_ood_scatter(points, ax=ax) is figure
     with pytest.raises(ValueError, match="at least one point"):

@@ -108,3 +108,21 @@ def metrics(logits, labels, n_bins, temperature, batch=512):
         "aurc": math.fsum(value / kept for kept, value in enumerate(errors, start=1)) / n,
         "overconfidence": math.fsum(confidences) / n - accuracy,
     }
+
+
+def squared_distance(one, other):
+    """Of two vectors of any length, between the points at which they leave the unit sphere."""
+    lengths = [math.sqrt(math.fsum(value * value for value in vector)) for vector in (one, other)]
+    return math.fsum((a / lengths[0] - b / lengths[1]) ** 2 for a, b in zip(one, other, strict=True))
+
+
+def vrf_weight(embed, failures, k, a, b):
+    """Of the fine-tuned model: 1 / (1 + exp((d - a) / b)), d to the k-th nearest by sorting all."""
+    d = sorted(squared_distance(embed, other) for other in failures)[k - 1]
+    return 1 / (1 + math.exp((d - a) / b))
+
+
+def vrf(zero_shot, fine_tuned, weight, temperatures):
+    """The mixed probabilities of one row."""
+    pairs = zip(softmax(zero_shot, temperatures[0]), softmax(fine_tuned, temperatures[1]), strict=True)
+    return [(1 - weight) * first + weight * second for first, second in pairs]
