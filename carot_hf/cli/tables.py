@@ -3,6 +3,7 @@
     carot_hf tables --suite digits --seeds 5              # 40 to 55 minutes on two cores
     carot_hf tables --suite digits --seeds 1 --quick      # shorter runs: about 4 minutes
     carot_hf tables --suite imagenet --seeds 1            # with the published figures beside ours
+    carot_hf tables --suite mine.yaml --methods flyp carot dive    # these alone, beside the start model
 
 writes out/report/README.md with Table 1 (methods), Table 2 (how often the teacher moves), the ECE after each
 calibration at home and under shift, beside that of the best temperature for the shifts, the reliability diagrams of
@@ -45,6 +46,12 @@ SMOOTHINGS = (0.01, 0.03, 0.05, 0.1, 0.2)
 PUBLISHED_INTERVAL = 500 / 25030  # of the steps of a run, between updates of the teacher
 QUICK_EPOCHS, QUICK_SMOOTHINGS, QUICK_ALPHAS = 16, (0.1,), ("0", "0.5", "1")
 ALPHAS = tuple(f"{i / 10:g}" for i in range(11))
+# What can be asked for, and the runs that it is made of.
+TRAINED = (
+    *("ft", "ft-ls", "flyp", "flyp-ls", "carot", "lp-ft", "carot-2024", "tracer", "every-1", "every-2x", "never"),
+    *("fd", "l2-sp", "dive", "lipsum", "car-ft"),
+)
+MERGED = {"wise-ft": "ft", "wise-ft-ls": "ft-ls", "wise-carot": "carot", "model-stock": "ft", "vrf": "ft"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def report(options: argparse.Namespace, argv: Sequence[str]) -> Path:
     choices = {
         base: {eps: train_cell(f"{base}-eps{eps:g}", base, seeds[0], options, smoothing=eps) for eps in smoothings}
         for base in ("ft-ls", "flyp-ls")
+        if base in options.methods
     }
     runner.run([cell for cells in choices.values() for cell in cells.values()])
     scores = {
@@ -118,6 +126,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_suite_options(parser)
     parser.add_argument("--model_name_or_path", help="checkpoint to start from; default: the suite's")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 42, 43, ... of each trained method")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*TRAINED, *MERGED], metavar="M", help="rows: " + ", ".join((*TRAINED, *MERGED))
+    )
     parser.add_argument("--quick", action="store_true", help="half as long runs, smoothing 0.1, three alphas")
     parser.add_argument("--output_dir", type=Path, default=Path("out/report"), help="default: out/report")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: 1 on GPUs, else as many as there are cores")
@@ -126,6 +137,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
     options = parser.read(argv)
+    wanted = set(options.methods or (*TRAINED, *MERGED))
+    wanted |= {MERGED[name] for name in wanted & MERGED.keys()}  # what a merge is made of
+    options.methods = [name for name in (*TRAINED, *MERGED) if name in wanted]
     if options.jobs is None:
         import torch
 
@@ -198,27 +212,29 @@ def plan(
 ) -> dict[str, list[Cell]]:
     """Lay out all training runs: one a method and seed."""
     every = "--teacher_update_every"
-    methods: dict[str, Callable[[int], Cell]] = {
-        "ft": lambda seed: train_cell("ft", "ft", seed, options),
-        "ft-ls": lambda seed: train_cell(
-            f"ft-ls-eps{chosen['ft-ls']:g}", "ft-ls", seed, options, smoothing=chosen["ft-ls"]
-        ),
-        "flyp": lambda seed: train_cell("flyp", "flyp", seed, options),
-        "flyp-ls": lambda seed: train_cell(
-            f"flyp-ls-eps{chosen['flyp-ls']:g}", "flyp-ls", seed, options, smoothing=chosen["flyp-ls"]
-        ),
+
+    def smoothed(name: str, seed: int) -> Cell:
+        return train_cell(f"{name}-eps{chosen[name]:g}", name, seed, options, smoothing=chosen[name])
+
+    special: dict[str, Callable[[int], Cell]] = {
+        "ft-ls": lambda seed: smoothed("ft-ls", seed),
+        "flyp-ls": lambda seed: smoothed("flyp-ls", seed),
         "carot": lambda seed: train_cell("carot", "carot", seed, options, every, str(interval)),
-        "lp-ft": lambda seed: train_cell("lp-ft", "lp-ft", seed, options),
         "carot-2024": lambda seed: train_cell("carot-2024", "carot-2024", seed, options, every, str(interval)),
         "tracer": lambda seed: train_cell("tracer", "tracer", seed, options, every, "1"),
         "every-1": lambda seed: train_cell("carot-every-1", "carot", seed, options, every, "1"),
         "every-2x": lambda seed: train_cell("carot-every-2x", "carot", seed, options, every, str(2 * interval)),
         "never": lambda seed: train_cell("carot-never", "carot", seed, options, "--teacher", "frozen"),
+        "fd": lambda seed: train_cell("fd", "fd", seed, options, every, "1"),
     }
+
+    def make(method: str, seed: int) -> Cell:
+        return special[method](seed) if method in special else train_cell(method, method, seed, options)
+
     zero_shot = (*source(options), *start(options), "--zero_shot", "--seed", str(seeds[0]), *common(options))
     return {
         "zero-shot": [Cell("zero-shot", TRAIN, zero_shot)],
-        **{method: [make(seed) for seed in seeds] for method, make in methods.items()},
+        **{name: [make(name, seed) for seed in seeds] for name in options.methods if name in TRAINED},
     }
 
 
@@ -235,16 +251,18 @@ def merge_plan(
     merges: dict[str, list[Cell]] = {}
     whole = QUICK_ALPHAS if options.quick else ALPHAS
     for base in ("ft", "ft-ls", "carot"):
+        if f"wise-{base}" not in options.methods:
+            continue
         merges[f"wise-{base}"] = [
             merge(f"wise-{cell.name}", [cell], "--alphas", *(whole if seed == seeds[0] else ("0.5",)))
             for seed, cell in zip(seeds, cells[base], strict=True)
         ]
-    if pairs := seed_pairs(cells["ft"]):
+    if "model-stock" in options.methods and (pairs := seed_pairs(cells["ft"])):
         merges["model-stock"] = [
             merge(f"model-stock-{one.name}-{other.name}", [one, other], "--method", "model_stock")
             for one, other in pairs
         ]
-    if not options.streaming:  # it looks for images in the training set
+    if "vrf" in options.methods and not options.streaming:  # it looks for images in the training set
         merges["vrf"] = [merge(f"vrf-{cell.name}", [cell], "--method", "vrf", measured=()) for cell in cells["ft"]]
     return merges
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ def work(argv: list[str]) -> dict[str, Any]:
     if script.zero_shot and trainer.is_world_process_zero():
         print(survey(suite).table(), end="\n\n", flush=True)
         say_warnings(suite)
+    start = time.perf_counter()
     if not script.zero_shot:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # whatever may come of the rest; nothing uncalibrated is pushed
+    seconds = time.perf_counter() - start
     metrics = trainer.evaluate()
     measured = trainer.latest
     metrics |= oracle_metrics(trainer.evaluator, suite, measured.marks) if script.oracle else {}
@@ -69,7 +72,7 @@ def work(argv: list[str]) -> dict[str, Any]:
         print(table(suite, metrics, measured), flush=True)
     if not args.push_to_hub:  # pushing saves
         trainer.save_model()
-    report = report_of(argv, script, suite, trainer, start_model, metrics, calibration)
+    report = report_of(argv, script, suite, trainer, start_model, metrics, calibration, seconds)
     if trainer.is_world_process_zero():
         write_per_image(output_dir, trainer.latest_rows, calibration["method"])
         write_whole(output_dir / "metrics.json", json.dumps(report, indent=2) + "\n")
@@ -99,8 +102,10 @@ def report_of(
     start_model: str,
     metrics: dict[str, float],
     calibration: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     """Return what metrics.json holds: it is published with the model, so no token and no place of this machine."""
+    first = 0 if trainer.resumption.saved is None else trainer.resumption.saved.step
     report: dict[str, Any] = {
         "command": command_line(["carot_hf", "train", *argv]),
         "suite": public(script.suite),
@@ -111,6 +116,7 @@ def report_of(
         "start_model": public(script.model_name_or_path) or f"{OF_THE_SUITE} ({Path(start_model).name})",
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
+        "training": {"seconds": seconds, "steps": trainer.state.global_step - first},  # of this call
         "versions": {
             "carot_hf": __version__,
             "torch": torch.__version__,

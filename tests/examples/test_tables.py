@@ -7,6 +7,7 @@ import csv
 import json
 import re
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,10 +18,12 @@ from scipy import stats
 
 from carot_hf import load_suite
 from carot_hf.basics.manifest import write_manifest
+from carot_hf.cli import published
 from carot_hf.cli import report as tables
 from carot_hf.cli import tables as reproduce_tables
 from carot_hf.cli.tables import Cell, Runner
 from carot_hf.ece.binning import calibration_bins
+from carot_hf.evaluation.pareto import front, pareto
 from carot_hf.evaluation.plots import id_ood_scatter
 
 
@@ -68,13 +71,13 @@ def fake_results(suite, seeds):
         }
         return {
             "metrics": {key: float(rng.random()) for key in keys},
+            "training": {"seconds": float(rng.uniform(50, 150)), "steps": 100},
             "bins": bins,
             "bins_ts": {name: bins[name] for name in names},
         }
 
-    trained = ("ft", "ft-ls", "flyp", "flyp-ls", "carot", "lp-ft", "carot-2024", "tracer")
     runs = {"zero-shot": [run()]}
-    runs |= {name: [run() for _ in seeds] for name in (*trained, "every-1", "every-2x", "never")}
+    runs |= {name: [run() for _ in seeds] for name in reproduce_tables.TRAINED}
     merged = ("wise-ft", "wise-ft-ls", "wise-carot")
     sweeps = {
         name: [[{"alpha": alpha, **run()["metrics"]} for alpha in (0.0, 0.5, 1.0)] for _ in seeds] for name in merged
@@ -85,10 +88,10 @@ def fake_results(suite, seeds):
     return runs, sweeps
 
 
-@pytest.mark.parametrize("published", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_page_holds_every_figure_that_was_measured(tmp_path, published):
+@pytest.mark.parametrize("of_imagenet", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_the_page_holds_every_figure_that_was_measured(tmp_path, of_imagenet):
     suite, seeds = load_suite("digits"), [42, 43, 44]
-    if published:
+    if of_imagenet:
         suite.name = "imagenet"
     runs, sweeps = fake_results(suite, seeds)
     page = tables.write_report(
@@ -117,20 +120,96 @@ def test_the_page_holds_every_figure_that_was_measured(tmp_path, published):
     assert "FT + LS 0.2 (validation NLL 0.1: 0.3000, 0.2: 0.2500), FLYP + LS 0.1 (" in page
     assert "default 4)" in page
     assert "Seeds 42, 43, 44" in page
-    assert ("| CaRot | 0.8319 | 0.6197 |" in page) == published
-    assert ("not evidence for ImageNet" in page) == (not published)
+    assert ("| CaRot | 0.8319 | 0.6197 |" in page) == of_imagenet
+    assert ("not evidence for ImageNet" in page) == (not of_imagenet)
     for picture in re.findall(r"\((\w+\.png)\)", page):
         with Image.open(tmp_path / picture) as image:
             assert min(image.size) > 100
     with (tmp_path / "results.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 1 + 3 * 11 + 3 * 5
+    assert len(table) == 1 + 3 * len(reproduce_tables.TRAINED) + 3 * len(reproduce_tables.MERGED)
+    check_against_flyp(page, runs, sweeps)
+    assert ("| DiVE | 0.8250 | 0.6320 |" in page) == of_imagenet
+    assert ("| L2-SP | 0.8287 | 0.5734 |" in page) == of_imagenet
     [line] = [line for line in page.split("## Does CaRot")[0].splitlines() if line.startswith("| VRF of FT |")][1:]
     density = list(tables.SHIFT_COLUMNS).index("ID density")
     assert line.split("|")[2 + density].strip() == "", "it was not measured, and the column stays"
     (cell,) = [row for row in table if (row["method"], row["seed"]) == ("tracer", "43")]
     assert float(cell["eval_ood_ece"]) == pytest.approx(runs["tracer"][1]["metrics"]["eval_ood_ece"], rel=1e-5)
     assert "eval_runtime" not in cell
+
+
+def check_against_flyp(page, runs, sweeps):
+    """Each method's differences to FLYP, by scipy, and its seconds a step."""
+    lines = {line.split("|")[1].strip(): line for line in page.split("## Each method beside FLYP")[1].splitlines()
+             if line[:1] == "|"}  # fmt: skip
+    flyp = [run["metrics"] for run in runs["flyp"]]
+    for method, title in tables.TITLES.items():
+        if method in ("flyp", "zero-shot"):  # one run, of no seed
+            assert title not in lines
+            continue
+        own = [run["metrics"] for run in runs[method]] if method in runs else [s[len(s) // 2] for s in sweeps[method]]
+        cells = [cell.strip() for cell in lines[title].split("|")[2:-1]]
+        for cell, (key, better) in zip(
+            cells,
+            [("eval_id_accuracy", 1), ("eval_ood_accuracy", 1), ("eval_ood_ece", -1), ("eval_ood_ece_ts", -1)],
+            strict=False,
+        ):
+            found = [a[key] - b[key] for a, b in zip(own, flyp, strict=True)]
+            low, high = stats.ttest_1samp(found, 0).confidence_interval(0.95)
+            mark = "" if low <= 0 <= high else " better" if np.mean(found) * better > 0 else " worse"
+            assert cell == f"{np.mean(found):+.3f} ± {(high - low) / 2:.3f}{mark}"
+        seconds = {name: np.median([run["training"]["seconds"] for run in runs[name]]) for name in runs}
+        assert cells[-1] == (f"{seconds[method] / seconds['flyp']:.2f}" if method in runs else "")
+
+
+def test_the_front_holds_what_no_other_beats():
+    points = {"a": (1.0, 0.5), "b": (2.0, 0.9), "c": (2.0, 0.8), "d": (3.0, 0.9), "e": (0.5, 0.1), "twin": (1.0, 0.5)}
+    assert front(points) == ["e", "a", "twin", "b"]
+
+
+def test_the_picture_of_what_is_traded_draws_what_it_is_given():
+    names = [f"method {i}" for i in range(21)]
+    panels = {
+        "ECE": {name: ((i * 7) % 21 / 100, 0.5 + i / 100) for i, name in enumerate(names)},
+        "seconds": {name: (1 + i / 10, 0.5 + i / 100) for i, name in enumerate(names[1:])},
+    }
+    figure = pareto(panels, "accuracy")
+    for ax, points in zip(figure.axes, panels.values(), strict=True):
+        drawn = {line.get_label(): line for line in ax.get_lines()}
+        for name, point in points.items():
+            assert (drawn[name].get_xdata()[0], drawn[name].get_ydata()[0]) == point
+        edge = [line for line in ax.get_lines() if line.get_label() not in points]
+        assert list(zip(*edge[0].get_data(), strict=True)) == [points[name] for name in front(points)]
+    looks = [
+        {name: (line.get_color(), line.get_marker()) for name in names for line in ax.get_lines()
+         if line.get_label() == name} for ax in figure.axes
+    ]  # fmt: skip
+    assert len(set(looks[0].values())) == 21
+    assert looks[1].items() <= looks[0].items()  # the same mark in both
+    with pytest.raises(ValueError, match="Expected a point, got none"):
+        pareto({"ECE": {}}, "accuracy")
+
+
+def test_published_rows_are_rows_of_the_report():
+    for rows in (published.CAROT, published.TRACER, published.DIVE):
+        assert rows.keys() <= tables.TITLES.keys()
+    assert published.CAROT_INTERVALS.keys() == tables.INTERVALS.keys()
+    assert {*reproduce_tables.TRAINED, *reproduce_tables.MERGED, "zero-shot"} == {*tables.TITLES, *tables.INTERVALS}
+
+
+def test_methods_are_chosen_with_what_they_are_made_of():
+    parse = reproduce_tables.parse
+    assert parse(["--methods", "vrf", "flyp", "--suite", "digits", "--jobs", "1"]).methods == ["ft", "flyp", "vrf"]
+    assert parse(["--suite", "digits", "--jobs", "1"]).methods == [*reproduce_tables.TRAINED, *reproduce_tables.MERGED]
+    options = parse(["--methods", "dive", "never", "--suite", "digits", "--jobs", "1", "--seeds", "2"])
+    cells = reproduce_tables.plan([42, 43], {}, 4, options)
+    assert list(cells) == ["zero-shot", "never", "dive"]
+    assert [cell.name for cell in cells["dive"]] == ["dive-42", "dive-43"]
+    assert "--preset dive --seed 43" in " ".join(cells["dive"][1].arguments)
+    assert reproduce_tables.merge_plan(cells, [42, 43], Runner(Path("none"), 1), options) == {}
+    with pytest.raises(ValueError, match="invalid choice: 'clip'"):
+        parse(["--methods", "clip"])
 
 
 CELL = """
@@ -151,7 +230,7 @@ elif "--method" in words:
     (out / "sweep.json").write_text(json.dumps({"rows": [metrics]}))
 else:
     bins = json.loads((out.parents[2] / "bins.json").read_text())
-    found = {"metrics": metrics, "bins": bins, "bins_ts": bins}
+    found = {"metrics": metrics, "bins": bins, "bins_ts": bins, "training": {"seconds": 3.0, "steps": 2}}
     (out / "metrics.json").write_text(json.dumps(found))
 """
 
