@@ -147,8 +147,8 @@ def _name(index: int) -> str:
 # ---- ours ----
 
 
-def ours(preset: str, at_once: int | None = None) -> Callable[[Task], Paused]:
-    """Our trainer, with a gradient cache if told how many pairs to embed at once."""
+def ours(preset: str, at_once: int | None = None, every: int = 500) -> Callable[[Task], Paused]:
+    """Our trainer, with a gradient cache if told how many pairs to embed at once; the teacher moves ``every`` steps."""
 
     def make(task: Task) -> Paused:
         model = task.model()
@@ -168,9 +168,8 @@ def ours(preset: str, at_once: int | None = None) -> Callable[[Task], Paused]:
             with tempfile.TemporaryDirectory() as folder:
                 arguments = CaRotTrainingArguments.from_preset(
                     preset,
-                    **_arguments(task, folder, micro),
+                    **{**_arguments(task, folder, micro), "teacher_update_every": every},
                     contrastive_batch_size=task.batch_size if at_once else 0,
-                    teacher_update_every=500,
                 )
                 trainer = CaRotTrainer(
                     model=model,

@@ -98,9 +98,19 @@ def test_a_gpu_that_is_not_there_is_named():
 
 def test_steps_are_compared_only_while_they_train_alike():
     """The script itself stops if the losses of the hand-written and of our steps differ."""
-    result = run("train_step.py", "--quick", "--rounds", "1")
+    for only, targets in (("methods", 4), ("few", 1)):
+        result = run("train_step.py", "--quick", "--rounds", "1", "--only", only)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.count("at least") + result.stdout.count("at most") == targets
+
+
+def test_what_each_method_costs():
+    result = run("methods.py", "--quick")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("at least") + result.stdout.count("at most") == 5
+    rows = [line.split("|") for line in result.stdout.splitlines() if line.startswith("| ")]
+    costs = {row[1].strip(): (float(row[3]), float(row[6])) for row in rows[1:]}
+    assert costs["flyp"] == (1.0, 1.0)
+    assert {"ft", "carot", "tracer", "static", "fd", "l2-sp", "dive", "lipsum", "car-ft"} < costs.keys()
 
 
 @pytest.mark.parametrize(("loops", "allowed"), [(1.3, "1.32"), (1.5, "1.34")])
