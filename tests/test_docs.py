@@ -15,14 +15,9 @@ from toys import ROOT
 import carot_hf
 from carot_hf.objective import losses
 
-README_MAP = (
-    "README.md",
-    "carot_hf/            imports point down: who may use whom is a table in tests/test_architecture.py",
-)
 LOG = "   step  epoch  left    loss  contrastive  distillation        lr  momentum"
 # Blocks that neither run nor are checked: page, first line, why.
 EXEMPT = {
-    README_MAP: "the map; test_the_map_in_the_readme_names_every_room looks at it",
     ("docs/how-to/watch_a_run.md", LOG): "a log with times; tests/run/test_log_for_people.py checks its lines",
     ("docs/imagenet.md", "from carot_hf import load_suite"): "loads ImageNet; test_imagenet_suite.py has this option",
     ("carot_hf/ece/README.md", "pip install -r space/requirements.txt"): "the Space; tests/space runs it",
@@ -91,13 +86,17 @@ def test_page_runs(page, tmp_path):
     assert left <= {"out", *docs.OF_PAGES}  # the places that git ignores and test_leftovers.py looks at
 
 
-def test_the_map_in_the_readme_names_every_room():
-    tree = next(block.code for block in BLOCKS["README.md"] if block.code.startswith("carot_hf/"))
+def test_the_map_for_contributors_names_every_room():
+    tree = next(block.code for block in docs.blocks(ROOT / "CONTRIBUTING.md") if block.code.startswith("carot_hf/"))
     named = set(re.findall(r"^  (\w+(?:/|\.py))", tree, re.MULTILINE)) | set(re.findall(r"; (\w+\.py):", tree))
     places = [path for path in (ROOT / "carot_hf").iterdir() if not path.name.startswith("__")]
     assert named == {f"{p.name}/" if p.is_dir() else p.name for p in places if p.is_dir() or p.suffix == ".py"}
     mentioned = set(re.findall(r"\w+\.py", tree)) - {"test_architecture.py"}
     assert mentioned - named == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 110
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "carot_hf/ece/README.md"])
