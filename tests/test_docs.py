@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import os
 import re
@@ -10,10 +11,13 @@ import sys
 
 import pages as docs
 import pytest
+import yaml
 from toys import ROOT
 
 import carot_hf
+from carot_hf.cli import report
 from carot_hf.objective import losses
+from carot_hf.presets import PRESETS
 
 LOG = "   step  epoch  left    loss  contrastive  distillation        lr  momentum"
 # Blocks that neither run nor are checked: page, first line, why.
@@ -104,6 +108,45 @@ def test_links_lead_to_files(page):
     """Those inside docs/ are checked when the site is built."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
+def test_the_table_of_presets_has_every_preset_with_its_learning_rate_and_a_paper():
+    page = (ROOT / "docs" / "how-to" / "compare_methods.md").read_text(encoding="utf-8")
+    section = page.split("## The presets")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `")]
+    rates = {re.match(r"`([\w-]+)`", name)[1]: float(rate) for name, _, _, rate, _ in rows}
+    default = carot_hf.CaRotTrainingArguments.learning_rate
+    assert rates == {name: preset.arguments.get("learning_rate", default) for name, preset in PRESETS.items()}
+    assert len(rows) == len(PRESETS)
+    assert [row for row in rows if not re.search(r"\]\(https://arxiv\.org/abs/\d{4}\.\d{5}\)", row[-1])] == []
+
+
+def test_the_published_figures_are_those_of_the_report():
+    page = (ROOT / "docs" / "how-to" / "compare_methods.md").read_text(encoding="utf-8")
+    section = page.split("Table 1:")[1].split("TRACER, 2026")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    names = [name if name != "zero-shot" else "ZS" for name, *_ in rows[1:]]
+    assert names == [report.TITLES[method] for method in report.PUBLISHED]
+    assert [tuple(map(float, row[1:])) for row in rows[1:]] == list(report.PUBLISHED.values())
+
+
+def test_the_table_of_the_readme_is_that_of_the_digits():
+    rows = [line.split("|")[1:-1] for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    shown = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 10}
+    columns = ["eval_id_accuracy", "eval_ood_accuracy"]
+    columns += [f"eval_{side}_ece{end}" for side in ("id", "ood") for end in ("", "_ts", "_dts")]
+    columns.append("eval_ood_ece_oracle")
+    with (ROOT / "docs" / "digits" / "results.csv").open(newline="", encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+    for method in ("zero-shot", "ft", "flyp", "carot"):
+        of_method = [run for run in runs if run["method"] == method]
+        cells = [report.number([float(run[name]) for run in of_method]) for name in columns]
+        title = report.TITLES[method] if method != "zero-shot" else method
+        assert shown[title] == [cell.replace("0.", ".") for cell in cells], method
+
+
+def test_the_citation_names_the_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == carot_hf.__version__
 
 
 def test_the_reference_has_every_public_name():
