@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import os
 import re
@@ -10,19 +11,17 @@ import sys
 
 import pages as docs
 import pytest
+import yaml
 from toys import ROOT
 
 import carot_hf
+from carot_hf.cli import report
 from carot_hf.objective import losses
+from carot_hf.presets import PRESETS
 
-README_MAP = (
-    "README.md",
-    "carot_hf/            imports point down: who may use whom is a table in tests/test_architecture.py",
-)
 LOG = "   step  epoch  left    loss  contrastive  distillation        lr  momentum"
 # Blocks that neither run nor are checked: page, first line, why.
 EXEMPT = {
-    README_MAP: "the map; test_the_map_in_the_readme_names_every_room looks at it",
     ("docs/how-to/watch_a_run.md", LOG): "a log with times; tests/run/test_log_for_people.py checks its lines",
     ("docs/imagenet.md", "from carot_hf import load_suite"): "loads ImageNet; test_imagenet_suite.py has this option",
     ("carot_hf/ece/README.md", "pip install -r space/requirements.txt"): "the Space; tests/space runs it",
@@ -91,8 +90,8 @@ def test_page_runs(page, tmp_path):
     assert left <= {"out", *docs.OF_PAGES}  # the places that git ignores and test_leftovers.py looks at
 
 
-def test_the_map_in_the_readme_names_every_room():
-    tree = next(block.code for block in BLOCKS["README.md"] if block.code.startswith("carot_hf/"))
+def test_the_map_for_contributors_names_every_room():
+    tree = next(block.code for block in docs.blocks(ROOT / "CONTRIBUTING.md") if block.code.startswith("carot_hf/"))
     named = set(re.findall(r"^  (\w+(?:/|\.py))", tree, re.MULTILINE)) | set(re.findall(r"; (\w+\.py):", tree))
     places = [path for path in (ROOT / "carot_hf").iterdir() if not path.name.startswith("__")]
     assert named == {f"{p.name}/" if p.is_dir() else p.name for p in places if p.is_dir() or p.suffix == ".py"}
@@ -100,11 +99,54 @@ def test_the_map_in_the_readme_names_every_room():
     assert mentioned - named == {path.name for path in (ROOT / "examples").glob("*.py")}
 
 
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 110
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "carot_hf/ece/README.md"])
 def test_links_lead_to_files(page):
     """Those inside docs/ are checked when the site is built."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
+def test_the_table_of_presets_has_every_preset_with_its_learning_rate_and_a_paper():
+    page = (ROOT / "docs" / "how-to" / "compare_methods.md").read_text(encoding="utf-8")
+    section = page.split("## The presets")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `")]
+    rates = {re.match(r"`([\w-]+)`", name)[1]: float(rate) for name, _, _, rate, _ in rows}
+    default = carot_hf.CaRotTrainingArguments.learning_rate
+    assert rates == {name: preset.arguments.get("learning_rate", default) for name, preset in PRESETS.items()}
+    assert len(rows) == len(PRESETS)
+    assert [row for row in rows if not re.search(r"\]\(https://arxiv\.org/abs/\d{4}\.\d{5}\)", row[-1])] == []
+
+
+def test_the_published_figures_are_those_of_the_report():
+    page = (ROOT / "docs" / "how-to" / "compare_methods.md").read_text(encoding="utf-8")
+    section = page.split("Table 1:")[1].split("TRACER, 2026")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    names = [name if name != "zero-shot" else "ZS" for name, *_ in rows[1:]]
+    assert names == [report.TITLES[method] for method in report.PUBLISHED]
+    assert [tuple(map(float, row[1:])) for row in rows[1:]] == list(report.PUBLISHED.values())
+
+
+def test_the_table_of_the_readme_is_that_of_the_digits():
+    rows = [line.split("|")[1:-1] for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    shown = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 10}
+    columns = ["eval_id_accuracy", "eval_ood_accuracy"]
+    columns += [f"eval_{side}_ece{end}" for side in ("id", "ood") for end in ("", "_ts", "_dts")]
+    columns.append("eval_ood_ece_oracle")
+    with (ROOT / "docs" / "digits" / "results.csv").open(newline="", encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+    for method in ("zero-shot", "ft", "flyp", "carot"):
+        of_method = [run for run in runs if run["method"] == method]
+        cells = [report.number([float(run[name]) for run in of_method]) for name in columns]
+        title = report.TITLES[method] if method != "zero-shot" else method
+        assert shown[title] == [cell.replace("0.", ".") for cell in cells], method
+
+
+def test_the_citation_names_the_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == carot_hf.__version__
 
 
 def test_the_reference_has_every_public_name():

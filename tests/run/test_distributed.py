@@ -194,7 +194,7 @@ def test_two_processes_calibrate_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_equal_one(tmp_path):
-    """As in docs/scale.md, over the loopback address: the same weights as two processes of one machine."""
+    """As in docs/how-to/several_gpus.md, over loopback: the same weights as two processes of one machine."""
     options = {"teacher_update_every": 2}
     one, two = (launch(tmp_path, 2, 4, "carot", options, nodes=nodes) for nodes in (1, 2))
     for kind in ("student", "teacher"):
