@@ -261,7 +261,8 @@ def accuracy_intervals(bins: CalibrationBins) -> NDArray[np.float64]:
         accuracy_interval(accuracy * rows, rows) if rows > 0 else (np.nan, np.nan)
         for accuracy, rows in zip(bins.accuracy.tolist(), bins.rows.tolist(), strict=True)
     ]
-    return np.array(ends).T
+    intervals: NDArray[np.float64] = np.array(ends).T
+    return intervals
 
 
 def _grid_shape(rows: int, columns: int) -> tuple[int, int]:
