@@ -12,7 +12,7 @@
 # make test-versions  the lowest and the newest versions of the libraries underneath, each in an environment of its own
 # make newest         write tests/versions/newest.txt anew from the package index, before a release
 # make audit          known vulnerabilities of what is installed; needs a network, no part of the others
-# make test-space  the Space of the metric in its own environment, driven in headless Chromium; trackio there, too
+# make test-space  the Space of the metric in its own environment and each page of the site, in headless Chromium; trackio there, too
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -87,7 +87,7 @@ report: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-test-space: $(SPACE)/.ready
+test-space: $(SPACE)/.ready docs
 	test -x /usr/bin/chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
 	$(SPACE)/bin/python -m pytest -q -m space tests/space
 
