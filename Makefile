@@ -1,7 +1,7 @@
 # make setup   an environment in .venv: the package (editable) with the extras demo, docs and test
 # make demo    zero-shot, FLYP and CaRot on real images, offline, side by side
-# make test    ruff, mypy, bandit and the tests
-# make lint    ruff, mypy and bandit
+# make test    make lint and the tests
+# make lint    ruff, mypy, bandit, and codespell: misspelt words anywhere, in prose American ones, too
 # make docs    the site in build/docs
 # make test-all  the slow checks: the site, the slow tests, the numerical tests as on other processors, the rehearsal, the
 #                Space of the metric, the built package, the lowest and newest versions, the quick report of the tables
@@ -12,7 +12,7 @@
 # make test-versions  the lowest and the newest versions of the libraries underneath, each in an environment of its own
 # make newest         write tests/versions/newest.txt anew from the package index, before a release
 # make audit          known vulnerabilities of what is installed; needs a network, no part of the others
-# make test-space  the Space of the metric in its own environment, driven in headless Chromium; trackio there, too
+# make test-space  the Space of the metric in its own environment and each page of the site, in headless Chromium; trackio there, too
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -26,6 +26,10 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Tests run in as many processes as there are cores, eight at most; `make test JOBS=1`: in one.
 JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() or 1))")
 PYTEST := -m pytest -q -n $(JOBS) --dist worksteal
+PROSE := $(wildcard *.md) docs benchmarks/README.md carot_hf/ece/README.md carot_hf/hub/card.md
+WRITTEN := $(PROSE) carot_hf examples space benchmarks tests Makefile mkdocs.yml setup.cfg pyproject.toml
+# Names in code are as their libraries spell them.
+IN_PROSE := --skip '*.py,*.css,*.js,*.png,*.csv' --ignore-regex '`[^`]+`' --ignore-multiline-regex '```.*?```'
 # The tests that touch transformers, datasets, accelerate, evaluate, huggingface_hub and Pillow.
 VERSION_TESTS := $(foreach name,architecture attacks classifier content_hash data ece evaluation evaluator hub \
 	choices distinct_captions early_stopping eval_sets folders images imagenet_suite labels loading log_for_people \
@@ -55,6 +59,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --recursive carot_hf examples space --configfile pyproject.toml
+	$(BIN)/codespell $(WRITTEN)
+	$(BIN)/codespell --dictionary tests/style.txt $(IN_PROSE) $(PROSE)
 
 test: lint
 	$(BIN)/python $(PYTEST)
@@ -87,7 +93,7 @@ report: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-test-space: $(SPACE)/.ready
+test-space: $(SPACE)/.ready docs
 	test -x /usr/bin/chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
 	$(SPACE)/bin/python -m pytest -q -m space tests/space
 

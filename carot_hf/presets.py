@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,30 @@ PRESETS: dict[str, Preset] = {
         "weight, direction and scale are not in what could be read of it: 1, that of distillation, the start model's.",
     ),
 }
+
+
+_LOSS = ("objective", "linear_probe", "label_smoothing_factor")  # beside weights of terms and the teacher
+
+
+def loss_preset(values: Mapping[str, Any], defaults: Mapping[str, Any], weights: Sequence[str]) -> str | None:
+    """Name the preset that has this loss and this kind of teacher; ``None``: no preset has.
+
+    Whatever epsilon a smoothed preset has, it is that preset: its source has several. Learning rates and steps between
+    updates do not count.
+
+    Args:
+        values: Of the training arguments.
+        defaults: Of the same arguments; of others they are 0.
+        weights: Names of the arguments that weigh terms.
+    """
+
+    def loss(arguments: Mapping[str, Any]) -> list[Any]:
+        found = {name: arguments.get(name, defaults.get(name, 0)) for name in (*_LOSS, *weights, "teacher")}
+        found["label_smoothing_factor"] = found["label_smoothing_factor"] > 0
+        taught = found["distillation_weight"] > 0 or found["feature_distillation_weight"] > 0
+        return [value for name, value in found.items() if taught or name != "teacher"]
+
+    return next((name for name, preset in PRESETS.items() if loss(preset.arguments) == loss(values)), None)
 
 
 def preset_arguments(preset: str) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from .basics.escape import guarded
 from .basics.precision import at_least_float32
 from .basics.whole_file import files_below, whole_files
 from .calibration.names import chosen_by
-from .calibration.record import calibration_record
 from .data.batches import collator_of
 from .data.captions import CaptionTable
 from .data.loaders import training_loader
@@ -45,7 +44,7 @@ from .run.announce import announce
 from .run.callbacks import LogitScaleCallback
 from .run.checks import check_optimizer, check_options, check_training_set
 from .run.lock import refuse_file
-from .run.method import CompanionMaker, Companions
+from .run.method import CompanionMaker, Companions, teacher_words
 from .run.parts import CheckpointParts
 from .run.resume import used_arguments
 from .run.resumption import facts_of_run
@@ -430,8 +429,9 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
             self.suite,
             given=given,
             repo=self.hub_model_id,
-            start=getattr(self.model.config, "_name_or_path", ""),
-            calibration=calibration_record(base_model(self.model)),
+            model=self.model,
+            loss=self.method.describe(),
+            teacher_words=teacher_words(self.args),
             measured=latest,
             steps=steps,
             arguments=used_arguments(self.args.changed(), self.resumption.changes),

@@ -21,8 +21,8 @@ from .calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_
 from .data.augment import AUGMENTATIONS
 from .models.lora import check_lora_options, check_penalties
 from .objective.losses import SAME_CLASS
-from .objective.terms import needs_start, needs_teacher
-from .presets import preset_arguments
+from .objective.terms import needs_start, needs_teacher, weight_fields
+from .presets import loss_preset, preset_arguments
 
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
 _SCALED_STEPS = ("warmup_steps", "teacher_update_every", "logging_steps")
@@ -371,6 +371,12 @@ class CaRotTrainingArguments(TrainingArguments):
     def needs_start(self) -> bool:
         """Whether a term of the loss reads the model that the run started from."""
         return needs_start(self)
+
+    @property
+    def loss_preset(self) -> str | None:
+        """Name of the preset whose loss and kind of teacher these arguments give; ``None``: no preset's."""
+        defaults = {item.name: item.default for item in fields(CaRotTrainingArguments)}
+        return loss_preset(vars(self), defaults, weight_fields())
 
     @property
     def clamps_logit_scale(self) -> bool:

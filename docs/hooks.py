@@ -1,4 +1,4 @@
-"""What the site needs beyond Markdown: docstrings in it, formulas as MathML, links that leave ``docs/``.
+"""What the site needs beyond Markdown: docstrings, formulas as MathML, pages and links outside of ``docs/``.
 
 Docstrings use Sphinx' roles, as those of torch do. They are rewritten for mkdocstrings: a role becomes
 a link where its target is on the site and code where it is not; ``:math:`` and ``.. math::`` become MathML, which
@@ -8,6 +8,7 @@ browsers draw without a script. `mkdocs.yml` names this file twice, for the exte
 from __future__ import annotations
 
 import html
+import posixpath
 import re
 from dataclasses import fields
 from inspect import get_annotations
@@ -16,16 +17,26 @@ from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
-_ROLE = re.compile(r":(class|func|meth|mod):`~?([\w.]+)`")
+BRANCH = "main"
+# Pages of the site that lie elsewhere in the repository.
+ELSEWHERE = {
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+    "benchmarks.md": "benchmarks/README.md",
+    "reference/ece.md": "carot_hf/ece/README.md",
+}
+_ROLE = re.compile(r":(class|func|meth|mod|attr|data|obj|exc|const):`~?([\w.]+)`")
 _INLINE_MATH = re.compile(r":math:`(.+?)`", re.DOTALL)
 _BLOCK_MATH = re.compile(r"^( *)\.\. math:: (.+(?:\n\1[ ]+\S.*)*)", re.MULTILINE)
 _SECTION = re.compile(r"(?<=\S\n)(?=(?:Args|Attributes|Returns|Yields|Raises|Source):\n)")
 _SOURCE = re.compile(r"^Source:\n((?: +.*\n?)+)", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
 _ARGUMENTS = "<!-- the table of arguments -->"
-_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\.?/[^)#]+)(#[^)]*)?\)")
+_LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)")
 
 
 class Roles(griffe.Extension):
@@ -42,7 +53,7 @@ def markdown(text: str, obj: griffe.Object) -> str:
 
     def link(match: re.Match[str]) -> str:
         kind, name = match.groups()
-        if kind == "meth" and "." not in name:
+        if kind in ("meth", "attr") and "." not in name:
             target = f"{obj.path if obj.is_class else obj.parent.path if obj.parent else ''}.{name}"
         else:
             first, dot, rest = name.partition(".")
@@ -72,33 +83,84 @@ def arguments_table() -> str:
     return table(rows)
 
 
-def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
-    """Show links to files outside of ``docs/`` as their paths, for the site has no copy of them; fill in the table.
+def on_config(config: Any) -> None:
+    """Say where the sources of pages are edited."""
+    if config.repo_url:
+        config.edit_uri = f"edit/{BRANCH}/docs/"
 
+
+def on_files(files: Any, config: Any) -> None:
+    """Add the pages that lie elsewhere in the repository."""
+    for page, path in ELSEWHERE.items():
+        file = File.generated(config, page, abs_src_path=str(ROOT / path))
+        file.edit_uri = f"../{path}"
+        files.append(file)
+
+
+def on_nav(nav: Any, config: Any, **_: Any) -> None:
+    """Remember the pages for the first one."""
+    config.extra["pages"] = [(page.title, page.file.src_uri) for page in nav.pages]
+
+
+def on_page_markdown(text: str, *, page: Any, config: Any, **_: Any) -> str:
+    """Lead links to where they are on the site, or else in the repository; fill in the table and the list of pages."""
+    if _ARGUMENTS in text:
+        text = text.replace(_ARGUMENTS, arguments_table())
+    text = with_links(text, page.file.src_uri, str(config.repo_url or "").rstrip("/"))
+    return with_all_pages(text, config.extra["pages"]) if page.is_homepage else text
+
+
+def with_links(text: str, page: str, repository: str) -> str:
+    """Rewrite the links of a page that leave its folder.
+
+    Args:
+        text: Markdown.
+        page: Path on the site.
+        repository: Its address; links to files that the site does not have lead there. Empty: they are shown as paths.
     Raises:
         FileNotFoundError: If there is no such file in the repository.
     """
-    folder = (ROOT / "docs" / page.file.src_uri).parent
+    source = ROOT / ELSEWHERE.get(page, f"docs/{page}")
+    on_site = {path: name for name, path in ELSEWHERE.items()}
 
     def show(match: re.Match[str]) -> str:
-        target = (folder / match[2]).resolve()
-        if not target.exists():
-            raise FileNotFoundError(
-                f"docs/{page.file.src_uri}: expected a file at {match[2]}, got none. Correct the link."
-            )
-        if target.is_relative_to(ROOT / "docs"):
-            return match[0]
+        target = (source.parent / match[2]).resolve()
+        if not target.is_relative_to(ROOT) or not target.exists():
+            if match[2].startswith("."):
+                raise FileNotFoundError(
+                    f"{source.relative_to(ROOT)}: expected a file at {match[2]}, got none. Correct the link."
+                )
+            return match[0]  # brackets in code; of a link mkdocs says so itself
         path = target.relative_to(ROOT).as_posix()
+        name = path.removeprefix("docs/") if path.startswith("docs/") else on_site.get(path)
+        if name is not None:
+            return f"[{match[1]}]({posixpath.relpath(name, posixpath.dirname(page) or '.')}{match[3] or ''})"
+        if repository:
+            return f"[{match[1]}]({repository}/{'tree' if target.is_dir() else 'blob'}/{BRANCH}/{path}{match[3] or ''})"
         return f"`{path}`" if match[1].strip("`") in (path, target.name) else f"{match[1]} (`{path}`)"
 
-    return _LINK.sub(show, text.replace(_ARGUMENTS, arguments_table()) if _ARGUMENTS in text else text)
+    return _LINK.sub(show, text)
+
+
+def with_all_pages(text: str, pages: list[tuple[str, str]]) -> str:
+    """Add the pages that the first page does not name to its end."""
+    named = {match[2] for match in _LINK.finditer(text)} | {"index.md"}
+    rest = [f"[{title}]({path})" for title, path in pages if path not in named]
+    return f"{text}\n\nAlso here: {', '.join(rest)}.\n" if rest else text
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Leave out what makes the theme ask the repository's host for its stars."""
+    return output.replace(' data-md-component="source"', "")
 
 
 def on_page_content(content: str, **_: Any) -> str:
     """Turn the formulas that arithmatex has marked into MathML."""
 
     def formula(match: re.Match[str]) -> str:
-        display = "block" if match[1] == "div" else "inline"
-        return str(convert(html.unescape(match[2]).strip(), display=display))
+        text = html.unescape(match[2]).strip()
+        if match[1] == "div":  # it scrolls where it is wider than the page, which MathML itself does not
+            return f'<div class="formula">{convert(text, display="block")}</div>'
+        return str(convert(text, display="inline"))
 
     return _FORMULA.sub(formula, content)

@@ -948,7 +948,8 @@ def evil_card():
         class_names=[EVIL, "cat"], templates=[EVIL, "```\n# T\n```"], steps=3, arguments={EVIL: EVIL},
         versions={"torch": "2"}, seed=0, command=EVIL,
         base_model=EVIL, diagram="a b)<x>.png", suite_version=EVIL, suite_hash="0" * 64, changes=[EVIL],
-        chosen_by=EVIL, processes=2,
+        chosen_by=EVIL, processes=2, license=EVIL, datasets=[EVIL], preset=EVIL, loss=EVIL, teacher_words=EVIL,
+        language=EVIL, tags=[EVIL], marks={EVIL: EVIL},
     )  # fmt: skip
     return model_card(facts)
 

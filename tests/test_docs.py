@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import html
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+from urllib.parse import unquote
 
 import pages as docs
 import pytest
@@ -195,12 +198,110 @@ def test_the_site_builds_without_warnings_and_asks_no_other_host(site):
 def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
     reference = {page.stem: page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html")}
     for name, text in reference.items():
-        assert not re.findall(r":(?:class|func|meth|mod|math):|\.\. math|arithmatex|autoref ", text), name
+        assert not re.findall(r":[a-z]+:(?:`|<code>)|\.\. math|arithmatex|autoref ", text), name
         assert not re.search(r"<p>(?:Returns|Raises|Args|Attributes|Source):", text), name
     assert 'id="carot_hf.objective.losses.contrastive_loss"' in reference["losses"]
     assert reference["losses"].count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 5
     assert 'href="models.html#carot_hf.CLIPClassifier"' in reference["trainer"]
     assert 'href="#carot_hf.CaRotTrainer.evaluate"><code>evaluate' in reference["trainer"]
+
+
+def article(page):
+    """What a page says, without its navigation."""
+    return re.search(r"<article.*?</article>", page.read_text(encoding="utf-8"), re.DOTALL)[0]
+
+
+@pytest.mark.slow
+def test_the_first_page_leads_to_every_other(site):
+    pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")} - {"index.html", "404.html"}
+    assert {"changelog.html", "benchmarks.html", "contributing.html", "reference/ece.html"} <= pages
+    assert pages - set(re.findall(r'href="([^"#]+)', article(site / "index.html"))) == set()
+
+
+@pytest.mark.slow
+def test_links_of_the_site_lead_to_pages_and_anchors_that_exist(site):
+    """Those of the pages that lie elsewhere in the repository as well."""
+    pages = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html") if path.name != "404.html"}
+    for path in pages:
+        for link, anchor in re.findall(r'href="(?!\w+:)([^"#]*)(?:#([^"]*))?"', article(path)):
+            target = (path.parent / link).resolve() if link else path
+            assert target.exists(), (path, link)
+            assert not anchor or target not in pages or f'id="{html.unescape(unquote(anchor))}"' in pages[target], (
+                path,
+                link,
+                anchor,
+            )
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "without", "with_address"),
+    [
+        ("scale.md", "[x](../setup.cfg)", "x (`setup.cfg`)", "[x](https://h/r/blob/main/setup.cfg)"),
+        ("scale.md", "[`setup.cfg`](../setup.cfg)", "`setup.cfg`", "[`setup.cfg`](https://h/r/blob/main/setup.cfg)"),
+        ("scale.md", "[x](../tests)", "x (`tests`)", "[x](https://h/r/tree/main/tests)"),
+        ("imagenet.md", "[x](../benchmarks/README.md#a)", "[x](benchmarks.md#a)", "[x](benchmarks.md#a)"),
+        ("reference/losses.md", "[x](../../CONTRIBUTING.md)", "[x](../contributing.md)", "[x](../contributing.md)"),
+        ("benchmarks.md", "[x](../docs/scale.md)", "[x](scale.md)", "[x](scale.md)"),
+        ("reference/ece.md", "[x](../../docs/scale.md)", "[x](../scale.md)", "[x](../scale.md)"),
+        ("contributing.md", "[x](docs/digits/README.md)", "[x](digits/README.md)", "[x](digits/README.md)"),
+        (
+            "scale.md",
+            "[x](imagenet.md) [y](https://u.v) [z](#a) a[0](b)",
+            *["[x](imagenet.md) [y](https://u.v) [z](#a) a[0](b)"] * 2,
+        ),
+    ],
+)
+def test_links_lead_to_the_site_or_to_the_repository(hooks, page, link, without, with_address):
+    assert hooks.with_links(link, page, "") == without
+    assert hooks.with_links(link, page, "https://h/r") == with_address
+
+
+def test_a_link_to_no_file_is_refused(hooks):
+    with pytest.raises(FileNotFoundError, match=r"docs/scale.md: expected a file at \.\./gone, got none"):
+        hooks.with_links("[x](../gone)", "scale.md", "")
+
+
+def test_roles_become_links_from_where_they_stand(hooks):
+    """Of every kind that docstrings here use; what has no page becomes code."""
+    import griffe
+
+    suite = griffe.load("carot_hf.data.suite")["ShiftSuite"]
+    for text, target, label in (
+        (":attr:`content`", "carot_hf.data.suite.ShiftSuite.content", "content"),
+        (":data:`~carot_hf.presets.PRESETS`", "carot_hf.presets.PRESETS", "PRESETS"),
+        (":exc:`ValueError`", "carot_hf.data.suite.ValueError", "ValueError"),
+    ):
+        assert hooks.markdown(text, suite) == f'<autoref optional identifier="{target}"><code>{label}</code></autoref>'
+
+
+@pytest.mark.slow
+def test_with_the_address_of_the_repository_pages_have_edit_links_and_ask_nobody(tmp_path):
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "CAROT_HF_REPO_URL": "https://github.com/some/project"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    edited = {
+        name: re.search(
+            r'href="([^"]+)"[^>]*rel="edit"|title="Edit[^"]*"[^>]*href="([^"]+)"', (tmp_path / name).read_text()
+        )[0]
+        for name in ("scale.html", "changelog.html", "reference/ece.html")
+    }
+    base = "https://github.com/some/project/edit/main/"
+    for name, path in {
+        "scale.html": "docs/scale.md",
+        "changelog.html": "CHANGELOG.md",
+        "reference/ece.html": "carot_hf/ece/README.md",
+    }.items():
+        assert f'href="{base}{path}"' in edited[name]
+    assert 'data-md-component="source"' not in (tmp_path / "index.html").read_text(), "it would count stars"
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ CURVES_NAME = "learning_curves.png"
 _SOFTWARE = "carot_hf learning_curves"  # in the PNG: whose file it is
 _TITLES = {SPLIT: "validation", HOME: "test set", SHIFTED: "mean of shifts"}
 _LINES = ("-", "--", "-.", ":")
-_MARKED = 30  # points of a line that are marked one by one
+_MARKED = 15  # marks of a line; of more points every so-many-th is marked
 _WIDE = 30.0  # largest over smallest value from which on a panel is logarithmic
 
 Points = list[tuple[float, float]]  # (step, value), by step
@@ -38,8 +38,8 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]], *, title: str | No
 
     One panel each, by step: the loss and its unweighted terms (logarithmic where they differ much); accuracy and ECE of
     the validation set and, where they were measured, of the test set and in the mean of the shifts; learning rate;
-    momentum of the teacher. A panel of which nothing was logged is left out. Lines differ in style as well as in
-    colour; where there are few points they are marked.
+    momentum of the teacher. A panel of which nothing was logged is left out. Lines differ in style and marks as well
+    as in colour.
 
     Args:
         log_history: ``trainer.state.log_history``, or that of a ``trainer_state.json``.
@@ -148,7 +148,8 @@ def _draw(ax: Axes, name: str, panel: Panel) -> None:
             values,
             color=COLORS[i % len(COLORS)],
             linestyle=_LINES[i % len(_LINES)],
-            marker=MARKERS[i % len(MARKERS)] if len(points) <= _MARKED else "",
+            marker=MARKERS[i % len(MARKERS)],
+            markevery=-(-len(points) // _MARKED),
             markersize=4,
             linewidth=1.5,
             label=_plain(label),

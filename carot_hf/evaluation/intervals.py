@@ -23,14 +23,14 @@ def intervals_of(seen: Seen, n_bootstrap: int) -> dict[str, tuple[float, float]]
     }
 
 
-def accuracy_interval(hits: int, rows: int) -> tuple[float, float]:
+def accuracy_interval(hits: float, rows: float) -> tuple[float, float]:
     r"""The 95 % interval of a share of hits.
 
     .. math:: \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p) / n + z^2 / 4 n^2}}{1 + z^2 / n}
 
     Args:
         hits: Of the rows.
-        rows: 1 or more.
+        rows: More than 0; of weighted ones the number that says as much.
     Source:
         Wilson 1927; Brown, Cai and DasGupta 2001.
     """

@@ -14,18 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ece.binning import CalibrationBins
+from .intervals import accuracy_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OVER, UNDER = "#D55E00", "#0072B2"  # told apart by colour-blind readers; the hatches tell them apart in print
+OVER, UNDER = "#D55E00", "#0072B2"  # Okabe and Ito: told apart by colour-blind readers
 OVER_HATCH, UNDER_HATCH = "//", "\\\\"
-_BAR, _EDGE, _NOISE = "#D4D4D4", "#555555", "#C9B800"
+BAR, OVER_FACE, UNDER_FACE = "#E8E8E8", "#F1BA8F", "#5E96BC"  # light, darker, darkest: told apart in grey print
+_EDGE = "#555555"
 _LINES = ["-", "--", ":", "-."]
 MARKERS = "osD^vP*X<>h8pd"
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
-_NOISE_SDS = 1.96  # 95 % of a normal distribution
+_INTERVAL = "95 % interval"
+FEW, FADED = 10, 0.3  # bins of fewer rows are drawn with this opacity
+_TICKS = (0, 0.5, 1)  # of a grid
 _NUMBERED = 20  # bins whose rows are written above the bars
 
 
@@ -58,9 +62,8 @@ def reliability_diagram(
 
     Grey bars, as wide as their bins, are accuracies. A hatched bar spans the gap from there to the mean confidence of
     the bin: orange and rising where over-confident, blue and falling where under-confident. Empty bins are blank; bins
-    of equal mass begin at the smallest confidence and end at the largest. The yellow band is where the accuracy of a
-    perfectly calibrated model with these confidences would lie, by chance alone, in 95 of 100 samples of this size
-    (`noise_band`).
+    of equal mass begin at the smallest confidence and end at the largest. The error bars are 95 % intervals of the
+    accuracies: a gap that ends within one may be chance alone. Bins of fewer than 10 rows are faded.
 
     Args:
         bins: The table of `calibration_bins`, its `to_dict`, or what the metric returned with ``bins=True``.
@@ -121,6 +124,8 @@ def confidence_histogram(
 def reliability_grid(tables: Mapping[str, Mapping[str, CalibrationBins]], *, title: str | None = None) -> Figure:
     """Reliability diagrams side by side: a row for each data set, a column for each method.
 
+    Many rows come in blocks beside each other, so that the picture is about as wide as it is high.
+
     Args:
         tables: ``{row: {column: bins}}``, e.g. ``{"ImageNet-R": {"CaRot": ..., "CaRot, T = 1.2": ...}}``. A cell that
             is missing stays blank; columns come in the order in which they are first met.
@@ -136,25 +141,33 @@ def reliability_grid(tables: Mapping[str, Mapping[str, CalibrationBins]], *, tit
     columns = list(dict.fromkeys(column for row in tables.values() for column in row))
     if not columns:
         raise ValueError(f"Expected `tables` with at least one cell, got {tables}. Pass {{row: {{column: bins}}}}.")
-    figure = new_figure((2.5 * len(columns) + 0.5, 2.5 * len(tables) + 0.5))
-    axes = figure.subplots(len(tables), len(columns), sharex=True, sharey=True, squeeze=False)
-    for i, (row, cells) in enumerate(tables.items()):
-        for j, column in enumerate(columns):
-            ax = axes[i, j]
+    high, blocks = _grid_shape(len(tables), len(columns))
+    width = blocks * len(columns)
+    figure = new_figure((2.3 * width + 0.5 * blocks, 2.5 * high + 0.8))
+    axes = figure.subplots(high, width, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()  # until it is drawn into
+        ax.tick_params(labelleft=False, labelbottom=False)
+        ax.set(xticks=_TICKS, yticks=_TICKS)
+    titled: set[tuple[int, str]] = set()
+    for number, (row, cells) in enumerate(tables.items()):
+        block, i = divmod(number, high)
+        own = axes[:, block * len(columns) : (block + 1) * len(columns)]
+        for ax, column in zip(own[i], columns, strict=True):
             if column in cells:
+                ax.set_axis_on()
                 _draw_bars(ax, cells[column], CONFIDENCE)
                 _write_box(ax, f"ECE {cells[column].ece:.3f}", size="small")
-            else:
-                ax.set_axis_off()
-            if i == 0:
-                ax.set_title(column)
-        axes[i, 0].set_ylabel(f"{row}\naccuracy")
-    for ax in axes[-1]:
-        ax.set_xlabel("confidence")
-    handles: dict[str, Any] = {}
-    for ax in axes.flat:
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(columns), fontsize="small")
+                if (block, column) not in titled:
+                    ax.set_title(column)
+                    titled.add((block, column))
+            if i == high - 1 or number == len(tables) - 1:
+                ax.set_xlabel("confidence")
+                ax.tick_params(labelbottom=True)
+        own[i, 0].set_ylabel(f"{row}\naccuracy")
+        own[i, 0].tick_params(labelleft=True)
+    handles = _handles([bins for cells in tables.values() for bins in cells.values()], CONFIDENCE)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(width, len(handles)), fontsize="small")
     if title is not None:
         figure.suptitle(title)
     return figure
@@ -237,16 +250,28 @@ def ece_by_set(
     return figure
 
 
-def noise_band(bins: CalibrationBins) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    r"""Lowest and highest accuracy of each bin, ``(M,)`` each, that chance alone explains in a calibrated model.
+def accuracy_intervals(bins: CalibrationBins) -> NDArray[np.float64]:
+    r"""Wilson's 95 % interval of the accuracy of each bin, ``(2, M)``: lowest and highest; nan where it is empty.
 
-    :math:`conf_b \pm 1.96 \sqrt{conf_b (1 - conf_b) / n_b}`, cut at 0 and 1; nan where the bin is empty. The root
-    bounds the standard deviation of a mean of :math:`n_b` independent hits whose chances average :math:`conf_b`. Of
-    weighted rows :math:`n_b` is the number of rows that say as much.
+    It holds the mean confidence where :math:`|acc_b - conf_b| \le z \sqrt{conf_b (1 - conf_b) / n_b}`, that is where
+    chance alone explains the gap of a calibrated bin: the root bounds the standard deviation of a mean of :math:`n_b`
+    independent hits whose chances average :math:`conf_b`. Of weighted rows :math:`n_b` is the number that says as much.
     """
-    center = bins.confidence
-    half = _NOISE_SDS * np.sqrt(center * (1 - center) / np.where(bins.count > 0, bins.rows, np.nan))
-    return np.maximum(center - half, 0), np.minimum(center + half, 1)
+    ends = [
+        accuracy_interval(accuracy * rows, rows) if rows > 0 else (np.nan, np.nan)
+        for accuracy, rows in zip(bins.accuracy.tolist(), bins.rows.tolist(), strict=True)
+    ]
+    intervals: NDArray[np.float64] = np.array(ends).T
+    return intervals
+
+
+def _grid_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Rows of a grid, and blocks beside each other: the fewest with which it is hardly higher than wide."""
+    for blocks in range(1, rows + 1):
+        high = -(-rows // blocks)
+        if high <= blocks * columns + 1:
+            break
+    return high, -(-rows // high)
 
 
 def _draw_reliability(
@@ -255,7 +280,7 @@ def _draw_reliability(
     """The whole upper panel: bars, legend and box."""
     _draw_bars(ax, bins, words)
     ax.set_ylabel(words.accuracy)
-    ax.legend(loc="lower right", fontsize="small", framealpha=0.9)
+    ax.legend(handles=_handles([bins], words), loc="lower right", fontsize="small", framealpha=0.9)
     lines = {
         f"ECE ({bins.n_bins} bins)": f"{bins.ece:.4f}",
         words.accuracy: f"{bins.avg_accuracy:.4f}",
@@ -271,50 +296,56 @@ def _draw_reliability(
 
 
 def _draw_bars(ax: Axes, bins: CalibrationBins, words: _Words) -> None:
-    """Accuracy, gaps, noise band and diagonal on the unit square."""
+    """Accuracies with their intervals, gaps and diagonal on the unit square."""
     left, width, filled = *_places(bins), bins.count > 0
-    ax.bar(
-        left[filled],
-        bins.accuracy[filled],
-        width[filled],
-        align="edge",
-        color=_BAR,
-        edgecolor=_EDGE,
-        linewidth=0.8,
-        label=words.accuracy,
-    )
-    low, high = noise_band(bins)
-    ax.bar(
-        left[filled],
-        (high - low)[filled],
-        width[filled],
-        bottom=low[filled],
-        align="edge",
-        facecolor=(_NOISE, 0.35),
-        edgecolor=_NOISE,
-        linewidth=0.8,
-        linestyle=":",
-        label="noise alone (95 %)",
-    )
-    for name, shown, color, hatch in (
-        (words.over, filled & (bins.gap > 0), OVER, OVER_HATCH),
-        (words.under, filled & (bins.gap < 0), UNDER, UNDER_HATCH),
+    faded = np.where(bins.rows < FEW, FADED, 1.0)
+    for name, shown, heights, bottom, face, color, hatch in (
+        (words.accuracy, filled, bins.accuracy, np.zeros(bins.n_bins), BAR, _EDGE, None),
+        (words.over, filled & (bins.gap > 0), bins.gap, bins.accuracy, OVER_FACE, OVER, OVER_HATCH),
+        (words.under, filled & (bins.gap < 0), bins.gap, bins.accuracy, UNDER_FACE, UNDER, UNDER_HATCH),
     ):
         if shown.any():
             ax.bar(
                 left[shown],
-                bins.gap[shown],
+                heights[shown],
                 width[shown],
-                bottom=bins.accuracy[shown],
+                bottom=bottom[shown],
                 align="edge",
-                facecolor=(color, 0.3),
-                edgecolor=color,
+                color=[(face, alpha) for alpha in faded[shown]],
+                edgecolor=[(color, alpha) for alpha in faded[shown]],
                 linewidth=0.8,
                 hatch=hatch,
                 label=name,
             )
+    low, high = accuracy_intervals(bins)
+    ax.errorbar(
+        (left + width / 2)[filled],
+        bins.accuracy[filled],
+        [np.maximum(bins.accuracy - low, 0)[filled], np.maximum(high - bins.accuracy, 0)[filled]],
+        fmt="none",
+        ecolor=[("black", alpha) for alpha in faded[filled]],
+        elinewidth=1.2,
+        label=_INTERVAL,
+    )
     ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+
+
+def _handles(tables: Sequence[CalibrationBins], words: _Words) -> list[Any]:
+    """What the legend of diagrams shows: of what is drawn each kind once, never faded."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    line = Line2D([], [], color="black", marker="|", markersize=11, markeredgewidth=1.2, linestyle="none")
+    line.set_label(_INTERVAL)
+    kinds = [Patch(facecolor=BAR, edgecolor=_EDGE, label=words.accuracy), line]
+    if any((bins.gap > 0).any() for bins in tables):
+        kinds.append(Patch(facecolor=OVER_FACE, edgecolor=OVER, hatch=OVER_HATCH, label=words.over))
+    if any((bins.gap < 0).any() for bins in tables):
+        kinds.append(Patch(facecolor=UNDER_FACE, edgecolor=UNDER, hatch=UNDER_HATCH, label=words.under))
+    if any(((bins.count > 0) & (bins.rows < FEW)).any() for bins in tables):
+        kinds.append(Patch(facecolor=(BAR, FADED), edgecolor=(_EDGE, FADED), label=f"fewer than {FEW} rows"))
+    return kinds
 
 
 def _draw_histogram(ax: Axes, bins: CalibrationBins, words: _Words) -> None:
@@ -326,7 +357,7 @@ def _draw_histogram(ax: Axes, bins: CalibrationBins, words: _Words) -> None:
         shares,
         width,
         align="edge",
-        color=_BAR,
+        color=BAR,
         edgecolor=_EDGE,
         linewidth=0.8,
         label="rows",

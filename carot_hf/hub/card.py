@@ -13,6 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
 
 from ..basics.escape import code, markdown, printable, printable_lines, sentence, table, with_interval
 from ..basics.redaction import public_words
@@ -47,15 +49,17 @@ class CardFacts:
         versions: Of the packages.
         seed: Of the run.
         processes: That trained together.
-        objective: "contrastive" or "cross_entropy".
+        preset: Whose loss it is; ``None``: of no preset.
+        loss: Its terms with their weights, in words.
+        teacher_words: How the teacher followed the student; ``None``: there was none.
         command: That made it; ``None`` in a notebook.
         repo: Id on the Hub; ``None``: as ``name``.
-        base_model: What was fine-tuned; an id of the Hub, or ``None`` if it has none.
-        license: Of the weights.
+        base_model: What was fine-tuned: an id of the Hub; ``None``: not known.
+        license: Of the weights; ``None``: not known.
         diagram: File name of the reliability diagrams beside the card.
         teacher: Whether the teacher's weights are in the folder ``teacher``.
         language: Of the captions.
-        datasets: Ids of the Hub.
+        datasets: Data sets; the metadata hold those that may be ids of the Hub.
         tags: Beside ours.
         suite_version: Of the suite, if it has one.
         suite_hash: :attr:`~carot_hf.ShiftSuite.content_hash`.
@@ -80,7 +84,9 @@ class CardFacts:
     versions: Mapping[str, str]
     seed: int
     processes: int = 1
-    objective: str = "contrastive"
+    preset: str | None = None
+    loss: str = ""
+    teacher_words: str | None = None
     command: str | None = None
     repo: str | None = None
     base_model: str | None = None
@@ -105,9 +111,9 @@ def model_card(facts: CardFacts) -> ModelCard:
         library_name="transformers" if facts.task == ZERO_SHOT else "carot_hf",  # whose class the model is
         pipeline_tag=facts.task,
         license=_shown(facts.license),
-        base_model=_shown(facts.base_model),
-        datasets=list(map(printable, facts.datasets)) or None,
-        metrics=["accuracy", "carot_hf/ece"],
+        base_model=next(iter(hub_ids([facts.base_model])), None),
+        datasets=hub_ids(facts.datasets) or None,
+        metrics=["accuracy"],  # of the others the Hub has no page
         tags=list(dict.fromkeys([*TAGS, *map(printable, facts.tags)])),
         language=_shown(facts.language),
         eval_results=_results(facts) or None,
@@ -117,6 +123,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         "facts": facts,
         "zero_shot": facts.task == ZERO_SHOT,
         "classes": f"{len(facts.class_names):,}",
+        "made_of": _made_of(facts),
         "results": _table(facts),
         "sets": _conformal(facts),
         "alpha": next((kept["alpha"] for kept in (facts.calibration or {}).get("conformal", {}).values()), 0.0),
@@ -129,6 +136,33 @@ def model_card(facts: CardFacts) -> ModelCard:
     }
     card: ModelCard = ModelCard.from_template(data, str(Path(__file__).with_name("card.md")), **values)
     return card
+
+
+def hub_ids(names: Sequence[str | None]) -> list[str]:
+    """Those names that may be ids of the Hub: it refuses a card with others, or takes a path for somebody's."""
+    found = []
+    for name in names:
+        try:
+            validate_repo_id(name or "")
+        except HFValidationError:
+            continue
+        found.append(str(name))
+    return found
+
+
+def _made_of(facts: CardFacts) -> str:
+    """Base model, licence, data, loss and teacher; what is not known says so."""
+    rows = {
+        "base model": code(facts.base_model) if facts.base_model else "not known",
+        "licence": markdown(facts.license) if facts.license else "not known; see that of the base model",
+    }
+    if facts.datasets:
+        rows["data sets"] = ", ".join(map(code, facts.datasets))
+    if facts.steps:
+        rows["method"] = f"the loss of the preset {code(facts.preset)}" if facts.preset else "a loss of no preset"
+        rows["loss"] = markdown(facts.loss)
+        rows["teacher"] = "none" if facts.teacher_words is None else markdown(facts.teacher_words)
+    return table([["", ""], *([name, text] for name, text in rows.items())])
 
 
 def _shown(text: str | None) -> str | None:
@@ -173,11 +207,9 @@ def _results(facts: CardFacts) -> list[EvalResult]:
                 results.append(
                     EvalResult(
                         task_type=facts.task,
-                        dataset_type=printable(facts.suite),
+                        # the spaces say that it is no id of a data set; another one for each, else all are one
+                        dataset_type=f"{printable(name)} of the suite {printable(facts.suite)}",
                         dataset_name=printable(name),
-                        dataset_config=printable(name),  # the metadata would else take all sets for one
-                        dataset_split="test",
-                        dataset_revision=facts.suite_hash,
                         metric_type=metric,
                         metric_name=title,
                         metric_value=round(float(value), 6),

@@ -9,7 +9,9 @@ from typing import Any
 
 from ..basics.installed import versions
 from ..basics.redaction import public, public_text
-from .card import CLASSIFICATION, ZERO_SHOT, CardFacts, command_line
+from ..calibration.record import calibration_record
+from ..models.lora import base_model
+from .card import CLASSIFICATION, ZERO_SHOT, CardFacts, command_line, hub_ids
 
 
 def run_facts_for_card(
@@ -17,7 +19,7 @@ def run_facts_for_card(
     suite: Any,
     *,
     given: Mapping[str, Any],
-    start: str,
+    model: Any,
     measured: Any,
     arguments: Mapping[str, Any],
     changes: Sequence[Any],
@@ -29,13 +31,14 @@ def run_facts_for_card(
         args: Training arguments.
         suite: The suite.
         given: What a user says: ``model_name``, ``finetuned_from``, ``license``, ``language``, ``tags``, ``dataset``.
-        start: Where the model was loaded from.
+        model: That is trained, unwrapped or not.
         measured: Of the latest evaluation, a ``Reported``.
         arguments: That are not their defaults.
         changes: Since the run was resumed.
         **rest: Further fields of the card.
     """
-    base = given.get("finetuned_from") or start
+    network = base_model(model)
+    start = str(getattr(network.config, "_name_or_path", "") or "")
     return CardFacts(
         name=given.get("model_name") or Path(args.output_dir).name,
         task=CLASSIFICATION if args.objective == "cross_entropy" else ZERO_SHOT,
@@ -52,9 +55,11 @@ def run_facts_for_card(
         arguments=public(arguments),
         versions=versions(),
         seed=args.seed,
-        objective=args.objective,
+        preset=args.loss_preset,
+        calibration=calibration_record(network),
         command=command_line(sys.argv),
-        base_model=base if base and not Path(base).exists() else None,
+        base_model=given.get("finetuned_from")
+        or (None if Path(start).exists() else next(iter(hub_ids([start])), None)),
         license=given.get("license"),
         language=given.get("language"),
         datasets=as_list(given.get("dataset")) or suite.datasets,

@@ -13,6 +13,7 @@ from ..teacher.average import Teacher, beta_momentum, ema_momentum
 from ..teacher.callback import Schedule, TeacherCallback
 from ..teacher.start import Start
 from ..training_args import CaRotTrainingArguments
+from .header import every
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,23 @@ class TeacherMaker:
 def teacher_callback(teacher: Teacher, args: CaRotTrainingArguments) -> TeacherCallback:
     """Return what moves a teacher as the arguments say; it neither saves nor loads."""
     return TeacherCallback(teacher, schedule(args), args.moves_every, save_as=None)
+
+
+def teacher_words(args: CaRotTrainingArguments) -> str | None:
+    """How the teacher of a training follows the student, in words; ``None``: there is none."""
+    if not args.needs_teacher:
+        return None
+    if args.teacher == "frozen" or not args.teacher_update_every:
+        return "the model as it was before the first step; it never moves"
+    when = every(args.teacher_update_every)
+    if args.teacher == "beta":
+        beta = f"{args.teacher_beta:g}"
+        return f"mean of the weights at all of its moves, weighted by Beta({beta}, {beta}); moves {when}"
+    start, end, ramp = args.teacher_momentum_start, args.teacher_momentum_end, args.teacher_momentum_ramp
+    momentum = f"{end:g}"
+    if start != end and ramp > 0:
+        momentum = f"from {start:g} to {end:g} over the first {100 * ramp:g} % of the steps, then constant"
+    return f"moving average of the weights; moves {when}; momentum (weight of the old teacher) {momentum}"
 
 
 def schedule(options: CaRotTrainingArguments) -> Schedule:

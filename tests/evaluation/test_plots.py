@@ -13,13 +13,16 @@ from matplotlib.figure import Figure
 from carot_hf.ece.binning import CalibrationBins, calibration_bins
 from carot_hf.ece.ece import ECE
 from carot_hf.evaluation.plots import (
+    BAR,
     OVER,
+    OVER_FACE,
     OVER_HATCH,
     UNDER,
+    UNDER_FACE,
     UNDER_HATCH,
+    accuracy_intervals,
     confidence_histogram,
     ece_by_set,
-    noise_band,
     reliability_diagram,
     reliability_grid,
 )
@@ -65,11 +68,6 @@ def test_bars_are_accuracies_and_gaps_end_at_the_mean_confidence(bins):
     )
     np.testing.assert_allclose(bars(top, "over-confident"), [(0.2, 0.1, 0.2, 0.2)])
     np.testing.assert_allclose(bars(top, "under-confident"), [(0.6, 0.8, 0.2, -0.1), (0.8, 0.95, 0.2, -0.05)])
-    low, high = noise_band(bins)
-    np.testing.assert_allclose(
-        bars(top, "noise alone (95 %)"),
-        [(b / 5, low[b], 0.2, high[b] - low[b]) for b in range(1, 5)],
-    )
 
 
 def test_bars_are_as_wide_as_their_bins(quantiles):
@@ -84,7 +82,7 @@ def test_bars_are_as_wide_as_their_bins(quantiles):
 def test_over_and_under_confidence_differ_in_colour_and_hatch(bins):
     top = reliability_diagram(bins).axes[0]
     looks = {}
-    for container in top.containers:
+    for container in top.containers[:3]:
         patch = container[0]
         looks[container.get_label()] = to_hex(patch.get_edgecolor()), patch.get_hatch()
     assert looks["over-confident"] == (to_hex(OVER), OVER_HATCH)
@@ -92,9 +90,9 @@ def test_over_and_under_confidence_differ_in_colour_and_hatch(bins):
     assert (OVER, UNDER) == ("#D55E00", "#0072B2")
     assert OVER_HATCH != UNDER_HATCH
     face = next(c for c in top.containers if c.get_label() == "over-confident")[0].get_facecolor()
-    assert face == to_rgba(OVER, 0.3)
+    assert face == to_rgba(OVER_FACE)
     legend = [text.get_text() for text in top.get_legend().get_texts()]
-    assert legend == ["accuracy", "noise alone (95 %)", "over-confident", "under-confident"]
+    assert legend == ["accuracy", "95 % interval", "over-confident", "under-confident"]
 
 
 def test_a_side_that_does_not_occur_is_not_in_the_legend():
@@ -132,24 +130,94 @@ def test_the_box_says_what_the_table_says(bins):
     assert "200,000" in texts(reliability_diagram(many).axes[0])
 
 
-def test_the_noise_band_is_the_spread_of_calibrated_samples():
+def test_the_intervals_hold_the_confidences_of_calibrated_samples():
+    """In 95 of 100 samples; and exactly where the accuracy lies within the noise about the confidence."""
     generator = np.random.default_rng(0)
     confidences = np.repeat([0.15, 0.55, 0.85], [400, 900, 2500])
     inside = []
     for _ in range(400):
         bins = calibration_bins(confidences, generator.random(len(confidences)) < confidences)
-        low, high = noise_band(bins)
+        low, high = accuracy_intervals(bins)
         filled = bins.count > 0
-        inside.append(((low <= bins.accuracy) & (bins.accuracy <= high))[filled])
+        held = (low <= bins.confidence) & (bins.confidence <= high)
+        noise = 1.959963984540054 * np.sqrt(bins.confidence * (1 - bins.confidence) / bins.count.clip(1))
+        np.testing.assert_array_equal(held[filled], (np.abs(bins.gap) <= noise)[filled])
+        inside.append(held[filled])
         assert np.isnan(low[~filled]).all()
     np.testing.assert_allclose(np.mean(inside, axis=0), 0.95, atol=0.035)
 
 
-def test_the_noise_band_by_hand_and_cut_at_the_ends():
-    bins = calibration_bins([0.5] * 100 + [0.99] * 2, [1] * 102)
-    low, high = noise_band(bins)
-    assert (low[4], high[4]) == pytest.approx((0.402, 0.598))
-    assert high[9] == 1.0
+def test_the_intervals_by_hand_and_at_the_ends():
+    """Wilson for 10 of 10: from 10 / (10 + z^2) to 1; for 50 of 100: 0.5 by 0.0962 of (1 + z^2 / 100)."""
+    bins = calibration_bins([0.5] * 100 + [0.99] * 10, [0, 1] * 50 + [1] * 10)
+    low, high = accuracy_intervals(bins)
+    assert (low[9], high[9]) == pytest.approx((10 / 13.8414588, 1.0))
+    assert (low[4], high[4]) == pytest.approx((0.4038315, 0.5961685), abs=1e-6)
+
+
+def test_error_bars_are_the_intervals_at_the_middle_of_the_bins(bins):
+    low, high = accuracy_intervals(bins)
+    top = reliability_diagram(bins).axes[0]
+    (bars_,) = [container for container in top.containers if container.get_label() == "95 % interval"]
+    segments = bars_.lines[2][0].get_segments()
+    expected = [[((b + 0.5) / 5, low[b]), ((b + 0.5) / 5, high[b])] for b in range(1, 5)]
+    np.testing.assert_allclose(segments, expected)
+
+
+def test_bins_of_fewer_than_ten_rows_are_faded_whole():
+    bins = CalibrationBins(
+        edges=np.linspace(0, 1, 4),
+        count=np.array([9, 10, 11]),
+        confidence=np.array([0.3, 0.5, 0.9]),
+        accuracy=np.array([0.1, 0.6, 0.8]),
+    )
+    top = reliability_diagram(bins).axes[0]
+    shown = {container.get_label(): container for container in top.containers}
+    opacity = {
+        name: [patch.get_edgecolor()[3] for patch in shown[name]]
+        for name in ("accuracy", "over-confident", "under-confident")
+    }
+    assert opacity == {"accuracy": [0.3, 1, 1], "over-confident": [0.3, 1], "under-confident": [1]}
+    assert [patch.get_facecolor()[3] for patch in shown["accuracy"]] == [0.3, 1, 1]
+    assert [color[3] for color in shown["95 % interval"].lines[2][0].get_colors()] == [0.3, 1, 1]
+    assert "fewer than 10 rows" in [text.get_text() for text in top.get_legend().get_texts()]
+    weighted = calibration_bins([0.4] * 40, [1] * 40, 1, sample_weight=[100.0] + [1.0] * 39)
+    assert weighted.effective[0] < 10 < weighted.count[0]
+    assert reliability_diagram(weighted).axes[0].containers[0][0].get_facecolor()[3] == 0.3
+
+
+def linear(color):
+    """Light of red, green and blue, of 0 to 1, of a colour in sRGB."""
+    return np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgba(color)[:3]])
+
+
+def lab(light):
+    """CIE L*a*b* (white D65) of linear sRGB: L* is what a grey print keeps, a difference of 2.3 is just seen."""
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ light
+    x, y, z = np.cbrt(np.clip(xyz / [0.9505, 1.0, 1.089], 0.008856, None))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+# Machado, Oliveira and Fernandes 2009: what those without one kind of cone see, in linear RGB.
+BLIND = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def test_fills_are_told_apart_in_grey_print():
+    levels = [lab(linear(color))[0] for color in ("white", BAR, OVER_FACE, UNDER_FACE)]
+    assert min(-np.diff(levels)) > 7, levels
+    assert levels[2] - levels[3] > 15, "the two sides most of all"
+
+
+@pytest.mark.parametrize("kind", BLIND)
+def test_the_two_sides_are_told_apart_by_the_colour_blind(kind):
+    """Fills and edges, by at least ten times what is just seen."""
+    for pair in ((OVER_FACE, UNDER_FACE), (OVER, UNDER)):
+        first, second = (lab(np.array(BLIND[kind]) @ linear(color)) for color in pair)
+        assert np.linalg.norm(first - second) > 23
 
 
 def test_given_axes_are_drawn_into_and_their_figure_returned(bins):
@@ -245,7 +313,41 @@ def test_a_grid_has_one_legend(bins, quantiles):
     figure = reliability_grid({"a": {"x": bins}, "b": {"x": quantiles}})
     (legend,) = figure.legends
     named = [text.get_text() for text in legend.get_texts()]
-    assert named == ["accuracy", "noise alone (95 %)", "over-confident", "under-confident"]
+    assert named == ["accuracy", "95 % interval", "over-confident", "under-confident"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "shape"),
+    [
+        (1, 1, (1, 1)),
+        (2, 2, (2, 2)),
+        (3, 2, (3, 2)),
+        (7, 2, (4, 4)),
+        (9, 2, (5, 4)),
+        (6, 4, (3, 8)),
+        (5, 4, (5, 4)),
+        (7, 1, (3, 3)),
+    ],
+)
+def test_a_grid_is_about_as_wide_as_it_is_high(bins, rows, columns, shape):
+    """That of a card with seven sets was 550 x 1,800; before and after stay side by side."""
+    cells = {str(column): bins for column in range(columns)}
+    figure = reliability_grid({f"set {row}": cells for row in range(rows)})
+    axes = np.array(figure.axes).reshape(shape)
+    drawn = [ax for ax in axes.flat if ax.axison]
+    assert len(drawn) == rows * columns
+    named = [ax.get_ylabel() for block in range(shape[1] // columns) for ax in axes[:, block * columns] if ax.axison]
+    assert named == [f"set {row}\naccuracy" for row in range(rows)], "down, block by block"
+    assert [ax.get_title() for ax in axes[0]] == [str(column) for column in range(columns)] * (shape[1] // columns)
+    width, height = figure.get_size_inches()
+    assert 0.6 < width / height < 2.7
+
+
+def test_a_column_is_named_above_its_first_cell(bins):
+    figure = reliability_grid({"validation": {"as trained": bins}, "home": {"as trained": bins, "T": bins}})
+    axes = np.array(figure.axes).reshape(2, 2)
+    assert [ax.get_title() for ax in axes.flat] == ["as trained", "", "", "T"]
+    assert [ax.get_xlabel() for ax in axes.flat] == ["", "", "confidence", "confidence"]
 
 
 def test_a_result_of_the_metric_is_drawn_like_its_bins():
@@ -279,7 +381,8 @@ def test_weighted_bins_are_drawn_by_weight():
     assert ax.get_ylabel() == "share of weight"
     even = calibration_bins([0.4] * 4, [1] * 4, 1, sample_weight=[1.0, 1.0, 1.0, 5.0])
     assert even.effective.tolist() == [64 / 28]
-    assert noise_band(even)[1][0] == pytest.approx(min(1.0, 0.4 + 1.96 * np.sqrt(0.24 * 28 / 64)), rel=1e-9)
+    rows, z2 = 64 / 28, 1.959963984540054**2
+    assert accuracy_intervals(even)[0, 0] == pytest.approx(rows / (rows + z2), rel=1e-9), "Wilson, all right"
 
 
 def test_ece_by_set_marks_means_and_ranges_where_they_are_seen():

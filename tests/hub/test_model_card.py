@@ -16,11 +16,21 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from toys import ROOT
 
-from carot_hf import bake_temperature, calibration_metrics, interpolate, unbake_temperature
+from carot_hf import (
+    CaRotTrainingArguments,
+    bake_temperature,
+    calibration_metrics,
+    interpolate,
+    unbake_temperature,
+)
 from carot_hf.hub.card import command_line
+from carot_hf.presets import PRESETS
+from carot_hf.run.method import teacher_words
 
 
 def card_of(trainer, **options):
@@ -118,13 +128,100 @@ def test_what_the_metadata_and_the_text_say(make_trainer):
     again = ModelCard(f"---\n{data.to_yaml()}\n---\n", ignore_metadata_errors=False)
     assert again.data.to_dict() == data.to_dict()
     assert f"Suite `noise`, sha256 `{trainer.suite.content_hash}`" in card.text
-    assert {result.dataset_revision for result in data.eval_results} == {trainer.suite.content_hash}
+    assert {result.dataset_revision for result in data.eval_results} == {None}, "a hash is no commit"
     assert "![Reliability diagrams of each set](eval_reliability.png)" in card.text
     for template in trainer.suite.templates:
         assert template in card.text.splitlines()
-    assert "`openai/clip`, fine-tuned on the suite `noise` (4 classes) with CLIP's contrastive loss" in card.text
+    assert "`openai/clip`, fine-tuned on the suite `noise` (4 classes) by carot_hf." in card.text
     assert re.search(r"\| `learning_rate` +\| `0.01` +\|", card.text)
     assert re.search(r"4 steps; seed 42; carot_hf \S+, torch \S+, transformers", card.text)
+
+
+def made_of(card):
+    """The rows of the first table of a card."""
+    lines = [line.split(" | ") for line in card.text.split("## Results")[0].splitlines() if line.startswith("| ")]
+    return {line[0].strip("| "): line[1].rstrip("| ") for line in lines[1:]}
+
+
+def test_the_card_of_a_preset_names_loss_and_teacher_though_all_are_defaults(make_trainer):
+    """A card of CaRot said "contrastive loss": the weight of its distillation is the default and stood nowhere."""
+    trainer = make_trainer(learning_rate=1e-5)
+    assert "distillation_weight" not in trainer.args.changed()
+    assert made_of(card_of(trainer)) == {
+        "base model": "not known",
+        "licence": "not known; see that of the base model",
+    }, "nothing was trained"
+    trainer.train()
+    assert made_of(card_of(trainer, license="mit", dataset=["tester/noise", "my photos"])) == {
+        "base model": "not known",
+        "licence": "mit",
+        "data sets": "`tester/noise`, `my photos`",
+        "method": "the loss of the preset `carot`",
+        "loss": r"contrastive \(softmax\) + 0.75 x distillation",
+        "teacher": r"moving average of the weights; moves every 2 steps; momentum \(weight of the old "
+        r"teacher\) from 0.05 to 0.9 over the first 20 % of the steps, then constant",
+    }
+    trainer.args.distillation_weight = 0.5
+    assert made_of(card_of(trainer))["method"] == "a loss of no preset"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"distillation_weight": 0.0}, None),
+        ({"teacher": "frozen"}, "the model as it was before the first step; it never moves"),
+        ({"teacher_update_every": 0}, "the model as it was before the first step; it never moves"),
+        ({"teacher": "beta", "teacher_update_every": 1}, "Beta(0.5, 0.5); moves every step"),
+        ({"teacher_momentum_ramp": 0.0}, "moves every 500 steps; momentum (weight of the old teacher) 0.9"),
+        ({"teacher_momentum_start": 0.9}, "moves every 500 steps; momentum (weight of the old teacher) 0.9"),
+    ],
+)
+def test_the_schedule_of_the_teacher_in_words(tmp_path, options, words):
+    said = teacher_words(CaRotTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options))
+    assert said == words if words is None else said.endswith(words)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_is_told_by_its_loss(tmp_path, name):
+    """Whatever learning rate, smoothing and interval a suite recommends."""
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "learning_rate": 1e-3, "teacher_update_every": 7}
+    assert CaRotTrainingArguments.from_preset(name, **options).loss_preset == name
+    if name.endswith("-ls"):
+        assert CaRotTrainingArguments.from_preset(name, label_smoothing_factor=0.02, **options).loss_preset == name
+    weight = {} if "ft" in name.split("-") else {"orthogonality_weight": 0.01}
+    other = CaRotTrainingArguments.from_preset(name, **weight, **options)
+    assert other.loss_preset == (None if weight else name)
+
+
+@pytest.mark.parametrize(
+    ("start", "shown"),
+    [("openai/clip", "openai/clip"), ("/gone/model", None), ("../gone", None), ("a/b/c", None), ("here", None)],
+)
+def test_only_what_may_be_an_id_of_the_hub_is_given_as_the_base_model(
+    make_trainer, monkeypatch, tmp_path, start, shown
+):
+    """A folder that is there, or a path that was: the Hub would look for a model of that name."""
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    trainer = make_trainer()
+    trainer.model.config._name_or_path = start
+    card = card_of(trainer, dataset=["tester/noise", "my photos"])
+    assert card.data.base_model == shown
+    assert made_of(card)["base model"] == (f"`{shown}`" if shown else "not known")
+    assert card.data.datasets == ["tester/noise"]
+
+
+def test_a_result_names_no_data_set_of_somebody_else(make_trainer):
+    """A suite is no id of the Hub: none of the types may be read as one, and each set has its own."""
+    trainer = make_trainer()
+    trainer.evaluate()
+    card = card_of(trainer)
+    types = [result.dataset_type for result in card.data.eval_results]
+    assert set(types) == {f"{name} of the suite noise" for name in ("home", "far", "part")}
+    for name in types:
+        with pytest.raises(HFValidationError):
+            validate_repo_id(name)
+    assert card.data.metrics == ["accuracy"]
 
 
 def test_the_version_of_the_suite_is_named(make_trainer):
@@ -249,7 +346,9 @@ def test_odd_names_break_neither_metadata_nor_text(make_trainer, suite):
     trainer.evaluate()
     card = card_of(trainer)
     results = card.data.eval_results
-    assert {result.dataset_type for result in results} == {"my: suite #2"}
+    assert {result.dataset_type for result in results} == {
+        f"{name} of the suite my: suite #2" for name in ("home", "far", "part")
+    }
     metadata = yaml.safe_load(card.content.split("---\n")[1])
     assert [len(entry["metrics"]) for entry in metadata["model-index"][0]["results"]] == [3, 3, 3]
     code = re.search(r"^(````+)python\n(.*?)\n\1$", card.text, re.S | re.M)[2]

@@ -16,18 +16,13 @@ import urllib.request
 from contextlib import ExitStack
 
 import pytest
+from chromium import PATIENCE, open_browser
 from PIL import Image
 from ports import reserved_port
 from toys import ROOT
 
 pytestmark = pytest.mark.space
 
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-PATIENCE = 60  # seconds; a page answers in one
 SIX_ROWS = "0.31,0.32,0.27\n0.37,0.33,0.30\n0.30,0.31,0.39\n0.61,0.38,0.01\n0.10,0.65,0.25\n0.91,0.05,0.04"
 SIX_LABELS = "1 0 0 1 0 0"
 SIX_ECE = 2.27 / 6  # hits against confidences of three bins: |2 - 1.08| + |0 - 1.26| + |1 - 0.91| = 2.27
@@ -134,13 +129,7 @@ def browser(tmp_path_factory):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"),
-            executable_path=CHROMIUM,
-            args=FLAGS,
-            viewport={"width": 1280, "height": 900},
-        )
-        context.set_default_timeout(PATIENCE * 1000)
+        context = open_browser(playwright, tmp_path_factory.mktemp("profile"))
         yield context
         context.close()
 
