@@ -12,7 +12,7 @@ START_MODELS = {
 }
 OF_THE_SUITE = "the suite's"  # start model, in metrics.json
 LOCAL_NAME = "local.json"  # what metrics.json, which is published, does not say: places on this machine
-SUITE = "digits, imagenet, a YAML file, or a folder of images"
+SUITE = "digits, imagenet, a benchmark (pacs, domainnet, ...), a YAML file, or a folder of images"
 METHODS = ("temperature", "perturbed", "density")
 
 
@@ -20,10 +20,14 @@ def add_suite_options(parser: argparse.ArgumentParser, default: str | None = "di
     """Add the options that name data."""
     group = parser.add_argument_group("data")
     group.add_argument("--suite", default=default, help=f"{SUITE}; default: {default or 'none'}")
-    group.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts, in place of the Hub")
+    group.add_argument("--data_root", help="folder of local copies of what is on the Hub")
     group.add_argument("--streaming", action="store_true", help="read the data as streams")
-    group.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; default: v2 r a sketch objectnet")
-    group.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
+    group.add_argument(
+        "--shifts", nargs="+", help="shifted sets, of imagenet (default: v2 r a sketch objectnet) or a benchmark"
+    )
+    group.add_argument("--partial", action="store_true", help="take copies that are only a part of the data")
+    group.add_argument("--home", help="domain of a benchmark that is trained on; the others are shifts")
+    group.add_argument("--held_out", help="domain of a benchmark that is a shift; the others are trained on")
 
 
 def add_model_options(parser: argparse.ArgumentParser, **options: Any) -> None:
@@ -39,6 +43,7 @@ def add_model_options(parser: argparse.ArgumentParser, **options: Any) -> None:
 def suite_options(script: Any) -> dict[str, Any]:
     """The options of `load_suite` that were given; each suite refuses those that it does not have."""
     options = {"root": script.data_root, "shifts": script.shifts, "streaming": script.streaming or None}
+    options |= {"home": script.home, "held_out": script.held_out}
     options["check_counts"] = False if script.partial else None
     return {name: value for name, value in options.items() if value is not None}
 
