@@ -50,3 +50,21 @@ class Groups:
     def of(self, rows: NDArray[np.int64]) -> Groups:
         """Return those of some of the images."""
         return Groups(self.names, self.codes[rows])
+
+
+def groups_of(data: Any, rows: Any) -> NDArray[np.int32] | None:
+    """Return the ``(n,)`` groups of the images of a set; ``None``: it has none.
+
+    Args:
+        data: The set.
+        rows: Something with as many rows as were read of it.
+    Raises:
+        ValueError: If there is another number of groups than of rows.
+    """
+    groups: Groups | None = data.groups
+    if groups is not None and len(groups) != len(rows):
+        raise ValueError(
+            f"Expected a group for each of the {len(rows):,} images of set '{data.name}', got {len(groups):,}. Set "
+            "`groups` anew after rows were taken away."
+        )
+    return None if groups is None else groups.codes
