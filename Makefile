@@ -27,7 +27,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() or 1))")
 PYTEST := -m pytest -q -n $(JOBS) --dist worksteal
 # The tests that touch transformers, datasets, accelerate, evaluate, huggingface_hub and Pillow.
-VERSION_TESTS := $(foreach name,architecture attacks classifier content_hash data ece evaluation evaluator hub \
+VERSION_TESTS := $(foreach name,architecture attacks benchmarks benchmarks_measured classifier content_hash data ece evaluation evaluator hub \
 	choices distinct_captions early_stopping eval_sets folders images imagenet_suite labels loading log_for_people model_card \
 	prepare processors resume resume_facts security streaming \
 	suite_file suites survey table_files training training_args waits,$(wildcard tests/test_$(name).py tests/*/test_$(name).py))

@@ -140,8 +140,8 @@ _ROWS = (
     Metric("macro_f1", "higher", lambda seen: macro_f1(seen.labels, seen.predicted, seen.n_classes, seen.weights)),
 )
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
-# Of sets whose rows are in groups: the lowest accuracy and the highest ECE that a group has by itself. Of a group of
-# few rows both say little, and the worst one is likely to be such a group: look at how many it has.
+# Of sets whose rows are in groups (Sagawa et al. 2020): the lowest accuracy and the highest ECE that a group has by
+# itself. Of a group of few rows both say little, and the worst one is likely to be one: look at how many it has.
 GROUP_METRICS: dict[str, Metric] = {
     row.name: row
     for row in (
@@ -203,17 +203,14 @@ def read_set(
     for scaling, _ in scalings.values():
         _check_scaling(scaling, link, len(logits), sample_weight is not None or ignore_index is not None)
     kind = check_link(link)
-    own_groups = None if groups is None else _checked_groups(groups, len(logits), sample_weight, ignore_index)
+    of = None if groups is None else _checked_groups(groups, len(logits), sample_weight, ignore_index)
     logits, labels, weights = kept_rows(logits, labels, sample_weight, ignore_index)
     logits, labels = checked_shapes(logits, labels)
     n_rows, n_classes = logits.shape
     mass = float(n_rows) if weights is None else float(weights.sum())
     same = np.empty(n_rows, bool), np.empty(n_rows, np.int32), labels.to(torch.int32).cpu().numpy()
     correct, predicted, _ = same
-    seen = {
-        name: Seen(empty_like_rows(logits), *same, n_bins, n_classes, mass, weights, groups=own_groups)
-        for name in scalings
-    }
+    seen = {name: Seen(empty_like_rows(logits), *same, n_bins, n_classes, mass, weights, {}, of) for name in scalings}
     needs = {name: _needs(METRICS if wanted is None else wanted) for name, (_, wanted) in scalings.items()}
     probable = n_rows > 1
     for start, rows, targets in row_chunks(logits, labels):
@@ -341,8 +338,7 @@ def calibration_metrics(
         ValueError: If a shape or range above does not hold, or a logit is not finite.
 
     Source:
-        Guo et al. 2017 (ECE, MCE, NLL); Kull et al. 2019 (class-wise ECE); Nixon et al. 2019 (adaptive ECE); Sagawa et
-        al. 2020 (worst group).
+        Guo et al. 2017 (ECE, MCE, NLL); Kull et al. 2019 (class-wise ECE); Nixon et al. 2019 (adaptive ECE).
     """
     scaling = {"temperature": temperature, "bias": bias}
     options: dict[str, Any] = {"sample_weight": sample_weight, "ignore_index": ignore_index, "groups": groups}
