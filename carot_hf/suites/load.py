@@ -45,8 +45,10 @@ def load_suite(name_or_yaml: str | Path, **options: Any) -> ShiftSuite:
     if name == "digits":
         _known(options, name, ())
         return _digits_suite()
-    from .benchmarks.table import benchmarks
+    from .benchmarks.table import REFUSED, benchmarks
 
+    if name in REFUSED:
+        raise ValueError(f"Expected a suite that can be measured, got {name!r}: {REFUSED[name]}.")
     if name in benchmarks():
         from .benchmarks.suite import OPTIONS as OF_BENCHMARKS
         from .benchmarks.suite import benchmark_suite

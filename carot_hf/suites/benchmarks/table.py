@@ -16,6 +16,11 @@ from ...basics.yaml_text import load_yaml
 from ...data.labels import ClassNames
 from ..keys import checked_keys
 
+# Known, and not offered: by name, why not.
+REFUSED = {
+    "imagenet-hard": "of an image of taesiri/imagenet-hard several labels count as right, and every figure here is of "
+    "one label an image. Use the other shifts of `imagenet`"
+}
 HOME, AWAY = "home", "away"  # in the place of domains: those that are trained on, and the others
 _PART = {
     "split": (str, "split: train"),
