@@ -20,9 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each compares results of matrix products of other shapes, in another order, or of another library.
 TESTS = (
     "models/test_classifier.py", "models/test_model_stock.py", "objective/test_losses.py", "objective/test_sigmoid.py",
-    "objective/test_start_losses.py",
-    "calibration/test_calibration.py", "calibration/test_temperature.py", "data/test_prompts.py",
-    "teacher/test_teacher.py", "ece/test_weights.py",
+    "objective/test_start_losses.py", "calibration/test_calibration.py", "calibration/test_groups.py",
+    "calibration/test_temperature.py", "data/test_prompts.py", "teacher/test_teacher.py", "ece/test_weights.py",
     "ece/test_foreign_rows.py", "ece/test_interval.py", "calibration/test_density.py", "calibration/test_vrf.py",
     "objective/test_methods.py::test_export_gives_the_probabilities_of_the_zero_shot_model",
     "objective/test_methods.py::test_ft_is_calibrated_saved_and_served_by_the_stock_pipeline",

@@ -94,10 +94,11 @@ def test_the_recipes_name_files_that_exist_and_no_more_than_three_each():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Recipes")[1].split("\n## ")[0]
     recipes = re.findall(r"^- \*\*(.+?)\*\*(.+?)(?=^- \*\*|\Z)", text, re.MULTILINE | re.DOTALL)
     assert [name for name, _ in recipes] == [
-        "A loss term.", "A set of the ImageNet family.", "A metric.", "A family of models.", "What a checkpoint holds.",
+        "A loss term.", "A set of the ImageNet family.", "A benchmark.", "A metric.", "A family of models.",
+        "What a checkpoint holds.",
     ]  # fmt: skip
     for name, recipe in recipes:
-        files = set(re.findall(r"`([\w/]+\.(?:py|json|md))`", recipe))
+        files = set(re.findall(r"`([\w/]+\.(?:py|json|yaml|md))`", recipe))
         assert 1 <= len([file for file in files if not file.startswith(("tests", "docs"))]) <= 3, name
         for file in files:
             assert (ROOT / file).is_file() or (ROOT / "carot_hf" / file).is_file(), file

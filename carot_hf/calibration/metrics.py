@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..ece.binning import CalibrationBins, calibration_bins, check_n_bins, classwise_sums
 from ..ece.inputs import looks_like_probabilities
+from .f1 import macro_f1
 from .links import Chunk, Scaled, at_scaling, check_link, chunk_of
 from .rows import (
     Logits,
@@ -54,6 +55,7 @@ class Seen:
         weights: ``(N,)`` or None: 1 each.
         sums: By name, of those that a metric needs: ``top5``, ``nll``, ``brier`` over the rows, and ``classwise``
             ``(K, n_bins)``, as :func:`~carot_hf.ece.binning.classwise_sums` returns it.
+        groups: ``(N,)`` number of the group of each row, -1: of none; ``None``: there are no groups.
     """
 
     confidences: NDArray[Any]
@@ -65,16 +67,29 @@ class Seen:
     mass: float
     weights: NDArray[np.float64] | None = None
     sums: dict[str, Any] = field(default_factory=dict)
+    groups: NDArray[np.int32] | None = None
 
     @cached_property
     def bins(self) -> CalibrationBins:
         """The table of uniform confidence bins."""
         return calibration_bins(self.confidences, self.correct, self.n_bins, sample_weight=self.weights)
 
+    @cached_property
+    def group_bins(self) -> dict[int, CalibrationBins]:
+        """By the number of a group that has rows, its table of uniform confidence bins."""
+        if self.groups is None:
+            return {}
+        parts = {int(group): self.groups == group for group in np.unique(self.groups[self.groups >= 0])}
+        return {
+            group: calibration_bins(self.confidences[part], self.correct[part], self.n_bins)
+            for group, part in parts.items()
+        }
+
     def metrics(self, names: Iterable[str] | None = None) -> dict[str, float]:
-        """Compute metrics by name; None: all."""
-        wanted = list(METRICS) if names is None else list(names)
-        return {name: METRICS[name].compute(self) for name in wanted}
+        """Compute metrics by name; None: all that there are of it."""
+        known = METRICS | GROUP_METRICS
+        wanted = [*METRICS, *(() if self.groups is None else GROUP_METRICS)] if names is None else list(names)
+        return {name: known[name].compute(self) for name in wanted}
 
 
 @dataclass(frozen=True)
@@ -122,13 +137,37 @@ _ROWS = (
     Metric("aurc", "lower", lambda seen: aurc(seen.confidences, seen.correct, seen.weights)),
     Metric("smooth_ece", "lower", lambda seen: smooth_ece(seen.confidences, seen.correct, seen.weights)),
     Metric("overconfidence", "signed", lambda seen: seen.bins.overconfidence),
+    Metric("macro_f1", "higher", lambda seen: macro_f1(seen.labels, seen.predicted, seen.n_classes, seen.weights)),
 )
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
+# Of sets whose rows are in groups (Sagawa et al. 2020): the lowest accuracy and the highest ECE that a group has by
+# itself. Of a group of few rows both say little, and the worst one is likely to be one: look at how many it has.
+GROUP_METRICS: dict[str, Metric] = {
+    row.name: row
+    for row in (
+        Metric(
+            "worst_group_accuracy",
+            "higher",
+            lambda seen: min((bins.avg_accuracy for bins in seen.group_bins.values()), default=math.nan),
+        ),
+        Metric(
+            "worst_group_ece",
+            "lower",
+            lambda seen: max((bins.ece for bins in seen.group_bins.values()), default=math.nan),
+            scaled=True,
+        ),
+    )
+}
 
 
-def scaled_metrics() -> list[str]:
-    """Return the metrics that are reported with a fitted temperature as well."""
-    return [row.name for row in METRICS.values() if row.scaled]
+def scaled_metrics(groups: bool = False) -> list[str]:
+    """Return the metrics that are reported with a fitted temperature as well.
+
+    Args:
+        groups: Of sets whose rows are in groups.
+    """
+    rows = METRICS | GROUP_METRICS if groups else METRICS
+    return [row.name for row in rows.values() if row.scaled]
 
 
 def read_set(
@@ -141,6 +180,7 @@ def read_set(
     sample_weight: Tensor | NDArray[Any] | None = None,
     ignore_index: int | None = None,
     also: Mapping[str, Callable[[Tensor, Tensor], None]] | None = None,
+    groups: NDArray[Any] | None = None,
 ) -> tuple[dict[str, Seen], bool]:
     """Read the logits of a set once, for the metrics at several temperatures.
 
@@ -153,6 +193,7 @@ def read_set(
         sample_weight: See there.
         ignore_index: See there.
         also: By the name of a scaling, what is shown the probabilities and labels of each chunk.
+        groups: See there.
     Returns:
         What was seen at each, and whether all rows look like probabilities.
     Raises:
@@ -162,17 +203,15 @@ def read_set(
     for scaling, _ in scalings.values():
         _check_scaling(scaling, link, len(logits), sample_weight is not None or ignore_index is not None)
     kind = check_link(link)
+    of = None if groups is None else _checked_groups(groups, len(logits), sample_weight, ignore_index)
     logits, labels, weights = kept_rows(logits, labels, sample_weight, ignore_index)
     logits, labels = checked_shapes(logits, labels)
     n_rows, n_classes = logits.shape
     mass = float(n_rows) if weights is None else float(weights.sum())
     same = np.empty(n_rows, bool), np.empty(n_rows, np.int32), labels.to(torch.int32).cpu().numpy()
     correct, predicted, _ = same
-    seen = {name: Seen(empty_like_rows(logits), *same, n_bins, n_classes, mass, weights) for name in scalings}
-    needs = {
-        name: {need for metric in (METRICS if wanted is None else wanted) for need in METRICS[metric].needs}
-        for name, (_, wanted) in scalings.items()
-    }
+    seen = {name: Seen(empty_like_rows(logits), *same, n_bins, n_classes, mass, weights, {}, of) for name in scalings}
+    needs = {name: _needs(METRICS if wanted is None else wanted) for name, (_, wanted) in scalings.items()}
     probable = n_rows > 1
     for start, rows, targets in row_chunks(logits, labels):
         check_finite(rows, start)
@@ -191,6 +230,28 @@ def read_set(
                 also[name](scaled.probabilities, targets)
             _add(seen[name].sums, needs[name], part, scaled, n_bins, own)
     return seen, probable
+
+
+def _needs(names: Iterable[str]) -> set[str]:
+    """Sums over the rows that metrics need."""
+    known = METRICS | GROUP_METRICS
+    return {need for name in names for need in known[name].needs}
+
+
+def _checked_groups(groups: NDArray[Any], rows: int, sample_weight: Any, ignore_index: int | None) -> NDArray[np.int32]:
+    """Groups as int32, or a ValueError."""
+    if sample_weight is not None or ignore_index is not None:
+        raise ValueError(
+            "Expected no `sample_weight` and no `ignore_index` with `groups`, got some. Leave these rows out of all of "
+            "them."
+        )
+    found = np.asarray(groups)
+    if found.shape != (rows,) or found.dtype.kind not in "iu" or found.min(initial=0) < -1:
+        raise ValueError(
+            f"Expected `groups` as ({rows},) whole numbers from 0, or -1 for a row of none, got {found.dtype} of shape "
+            f"{found.shape}{'' if found.size == 0 else f' from {found.min()}'}. Pass the number of each row's group."
+        )
+    return found.astype(np.int32)
 
 
 def _check_scaling(scaling: Scaling, link: str, rows: int, weighted: bool) -> None:
@@ -235,6 +296,7 @@ def calibration_metrics(
     link: str = "softmax",
     sample_weight: Tensor | NDArray[Any] | None = None,
     ignore_index: int | None = None,
+    groups: NDArray[Any] | None = None,
 ) -> dict[str, float]:
     r"""Accuracy and calibration of ``softmax(logits / temperature)`` over a whole data set.
 
@@ -248,6 +310,7 @@ def calibration_metrics(
         sample_weight: ``(N,)`` weights >= 0, by which every mean is taken: a row of weight 2 counts as two, one of
             weight 0 is left out. None: 1 each.
         ignore_index: Label of rows that are left out.
+        groups: ``(N,)`` number of the group of each row, -1: of none. None: there are no groups.
 
     Returns:
         Python floats: fractions, never percent.
@@ -267,6 +330,9 @@ def calibration_metrics(
         - ``augrc``, ``aurc``: how many errors are among the most confident rows, and ``smooth_ece``, an ECE without
           bins; see :func:`~carot_hf.augrc`, :func:`~carot_hf.aurc`, :func:`~carot_hf.smooth_ece`.
         - ``overconfidence``: mean confidence - accuracy, signed.
+        - ``macro_f1``: mean over the classes that have rows of their F1 score.
+        - ``worst_group_accuracy``, ``worst_group_ece``, with ``groups``: lowest accuracy and highest ECE of a group
+          that has rows, of its rows alone.
 
     Raises:
         ValueError: If a shape or range above does not hold, or a logit is not finite.
@@ -275,7 +341,7 @@ def calibration_metrics(
         Guo et al. 2017 (ECE, MCE, NLL); Kull et al. 2019 (class-wise ECE); Nixon et al. 2019 (adaptive ECE).
     """
     scaling = {"temperature": temperature, "bias": bias}
-    options: dict[str, Any] = {"sample_weight": sample_weight, "ignore_index": ignore_index}
+    options: dict[str, Any] = {"sample_weight": sample_weight, "ignore_index": ignore_index, "groups": groups}
     seen, probable = read_set(logits, labels, {"": (scaling, None)}, n_bins=n_bins, link=link, **options)
     if probable:
         warn_of_probabilities(2)

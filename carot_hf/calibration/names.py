@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .metrics import METRICS
+from .metrics import GROUP_METRICS, METRICS
 
 DEFAULT_BEST_METRIC = "eval_validation_nll"
 SPLIT, HOME, SHIFTED = "validation", "id", "ood"  # as the sets of every suite are called, beside their own names
@@ -12,7 +12,7 @@ SPLIT, HOME, SHIFTED = "validation", "id", "ood"  # as the sets of every suite a
 
 def directions() -> dict[str, str]:
     """Return the direction of every metric that a set can have, those with a temperature as well."""
-    rows = METRICS.values()
+    rows = [*METRICS.values(), *GROUP_METRICS.values()]
     scaled = {f"{row.name}_{end}": row.direction for row in rows if row.scaled for end in ("ts", "pts", "dts")}
     return {row.name: row.direction for row in rows} | scaled
 

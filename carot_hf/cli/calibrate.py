@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..basics.whole_file import whole_files
-from .data_options import METHODS, SUITE, add_model_options
+from .data_options import METHODS, add_model_options, add_suite_options, suite_options, suite_words
 from .parser import Parser
 
 _HELP = """Fit on the held-out images of a suite what makes a checkpoint's confidences right; write a calibrated copy.
@@ -38,7 +38,7 @@ def work(options: argparse.Namespace) -> None:
     from .models import check_classes, load
 
     images = None
-    suite = load_suite(options.suite)
+    suite = load_suite(options.suite, **suite_options(options))
     check_home(suite.validation, suite.train, options.method)
     if options.images:
         images = ShiftSet(
@@ -65,14 +65,14 @@ def work(options: argparse.Namespace) -> None:
         f"T = {record['temperature']:.3f} by {record['n']:,} held-out images: NLL {record['nll_before']:.4f} -> "
         f"{record['nll_after']:.4f}, ECE {record['ece_before']:.4f} -> {record['ece_after']:.4f} on them"
     )
-    print(f"Saved to {options.output_dir}: carot_hf evaluate {options.output_dir} --suite {options.suite}")
+    print(f"Saved to {options.output_dir}: carot_hf evaluate {options.output_dir} {suite_words(options)}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser("calibrate", _HELP)
     add_model_options(parser)
-    parser.add_argument("--suite", required=True, help=SUITE)
+    add_suite_options(parser, None, required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the calibrated copy")
     parser.add_argument(
         "--method",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,23 @@ START_MODELS = {
 }
 OF_THE_SUITE = "the suite's"  # start model, in metrics.json
 LOCAL_NAME = "local.json"  # what metrics.json, which is published, does not say: places on this machine
-SUITE = "digits, imagenet, a YAML file, or a folder of images"
+SUITE = "digits, imagenet, a benchmark (pacs, domainnet, ...), a YAML file, or a folder of images"
 METHODS = ("temperature", "perturbed", "density")
 
 
-def add_suite_options(parser: argparse.ArgumentParser, default: str | None = "digits") -> None:
+def add_suite_options(
+    parser: argparse.ArgumentParser, default: str | None = "digits", *, required: bool = False
+) -> None:
     """Add the options that name data."""
     group = parser.add_argument_group("data")
-    group.add_argument("--suite", default=default, help=f"{SUITE}; default: {default or 'none'}")
-    group.add_argument("--data_root", help="folder of local copies of ImageNet and its shifts, in place of the Hub")
+    shown = SUITE if required else f"{SUITE}; default: {default or 'none'}"
+    group.add_argument("--suite", default=default, required=required, metavar="S", help=shown)
+    group.add_argument("--data_root", metavar="D", help="folder of local copies of what is on the Hub")
     group.add_argument("--streaming", action="store_true", help="read the data as streams")
-    group.add_argument("--shifts", nargs="+", help="shifted sets of imagenet; default: v2 r a sketch objectnet")
-    group.add_argument("--partial", action="store_true", help="take copies of ImageNet that are only a part of it")
+    group.add_argument("--shifts", nargs="+", metavar="S", help="of imagenet's or a benchmark's shifted sets these")
+    group.add_argument("--partial", action="store_true", help="take copies that are only a part")
+    group.add_argument("--home", metavar="D", help="a benchmark's domain that is trained on")
+    group.add_argument("--held_out", metavar="D", help="a benchmark's domain that is not, but all others are")
 
 
 def add_model_options(parser: argparse.ArgumentParser, **options: Any) -> None:
@@ -39,8 +45,20 @@ def add_model_options(parser: argparse.ArgumentParser, **options: Any) -> None:
 def suite_options(script: Any) -> dict[str, Any]:
     """The options of `load_suite` that were given; each suite refuses those that it does not have."""
     options = {"root": script.data_root, "shifts": script.shifts, "streaming": script.streaming or None}
+    options |= {"home": script.home, "held_out": script.held_out}
     options["check_counts"] = False if script.partial else None
     return {name: value for name, value in options.items() if value is not None}
+
+
+def suite_words(script: Any) -> str:
+    """The options that name the data, as they are written on a command line."""
+    words = ["--suite", script.suite]
+    for name in ("data_root", "home", "held_out"):
+        if (value := getattr(script, name)) is not None:
+            words += [f"--{name}", value]
+    words += ["--shifts", *script.shifts] if script.shifts else []
+    words += [f"--{name}" for name in ("streaming", "partial") if getattr(script, name)]
+    return shlex.join(words)
 
 
 def start_model_of(suite: str) -> str:

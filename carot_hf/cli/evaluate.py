@@ -10,15 +10,16 @@ from typing import Any
 
 from ..basics.escape import printable
 from ..basics.whole_file import write_whole
-from .data_options import SUITE, add_model_options
+from .data_options import add_model_options, add_suite_options, suite_options
 from .parser import Parser
 
-METRICS, FIGURES, CONFUSION, DIAGRAMS = "metrics.json", "per_class.csv", "confusion.png", "reliability.png"
+METRICS, FIGURES, GROUPS = "metrics.json", "per_class.csv", "groups.csv"
+CONFUSION, DIAGRAMS = "confusion.png", "reliability.png"
 WORST = 10  # classes that are shown
 _HELP = """Accuracy and calibration of a checkpoint on the sets of a suite, with the temperature that is in its weights
 and the calibrator beside it. A test set is enough. Trains nothing and writes no model: tables, metrics.json, figures of
-each class (per_class.csv), answers to each image (per_image.safetensors, for carot_hf compare), reliability diagrams
-and confusion matrices."""
+each class (per_class.csv) and of each group (groups.csv) if there are any, answers to each image
+(per_image.safetensors, for carot_hf compare), reliability diagrams and confusion matrices."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,13 +29,14 @@ def main(argv: Sequence[str]) -> None:
     from ..evaluation.per_image_file import PER_IMAGE_NAME
 
     if place is not None and not options.overwrite_output_dir:
-        refuse_written(place, (METRICS, FIGURES, CONFUSION, DIAGRAMS, PER_IMAGE_NAME))
+        refuse_written(place, (METRICS, FIGURES, GROUPS, CONFUSION, DIAGRAMS, PER_IMAGE_NAME))
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.memory import Memory
+    from ..evaluation.per_group import groups_table
     from ..suites.load import load_suite
     from .models import check_classes, load
 
-    suite = load_suite(options.suite)
+    suite = load_suite(options.suite, **suite_options(options))
     loaded = load(options.model, options)
     check_classes(loaded, suite.class_names)
     memory = Memory(calibrator=loaded.calibrator)
@@ -54,8 +56,12 @@ def main(argv: Sequence[str]) -> None:
     figures = figures_of(suite, found, method)
     if suite.test.name in figures:
         print(f"\n{worst_of(suite.test.name, figures[suite.test.name])}")
+    groups = groups_of(suite, found, method, options.n_bins)
+    for name, own in groups.items():
+        print(f"\nThe groups of {name}, the lowest accuracy first (of few images the ECE is high by chance):")
+        print(groups_table(own))
     if place is not None:
-        keep(place, suite, found, figures, method)
+        keep(place, suite, found, figures, method, groups)
         names = ", ".join(sorted(printable(path.name) for path in place.iterdir()))
         print(f"\nSaved to {printable(place)}: {names}")
 
@@ -73,6 +79,20 @@ def figures_of(suite: Any, found: Any, method: str) -> dict[str, Any]:
     return figures
 
 
+def groups_of(suite: Any, found: Any, method: str, n_bins: int) -> dict[str, Any]:
+    """Figures of the groups of each set that has some, by what the checkpoint answers to each image."""
+    from ..evaluation.per_group import group_figures
+    from ..evaluation.per_image import ending_of
+
+    figures = {}
+    for name, part in found.per_image.items():
+        groups = suite.evaluation_sets[name].groups
+        if groups is not None:
+            confidences = part.confidences.get(ending_of(method), part.confidences[""])
+            figures[name] = group_figures(groups, confidences, part.hits, n_bins)
+    return figures
+
+
 def worst_of(name: str, figures: Any) -> str:
     """The classes of a set that are recognised least often, as a title and a table."""
     from ..evaluation.per_class import per_class_table
@@ -82,17 +102,20 @@ def worst_of(name: str, figures: Any) -> str:
     return f"{which} of {name}, the lowest recall first:\n{per_class_table(figures, WORST if many else None)}"
 
 
-def keep(place: Path, suite: Any, found: Any, figures: Any, method: str) -> None:
+def keep(place: Path, suite: Any, found: Any, figures: Any, method: str, groups: Any) -> None:
     """Write the numbers, metrics.json last of them, and then the pictures."""
     from ..evaluation.confusion import write_confusion
     from ..evaluation.diagrams import can_draw, diagram_tables, keep_diagrams
     from ..evaluation.per_class import per_class_csv
+    from ..evaluation.per_group import groups_csv
     from ..evaluation.per_image import ending_of
     from ..evaluation.per_image_file import write_per_image
 
     place.mkdir(parents=True, exist_ok=True)
     write_per_image(place, found.per_image, method)
     write_whole(place / FIGURES, per_class_csv(figures))
+    if groups:
+        write_whole(place / GROUPS, groups_csv(groups))
     facts = {"suite": suite.name, "suite_sha256": suite.content_hash, "answers": ending_of(method)}
     write_whole(place / METRICS, json.dumps({**facts, **json.loads(found.to_json())}, indent=2) + "\n")
     if can_draw():
@@ -113,7 +136,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser("evaluate", _HELP)
     add_model_options(parser)
-    parser.add_argument("--suite", required=True, help=SUITE)
+    add_suite_options(parser, None, required=True)
     parser.add_argument("--sets", nargs="+", help="names of its sets; default: all")
     parser.add_argument("--output_dir", type=Path, help="where the files go; default: nowhere")
     parser.add_argument("--n_bins", type=int, default=10, help="confidence bins of the ECE; default: 10")

@@ -58,7 +58,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("suite", _HELP)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Part)
     sub = commands.add_parser("check", help="show what a suite holds", description=_CHECK)
-    sub.add_argument("suite", help="digits, imagenet, a YAML file, or a folder")
+    sub.add_argument("suite", help="digits, imagenet, a benchmark, a YAML file, or a folder")
     sub.add_argument("--output_file", type=Path, default=Path("suite.png"), help="the picture; default: suite.png")
     sub.add_argument("--images", type=_positive, default=8, help="images a set in the picture; default: 8")
     sub.add_argument("--size", type=_positive, default=224, help="pixels a side, as the model takes; default: 224")

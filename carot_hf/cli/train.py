@@ -25,8 +25,9 @@ Fine-tune CLIP, judge it under shift, calibrate it and save it. Also: accelerate
 The command line goes before --config, that before what the suite recommends, that before the preset.
 
 data
-  --suite S                      digits, imagenet, a YAML file, or a folder of images; default: imagenet
-  --data_root D                  folder of local copies of ImageNet and its shifts, in place of the Hub
+  --suite S                      digits, imagenet (default), a benchmark (pacs, ...), a YAML file, or a folder of images
+  --data_root D                  folder of local copies of what is on the Hub
+  --home D, --held_out D         domain of a benchmark that is trained on, or that is not
   --streaming, --shifts, --partial   see --help_all
 method
   --preset P                     carot (default), carot-2024, tracer, flyp, flyp-ls, ft, ft-ls, lp-ft,

@@ -35,17 +35,24 @@ class ScriptArguments:
         default="imagenet",
         metadata={"help": f"Data: {SUITE}."},
     )
-    data_root: str | None = field(
-        default=None, metadata={"help": "Folder of local copies of ImageNet and its shifts, in place of the Hub."}
-    )
+    data_root: str | None = field(default=None, metadata={"help": "Folder of local copies of what is on the Hub."})
     streaming: bool = field(
         default=False, metadata={"help": "Read the data as streams: nothing is downloaded in advance."}
     )
     shifts: list[str] | None = field(
         default=None,
-        metadata={"help": "Shifted sets of imagenet: v2 r a sketch objectnet c-fog-3 ... Default: the first five."},
+        metadata={
+            "help": "Shifted sets of imagenet: v2 r a sketch objectnet c-fog-3 ... Default: the first five. Of a "
+            "benchmark: some of its own; default: all."
+        },
     )
-    partial: bool = field(default=False, metadata={"help": "Take copies of ImageNet that are only a part of it."})
+    partial: bool = field(default=False, metadata={"help": "Take copies that are only a part of the data."})
+    home: str | None = field(
+        default=None, metadata={"help": "Domain of a benchmark that is trained on; the others are shifts."}
+    )
+    held_out: str | None = field(
+        default=None, metadata={"help": "Domain of a benchmark that is a shift; the others are trained on."}
+    )
     preset: str = field(
         default="carot",
         metadata={

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..basics.error_notes import note
 from ..basics.escape import guarded
 from .captions import CaptionTable
 from .images import BadImageError
 from .own_transform import WrongPixelsError
-from .shift_set import note
 from .stream import StreamedSet, row_of
 from .transforms import image_batch
 

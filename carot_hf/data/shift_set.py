@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..basics.content_hash import sha256_of_array
+from ..basics.error_notes import note
 from ..basics.escape import guarded, printable
 from .columns import (
     checked_columns,
@@ -27,6 +27,7 @@ from .columns import (
     selected_rows,
     undecoded,
 )
+from .groups import Groups
 from .image_roots import ImageRoots
 from .images import BadImageError, NotAnImageError, is_decoding_error, read_image
 from .labels import ClassNames, LabelTable, class_indices, label_in_range, not_a_label, one_label_a_row, shown
@@ -107,6 +108,7 @@ class ShiftSet(Dataset):
         features = {} if transformed else facts_of(data, "features")
         self.image_root = None if image_root is None else Path(image_root)
         self.image_roots = image_roots
+        self.groups: Groups | None = None  # of the rows, in their order; a set whose worst group is looked for has them
         if labels is None and label_column in features:
             labels = column_of(data, str(label_column))
         self.own_names: tuple[str, ...] | None = names_of(features.get(str(label_column)))
@@ -231,6 +233,7 @@ class ShiftSet(Dataset):
         part.labels = None if self.labels is None else self.labels[rows]
         part._raw = None if self._raw is None else self._raw[rows]
         part.captions = None if self.captions is None else [self.captions[row] for row in rows.tolist()]
+        part.groups = None if self.groups is None else self.groups.of(rows)
         return part
 
     @property
@@ -243,7 +246,9 @@ class ShiftSet(Dataset):
     @property
     def facts(self) -> dict[str, Any]:
         """What the set is, as texts and integers, for :attr:`ShiftSuite.content_hash`; no image is read."""
+        own = {} if self.groups is None else {"groups": self.groups.facts}
         return {
+            **own,
             "name": self.name,
             "size": len(self),
             "labels": None if self.labels is None else sha256_of_array(self.labels, "<i8"),
@@ -439,11 +444,3 @@ class ShiftSet(Dataset):
             except ValueError as error:
                 raise ValueError(f"{error} (at {where})") from None
         return label_in_range(label, self.num_labels, self.name, where)
-
-
-def note(error: Exception, text: str) -> None:
-    """Let an error of foreign code say where it happened; it stays what it is."""
-    if sys.version_info >= (3, 11):
-        error.add_note(text)
-    else:
-        logger.error(text)

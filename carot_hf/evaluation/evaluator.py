@@ -24,6 +24,7 @@ from ..calibration.fit import scaling_bounds
 from ..calibration.record import calibration_record, inverse_of
 from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
+from ..data.groups import groups_of
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite
 from ..data.transforms import check_image_size, image_transform
@@ -164,8 +165,7 @@ class Evaluator:
         common = dict[str, Any](n_bins=self.n_bins, link=self.link, n_bootstrap=n_bootstrap * remember, inverse=inverse)
         if remember and "validation" in chosen:
             common["sets"] = self._conformal(logits["validation"], labels["validation"], made["validation"])
-        options = {name: {**common, "scalings": made[name]} for name in chosen}
-        options |= {"validation": common | {"sets": {}}} if "validation" in chosen else {}
+        options = _options(chosen, labels, common, made)
         found = measure_all({name: (logits[name], labels[name]) for name in chosen}, options)
         if own_metrics is not None:
             for name, part in found.items():
@@ -379,3 +379,14 @@ class Evaluator:
         if any(part is None for part in labels.values()):
             raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
         return {name: SetLogits(parts[name][0], head, data) for name, data in sets.items()}, labels
+
+
+def _options(
+    sets: Mapping[str, ShiftSet], labels: Mapping[str, Tensor], common: Mapping[str, Any], made: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The keywords of `measure` by set; on the validation set what was fitted on it is not measured."""
+    groups = {name: groups_of(data, labels[name]) for name, data in sets.items()}
+    options = {name: {**common, "groups": groups[name], "scalings": made[name]} for name in sets}
+    if "validation" in options:
+        options["validation"] |= {"scalings": {}, "sets": {}}
+    return options

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..basics.processes import place, said_by_all
@@ -57,6 +59,7 @@ def measure(
     inverse: Scaling | None = None,
     n_bootstrap: int = 0,
     sets: Mapping[str, ConformalSets] | None = None,
+    groups: NDArray[np.int32] | None = None,
 ) -> Measured:
     """Measure one set in one reading.
 
@@ -71,15 +74,16 @@ def measure(
         n_bootstrap: Draws of the intervals; 0: none.
         sets: Conformal sets by score, of the probabilities at the last scaling; adds ``<score>_coverage`` and
             ``<score>_size``.
+        groups: ``(n,)`` group of each row; adds what :data:`~carot_hf.calibration.metrics.GROUP_METRICS` say.
     """
     wanted: dict[str, tuple[Scaling, list[str] | None]] = {"": ({}, None)}
     made = {ending: make() for ending, make in (scalings or {}).items()}
-    wanted |= {ending: (scaling, scaled_metrics()) for ending, scaling in made.items()}
+    wanted |= {ending: (scaling, scaled_metrics(groups is not None)) for ending, scaling in made.items()}
     if inverse is not None:
         wanted["plain"] = inverse, None
     coverage = Coverage(sets or {})
     also = {(list(made) or [""])[-1]: coverage.add} if sets else {}
-    seen, _ = read_set(logits, labels, wanted, n_bins=n_bins, link=link, also=also)
+    seen, _ = read_set(logits, labels, wanted, n_bins=n_bins, link=link, also=also, groups=groups)
     found = {name: _found(seen[name], names) for name, (_, names) in wanted.items()}
     metrics, bins = found[""]
     confidences = {ending: seen[ending].confidences for ending in ("", *made)}
@@ -181,7 +185,7 @@ def compared(
         metrics = {
             name: {
                 **(part.plain or {}),
-                **{f"{key}_ts": metrics[name][key] for key in scaled_metrics() if name in bins_ts},
+                **{f"{key}_ts": metrics[name][key] for key in _scaled_of(metrics[name]) if name in bins_ts},
                 **{key: value for key, value in metrics[name].items() if key.endswith(_KEPT)},
             }
             for name, part in found.items()
@@ -193,6 +197,11 @@ def compared(
     named = with_aggregates(metrics, suite, marks)
     flat = {name.removeprefix("_"): value for name, value in flat_names(named, "").items()}
     return Reported(model, flat, temperature, bins, bins_ts, intervals, marks)
+
+
+def _scaled_of(metrics: Mapping[str, Any]) -> list[str]:
+    """The metrics of a set that are reported with a temperature as well."""
+    return [name for name in scaled_metrics(groups=True) if name in metrics]
 
 
 def intervals_by_set(found: Mapping[str, Measured]) -> dict[str, dict[str, tuple[float, float]]]:

@@ -21,13 +21,15 @@ def load_suite(name_or_yaml: str | Path, **options: Any) -> ShiftSuite:
 
     Args:
         name_or_yaml: ``"digits"``: real images of digits from installed packages, no network; a demonstration, not
-            evidence for ImageNet. ``"imagenet"``: ImageNet-1K and its shifts from the Hub or from local copies. A path
-            that ends in ``.yaml`` or ``.yml``: a suite of one's own, see `examples/suites/`. Any other path: a folder
-            with test/, train/ and so on, see :func:`~carot_hf.suites.from_folder.suite_from_folder`. A folder that is
-            called ``digits`` or ``imagenet`` is named as ``digits/``: without a slash it is the suite of that name.
+            evidence for ImageNet. ``"imagenet"``: ImageNet-1K and its shifts from the Hub or from local copies.
+            ``"pacs"``, ``"office-home"``, ``"domainnet"``, ``"camelyon17"``, ``"waterbirds"``, ``"cifar10"``, ...: see
+            :func:`~carot_hf.suites.benchmarks.suite.benchmark_suite`. A path that ends in ``.yaml`` or ``.yml``: a
+            suite of one's own, see `examples/suites/`. Any other path: a folder with test/, train/ and so on, see
+            :func:`~carot_hf.suites.from_folder.suite_from_folder`. A folder that is called as one of the suites is
+            named as ``digits/``: without a slash it is the suite of that name.
         **options: Those of :func:`~carot_hf.suites.imagenet.suite.imagenet_suite` (``root``, ``streaming``, ``shifts``,
-            ...) or of :func:`~carot_hf.suites.from_yaml.suite_from_file` and a folder (``streaming``); ``digits`` has
-            none.
+            ...), of a benchmark (``root``, ``home``, ``held_out``, ...), or of
+            :func:`~carot_hf.suites.from_yaml.suite_from_file` and a folder (``streaming``); ``digits`` has none.
     Raises:
         ValueError: If there is no such suite or option, or the data are not as described.
     """
@@ -43,13 +45,23 @@ def load_suite(name_or_yaml: str | Path, **options: Any) -> ShiftSuite:
     if name == "digits":
         _known(options, name, ())
         return _digits_suite()
+    from .benchmarks.table import REFUSED, benchmarks
+
+    if name in REFUSED:
+        raise ValueError(f"Expected a suite that can be measured, got {name!r}: {REFUSED[name]}.")
+    if name in benchmarks():
+        from .benchmarks.suite import OPTIONS as OF_BENCHMARKS
+        from .benchmarks.suite import benchmark_suite
+
+        return benchmark_suite(name, **_known(options, name, OF_BENCHMARKS))
     if Path(name).expanduser().is_dir():
         from .from_folder import suite_from_folder
 
         return suite_from_folder(name, **_known(options, name, ("streaming",)))
     raise ValueError(
-        f"Expected 'digits', 'imagenet', a file .yaml or a folder, got {name!r}, which is none. Correct the path, "
-        "describe data in a YAML file (see examples/suites/), or build a carot_hf.ShiftSuite of carot_hf.ShiftSet."
+        f"Expected 'digits', 'imagenet', a file .yaml, a folder or a benchmark out of {', '.join(benchmarks())}, got "
+        f"{name!r}, which is none. Correct the path, describe data in a YAML file (see examples/suites/), or build a "
+        "carot_hf.ShiftSuite of carot_hf.ShiftSet."
     )
 
 

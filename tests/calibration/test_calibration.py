@@ -40,6 +40,7 @@ METRICS = {
     "aurc",
     "smooth_ece",
     "overconfidence",
+    "macro_f1",
 }
 CLOSED_FORMS = [(2, 2, 0.8, 1.4426950409), (10, 5, 0.7, 1.6422936938), (1000, 12, 0.8, 1.4469949228)]
 HALVES = [torch.float16, torch.bfloat16]
@@ -121,7 +122,7 @@ def test_a_calibrated_model_has_a_small_ece_and_a_biased_batch_mean():
 def test_a_perfect_model():
     metrics = calibration_metrics(torch.eye(4) * 200, torch.arange(4))
     assert math.isnan(metrics.pop("auroc"))
-    expected = {**dict.fromkeys(METRICS - {"auroc"}, 0), "accuracy": 1, "top5_accuracy": 1}
+    expected = {**dict.fromkeys(METRICS - {"auroc"}, 0), "accuracy": 1, "top5_accuracy": 1, "macro_f1": 1}
     assert metrics == pytest.approx(expected, abs=1e-9)
 
 

@@ -49,7 +49,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = {name for name in zipfile.ZipFile(built[0]).namelist() if ".dist-info/" not in name}
     files = [path for path in (ROOT / "carot_hf").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
-    needed = ("ece/ece.py", "ece/binning.py", "ece/README.md")
+    needed = ("ece/ece.py", "ece/binning.py", "ece/README.md", "suites/benchmarks/benchmarks.yaml")
     assert {f"carot_hf/{name}" for name in (*needed, "py.typed", "suites/imagenet/imagenet.json")} <= names
 
 

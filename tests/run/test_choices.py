@@ -137,7 +137,9 @@ def test_each_metric_has_a_direction():
     logits, labels = 2 * torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
     assert set(METRICS) == set(calibration_metrics(logits, labels))
     higher = {name for name in METRICS if name != "overconfidence" and greater_is_better(f"eval_id_{name}")}
-    assert higher == {"accuracy", "top5_accuracy", "auroc"}
+    assert higher == {"accuracy", "top5_accuracy", "auroc", "macro_f1"}
+    assert greater_is_better("eval_id_worst_group_accuracy")
+    assert not greater_is_better("eval_id_worst_group_ece")
     assert not any(greater_is_better(f"eval_id_{name}_ts") for name in scaled_metrics())
     assert greater_is_better("eval_my_own")
     assert not greater_is_better("eval_my_loss")

@@ -107,6 +107,7 @@ def metrics(logits, labels, n_bins, temperature, batch=512):
         "augrc": math.fsum(errors) / n / n,
         "aurc": math.fsum(value / kept for kept, value in enumerate(errors, start=1)) / n,
         "overconfidence": math.fsum(confidences) / n - accuracy,
+        "macro_f1": macro_f1(labels, [order[0] for order in ranked]),
     }
 
 
@@ -126,3 +127,14 @@ def vrf(zero_shot, fine_tuned, weight, temperatures):
     """The mixed probabilities of one row."""
     pairs = zip(softmax(zero_shot, temperatures[0]), softmax(fine_tuned, temperatures[1]), strict=True)
     return [(1 - weight) * first + weight * second for first, second in pairs]
+
+
+def macro_f1(labels, predicted):
+    """Precision and recall of one class after the other; their harmonic mean, over the classes that have rows."""
+    scores = []
+    for k in sorted(set(labels)):
+        true = sum(a == b == k for a, b in zip(labels, predicted, strict=True))
+        recall, taken = true / labels.count(k), predicted.count(k)
+        precision = true / taken if taken else 0.0
+        scores.append(2 * precision * recall / (precision + recall) if true else 0.0)
+    return math.fsum(scores) / len(scores)

@@ -11,6 +11,7 @@ from ...basics.content_hash import sha256_of_facts
 from ...data.shift_set import ShiftSet
 from ...data.stream import StreamedSet
 from ...data.suite import ShiftSuite
+from ..copies import checked_root, copy_of, places_of
 from ..rows import Opened, newest_commit, open_source
 from ..splits import as_set, hold_out_of_stream, split_off
 from .corruptions import CorruptedSet, corruption_names, parse_name
@@ -53,7 +54,7 @@ def imagenet_suite(
         ValueError: If a set, its labels or names are not as expected; for gated sets with the page to accept.
     """
     own, corruptions = _checked_shifts(shifts)
-    loader = _Loader(None if root is None else Path(root).expanduser(), streaming, check_counts)
+    loader = _Loader(checked_root(root), streaming, check_counts)
     imagenet = SETS["imagenet"]
     opened = loader.open(imagenet, "train", streaming)
     names = resolve_names(
@@ -90,8 +91,6 @@ class _Loader:
     def __init__(self, root: Path | None, streaming: bool, check_counts: bool) -> None:
         self._root, self._streaming, self._check_counts = root, streaming, check_counts
         self._commits: dict[tuple[str, str], str | None] = {}  # by name and split of what is read from the Hub
-        if root is not None and not root.is_dir():
-            raise ValueError(f"Expected a folder of local copies as `root`, got {root}. Correct the path.")
 
     def open(self, facts: SetFacts, split: str, streaming: bool) -> Opened:
         """Open a split; a stream of the Hub at the commit of this moment, at which it stays."""
@@ -133,27 +132,10 @@ class _Loader:
         """The local folder that may hold the files of names: that of ImageNet-V2, whose classes are ImageNet's."""
         if self._root is None:
             return None
-        return next((path for path in self._candidates(SETS["v2"]) if path.is_dir()), self._root)
-
-    def _candidates(self, facts: SetFacts) -> list[Path]:
-        if self._root is None:
-            return []
-        return [self._root / facts.hub_id, self._root / facts.hub_id.split("/")[-1], self._root / facts.name]
+        return next((path for path in places_of(self._root, SETS["v2"].hub_id, "v2") if path.is_dir()), self._root)
 
     def _source(self, facts: SetFacts) -> str | Path:
-        # Workaround, datasets 5.2: `load_dataset("a/b")` reads a folder of that name before it asks the Hub. So does
-        # this, with our own reader. Until: an id and a path are told apart.
-        if self._root is None:
-            return Path(facts.hub_id) if Path(facts.hub_id).exists() else facts.hub_id
-        candidates = self._candidates(facts)
-        for path in candidates:
-            if path.exists():
-                return path
-        raise ValueError(
-            f"Expected a local copy of '{facts.name}' in one of {[str(path) for path in candidates]}, found none. Make "
-            f"one with `hf download {facts.hub_id} --repo-type dataset --local-dir {candidates[0]}`, or leave it "
-            "out of `shifts`."
-        )
+        return copy_of(self._root, facts.hub_id, facts.name, cure=", or leave it out of `shifts`")
 
 
 def _workers() -> int:

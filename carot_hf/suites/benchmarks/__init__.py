@@ -1,0 +1,1 @@
+"""Benchmarks of shifted data by one word, declared as data."""
