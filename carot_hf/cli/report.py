@@ -96,7 +96,6 @@ def write_report(
     }
     for method, by_seed in sweeps.items():
         metrics[method] = [at_alpha(rows, 0.5) for rows in by_seed]
-    titles = {name: title for name, title in TITLES.items() if name in metrics}
     costs = {name: step_seconds(by_seed) for name, by_seed in runs.items() if name != "zero-shot"}
     write_csv(folder / "results.csv", metrics, seeds)
     draw_figures(folder, suite, runs, metrics, {method: by_seed[0] for method, by_seed in sweeps.items()})
@@ -106,14 +105,11 @@ def write_report(
         f"# CaRot's tables and figures on `{suite.name}`",
         *introduction(suite, smoothings, seeds, command, seconds, quick),
         "## Table 1: methods",
-        means({title: metrics[name] for name, title in titles.items()}, COLUMNS),
-        *(text for name, text in FURTHER_TEXT.items() if name in titles),
+        means(titled(metrics, TITLES), COLUMNS),
+        *(text for name, text in FURTHER_TEXT.items() if name in metrics),
         *(published_table(CAROT, TITLES, list(COLUMNS)) if published else []),
         f"## Table 2: steps between updates of the teacher (default {interval})",
-        means(
-            {title: metrics[name] for name, title in INTERVALS.items() if name in metrics},
-            dict(list(COLUMNS.items())[:4]),
-        ),
+        means(titled(metrics, INTERVALS), dict(list(COLUMNS.items())[:4])),
         *(published_table(CAROT_INTERVALS, INTERVALS, list(COLUMNS)[:4]) if published else []),
         *under_shift(metrics),
         *(later_tables() if published else []),
@@ -128,13 +124,18 @@ def write_report(
     return page
 
 
+def titled(metrics: Mapping[str, Sequence[Metrics]], titles: Mapping[str, str]) -> dict[str, Sequence[Metrics]]:
+    """The runs of those methods that there are, by title."""
+    return {title: metrics[name] for name, title in titles.items() if name in metrics}
+
+
 def under_shift(metrics: Mapping[str, Sequence[Metrics]]) -> list[str]:
     """The section on calibration where the data shift; without density where nothing could keep a bank."""
     every = [run for name, by_seed in metrics.items() for run in by_seed if name != "vrf"]  # it is no single model
     measured = {title: key for title, key in SHIFT_COLUMNS.items() if all(key in run for run in every)}
     text = " ".join(part for name, part in SHIFT_TEXT.items() if f"OOD {name}" in measured)
     parts = ["## ECE where the data shift", text, f"![{BY_SET}](ece_by_set.png)"]
-    parts.append(means({TITLES[name]: metrics[name] for name in TITLES if name in metrics}, measured))
+    parts.append(means(titled(metrics, TITLES), measured))
     if "OOD density" in measured:
         parts.append(ratios({TITLES[name]: metrics[name] for name in ("ft", "flyp", "carot") if name in metrics}))
     return parts
