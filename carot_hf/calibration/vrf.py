@@ -40,8 +40,7 @@ GRID_B = tuple(step / 10 for step in range(1, 11))
 class VRF:
     r"""Mixes the probabilities of a zero-shot and a fine-tuned model; `fit_vrf` makes one.
 
-    .. math::
-        p(x) = (1 - w) \, \mathrm{softmax}(z_0 / T_0) + w \, \mathrm{softmax}(z_1 / T_1), \qquad
+    .. math:: p(x) = (1 - w) \, \mathrm{softmax}(z_0 / T_0) + w \, \mathrm{softmax}(z_1 / T_1), \qquad
         w(x) = \frac{1}{1 + e^{(d(x) - a) / b}}
 
     with :math:`d(x)` the squared distance from the ``k``-th nearest of the failures, of embeddings of length 1 of the
