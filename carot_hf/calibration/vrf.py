@@ -1,4 +1,15 @@
-"""VRF: a zero-shot and a fine-tuned model mixed image by image, by how near it is to where zero-shot failed."""
+"""VRF: a zero-shot and a fine-tuned model mixed image by image, by how near it is to where zero-shot failed.
+
+After Zhu et al. 2024 (arXiv 2411.06966), read off their code (BeierZhu/VRF, src/knn_distance.py and src/main.py): all
+embeddings have length 1 and distances are squared, so ``a`` = 1.5 is that of vectors with a cosine of 0.25, and the
+fine-tuned model nearly always counts more. There ``a`` and ``b`` are fixed; the paper, by summaries of it, searched
+them by the accuracy on the validation set at home, over a grid that the code does not show: that of `fit_vrf` is ours.
+
+Two things differ. Their temperatures make the mean confidence equal the accuracy on those of ImageNet's validation
+images on which the result is reported, too; ours are fitted to held-out images. Their ``k`` is ``round(1000 * share of
+the failures in the training set)``, which is more than there are where the training set has fewer than 1000 images;
+ours is a fixed share of the failures, and the same on ImageNet.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +40,7 @@ GRID_B = tuple(step / 10 for step in range(1, 11))
 class VRF:
     r"""Mixes the probabilities of a zero-shot and a fine-tuned model; `fit_vrf` makes one.
 
-    .. math::
-        p(x) = (1 - w) \, \mathrm{softmax}(z_0 / T_0) + w \, \mathrm{softmax}(z_1 / T_1), \qquad
+    .. math:: p(x) = (1 - w) \, \mathrm{softmax}(z_0 / T_0) + w \, \mathrm{softmax}(z_1 / T_1), \qquad
         w(x) = \frac{1}{1 + e^{(d(x) - a) / b}}
 
     with :math:`d(x)` the squared distance from the ``k``-th nearest of the failures, of embeddings of length 1 of the
@@ -162,16 +172,8 @@ def fit_vrf(
     Raises:
         ValueError: If a shape or range above does not hold, there is no failure, or ``k`` is larger than their number.
     Source:
-        Zhu et al. 2024, "Robust fine-tuning of zero-shot models via variance reduction" (arXiv 2411.06966), read off
-        its code (BeierZhu/VRF, src/knn_distance.py and src/main.py): all embeddings have length 1 and distances are
-        squared, so ``a`` = 1.5 is that of vectors with a cosine of 0.25, and the fine-tuned model nearly always counts
-        more. There ``a`` and ``b`` are fixed; the paper's table of them was searched by the accuracy on the ID
-        validation set, over a grid that the code does not show: the grid of ``choose`` is our own. Two differences.
-        Their temperatures make the mean confidence equal the accuracy on ImageNet's validation images, on which the
-        result is reported, too; ours are of the likelihood of held-out images. Their ``k`` is ``round(1000 * share of
-        the failures in the training set)``, which is more than there are of a training set below 1000 images; ours is
-        the same on ImageNet and grows with the failures, as k = 50 of CIFAR's 50,000 images does in what they build on
-        (Sun et al. 2022, arXiv 2204.06507).
+        Zhu et al. 2024, "Robust fine-tuning of zero-shot models via variance reduction" (arXiv 2411.06966): VRF, with
+        temperatures of held-out images, and ``k`` as a share of the failures also of smaller training sets than theirs.
     """
     zero_shot, targets = checked_rows(zero_shot_logits, labels)
     fine_tuned, _ = checked_rows(fine_tuned_logits, labels)

@@ -14,13 +14,13 @@ from .merging import Model, check_twins, floating, model_with
 def model_stock(start: Model, models: Iterable[Model]) -> Model:
     r"""Return the model between a start and the mean of models fine-tuned from it that their angles suggest.
 
-    .. math::
-        \theta_H = t \, \bar\theta + (1 - t) \, \theta_0, \qquad t = \frac{N c}{1 + (N - 1) c}
+    .. math:: \theta_H = t \, \bar\theta + (1 - t) \, \theta_0, \qquad t = \frac{N c}{1 + (N - 1) c}
 
     for each tensor by its name, with the task vectors :math:`d_i = \theta_i - \theta_0` of that tensor and ``c`` the
     mean of :math:`\cos(d_i, d_j)` over all pairs. Where the models have moved alike (``c`` = 1) their mean is taken,
-    where they have nothing in common (``c`` = 0) the start. With task vectors of one length :math:`\theta_i - \theta_H`
-    is orthogonal to :math:`d_j` for the mean of all :math:`i \ne j`. Entries that no model has moved keep their bits.
+    where they have nothing in common (``c`` = 0) the start. Where all task vectors have one length and all pairs one
+    angle, :math:`\theta_i - \theta_H` is orthogonal to :math:`d_j` for all :math:`i \ne j`. Entries that no model has
+    moved keep their bits.
 
     Args:
         start: :math:`\theta_0`, the model that all were fine-tuned from; not changed.
