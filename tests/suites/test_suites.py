@@ -339,7 +339,10 @@ def test_a_suite_of_ones_own_class(kind, own, suite, make_trainer):
 
 
 def test_unknown_suites_are_refused():
-    with pytest.raises(ValueError, match=r"Expected 'digits', 'imagenet', a file \.yaml or a folder, got 'cifar'"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected 'digits', 'imagenet', a file \.yaml, a folder or a benchmark out of pacs, .*, got 'cifar'",
+    ):
         load_suite("cifar")
     with pytest.raises(ValueError, match=r"Expected options out of \['check_counts', .* 'imagenet', got \['shift'\]"):
         load_suite("imagenet", shift=["r"])
