@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..basics.escape import guarded
-from ..calibration.metrics import METRICS, scaled_metrics
+from ..calibration.metrics import GROUP_METRICS, METRICS, scaled_metrics
 from ..calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, chosen_by, set_of
 from ..data.balanced import balanced_labels
 from ..data.perturbed_set import bank_of
@@ -73,6 +73,9 @@ def _check_best_metric(args: CaRotTrainingArguments, suite: ShiftSuite, *, other
     homes, test = (SPLIT, HOME, suite.test.name), suite.test.name
     check_selection(metric, args.greater_is_better, homes, (SHIFTED, *suite.shifts))
     known = {f"{name}_{key}" for name in homes for key in METRICS}
+    grouped = {SPLIT: suite.validation, HOME: suite.test, test: suite.test}
+    grouped = {name: data for name, data in grouped.items() if getattr(data, "groups", None) is not None}
+    known |= {f"{name}_{key}" for name in grouped for key in GROUP_METRICS}
     known |= {f"{name}_{key}_ts" for name in homes[1:] for key in scaled_metrics()}
     if metric.removeprefix("eval_") not in known and not others:
         raise ValueError(

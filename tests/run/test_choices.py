@@ -19,6 +19,7 @@ from carot_hf import CaRotTrainer, CaRotTrainingArguments, CLIPClassifier, Teach
 from carot_hf.calibration.metrics import METRICS, calibration_metrics, scaled_metrics
 from carot_hf.calibration.names import greater_is_better, parse_metric, set_of
 from carot_hf.data.captions import class_embeddings
+from carot_hf.data.groups import Groups
 
 
 def make(tmp_path, preset="carot", **options):
@@ -143,6 +144,19 @@ def test_each_metric_has_a_direction():
     assert not any(greater_is_better(f"eval_id_{name}_ts") for name in scaled_metrics())
     assert greater_is_better("eval_my_own")
     assert not greater_is_better("eval_my_loss")
+
+
+def test_the_worst_group_may_choose_the_model_where_there_are_groups(make_trainer, suite):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"metric_for_best_model": "eval_validation_worst_group_accuracy", "load_best_model_at_end": True}
+    with pytest.raises(ValueError, match="got 'eval_validation_worst_group_accuracy'"):
+        make_trainer(**options)
+    suite.validation.groups = Groups(["odd", "even"], [index % 2 for index in range(len(suite.validation))])
+    trainer = make_trainer(**options)
+    trainer.train()
+    found = [e["eval_validation_worst_group_accuracy"] for e in trainer.state.log_history if "eval_runtime" in e]
+    assert len(found) == 2
+    assert trainer.state.best_metric == max(found)
 
 
 @pytest.mark.parametrize("name", ["eval_validation_overconfidence", "eval_id_overconfidence", "overconfidence"])

@@ -219,7 +219,7 @@ def test_an_empty_folder_and_one_of_other_things(tmp_path):
         ValueError, match=r"one folder, 'fruit', which holds such folders\. Did you mean .*twice/fruit\?"
     ):
         load_suite(tmp_path / "twice")
-    with pytest.raises(ValueError, match=r"Expected 'digits', 'imagenet', a file \.yaml or a folder, got .*none' *, "):
+    with pytest.raises(ValueError, match=r"Expected 'digits', 'imagenet', a file \.yaml, a folder or a .*none', "):
         load_suite(tmp_path / "none")
 
 

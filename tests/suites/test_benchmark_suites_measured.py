@@ -8,7 +8,7 @@ import json
 import datasets
 import numpy as np
 import pytest
-from test_benchmarks import PACS, SIZES, domain_rows, table, waterbirds
+from test_benchmark_suites import PACS, SIZES, domain_rows, table, waterbirds
 
 from carot_hf import Evaluator, load_suite
 from carot_hf.calibration.metrics import METRICS
