@@ -107,6 +107,7 @@ class CaptionTable:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self._tokenizer, self._max_length, self._padded, self._masked = tokenizer, max_length, padded, masked
         self._vocab_size, self._share = vocab_size, share
+        self._plain: NDArray[np.int64] | None = None  # tokens that are no special ones
         self._own: dict[str, NDArray[np.int32]] = {}  # tokens of captions that are not made of class names
         captions = [fill_template(template, name) for name in class_names for template in templates]
         rows: list[NDArray[np.int32]] = []
@@ -228,12 +229,13 @@ class CaptionTable:
         Returns:
             As `lookup`, ``(count, length + 2)``.
         """
-        table = self.input_ids.view(-1, self.input_ids.shape[-1])
-        begin, end = table[0, 0], table[0, int(self.lengths.flatten()[0]) - 1]
-        special = np.array([*self._tokenizer.all_special_ids, int(begin), int(end)])
-        plain = np.setdiff1d(np.arange(self._vocab_size or len(self._tokenizer)), special)
-        drawn = plain[np.random.default_rng(list(seed)).integers(len(plain), size=(count, length))]
-        ids = torch.cat([begin.expand(count, 1), torch.from_numpy(drawn), end.expand(count, 1)], dim=1).long()
+        first = self.input_ids.numpy().reshape(-1, self.input_ids.shape[-1])[0, : int(self.lengths.numpy().flat[0])]
+        if self._plain is None:
+            special = [*self._tokenizer.all_special_ids, first[0], first[-1]]
+            self._plain = np.setdiff1d(np.arange(self._vocab_size or len(self._tokenizer)), special)
+        drawn = np.random.default_rng(list(seed)).choice(self._plain, size=(count, length))
+        marked = np.pad(drawn, ((0, 0), (1, 1)), constant_values=((0, 0), (first[0], first[-1])))
+        ids = torch.from_numpy(marked.astype(np.int64))
         return {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if self._masked else {})}
 
     def check_random(self, length: int) -> None:

@@ -132,6 +132,10 @@ class Objective:
             step.teacher_logits = self._pairing.logits(*taught, teacher_head, counts, with_grad=False)
         return self._of_rows(step, len(embeds[0]), counts)
 
+    def everyones(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, without gradient."""
+        return gather_rows(rows, with_grad=False, counts=self._row_counts(rows))
+
     def weight_terms(self, weights: Mapping[str, Tensor], moved: Tensor | None = None) -> dict[str, Tensor]:
         """The terms that are functions of weights alone.
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..basics.processes import gather_uneven
 from ..data.captions import CaptionTable, caption_embeddings
 from ..models.backbones import image_inputs, logit_head
 from ..objective.objective import Objective
@@ -73,7 +72,7 @@ class StartViews:
             return
         with torch.no_grad():
             image, text = difference_vectors(*embeds, *said.embeds)
-            rows = gather_uneven(torch.stack([image, text], dim=1))  # (B, 2, D)
+            rows = self._objective.everyones(torch.stack([image, text], dim=1))  # (B, 2, D)
             self.start.mean = moved_mean(said.mean, rows.mean(dim=(0, 1)))
 
     def _said(self, embeds: tuple[Tensor, ...], step: int) -> Started:
@@ -97,7 +96,8 @@ class StartViews:
         network: Any = self.start.network
         tokens = self._captions.random(RANDOM_STRINGS, RANDOM_LENGTH, (self._seed, step))
         with torch.inference_mode(), self._autocast():
-            inputs = {name: value.to(network.logit_scale.device) for name, value in tokens.items()}
+            device = network.logit_scale.device
+            inputs = {name: value.to(device, non_blocking=True) for name, value in tokens.items()}
             found = unit(network.get_text_features(**inputs).pooler_output)
         return found.clone()
 

@@ -50,6 +50,8 @@ class Reads(TorchDispatchMode, TrainerCallback):
         {"preset": "tracer"},
         {"preset": "carot-2024"},
         {"preset": "ft-ls"},
+        {"preset": "dive", "l2_sp_weight": 0.1},
+        {"preset": "lipsum", "context_distillation_weight": 1.0},
     ],
 )
 def test_a_step_asks_the_device_once(make_trainer, options):
