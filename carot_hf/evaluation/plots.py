@@ -318,10 +318,12 @@ def _draw_bars(ax: Axes, bins: CalibrationBins, words: _Words) -> None:
                 label=name,
             )
     low, high = accuracy_intervals(bins)
+    # Workaround, matplotlib 3.8 and numpy 1.25: arrays of one error each make it warn; so lists. Until: 3.8 is no more.
+    lengths = [np.maximum(side, 0)[filled].tolist() for side in (bins.accuracy - low, high - bins.accuracy)]
     ax.errorbar(
         (left + width / 2)[filled],
         bins.accuracy[filled],
-        [np.maximum(bins.accuracy - low, 0)[filled], np.maximum(high - bins.accuracy, 0)[filled]],
+        lengths,
         fmt="none",
         ecolor=[("black", alpha) for alpha in faded[filled]],
         elinewidth=1.2,

@@ -32,7 +32,7 @@ def suite(suite, models, processor):
     def labelled(data):
         labels = data.labels.copy()
         for which, evaluator in enumerate(known):
-            labels[which::3] = evaluator.predict(data)[0].argmax(dim=1)[which::3]
+            labels[which::3] = evaluator.predict(data)[0].argmax(dim=1).numpy()[which::3]
         rows = [{"image": data[index]["image"], "label": int(label)} for index, label in enumerate(labels)]
         return ShiftSet(rows, name=data.name, num_classes=data.num_classes, labels=labels)
 

@@ -51,6 +51,13 @@ def text_rows(model, batch):
     return unit_rows(model.get_text_features(**tokens).pooler_output)
 
 
+@pytest.fixture(autouse=True)
+def adapters(request):
+    """Some of the tests are of LoRA, too: without peft these are another environment's."""
+    if "lora" in request.node.name.lower() or "adapters" in request.node.name:
+        pytest.importorskip("peft")
+
+
 @pytest.fixture
 def trained(make_trainer, processor):
     """Make and train a trainer in float64."""
