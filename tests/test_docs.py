@@ -206,7 +206,7 @@ def test_docstrings_arrive_on_the_site_as_text_links_and_formulas(site):
         assert not re.findall(r":[a-z]+:(?:`|<code>)|\.\. math|arithmatex|autoref ", text), name
         assert not re.search(r"<p>(?:Returns|Raises|Args|Attributes|Source):", text), name
     assert 'id="carot_hf.objective.losses.contrastive_loss"' in reference["losses"]
-    assert reference["losses"].count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 5
+    assert reference["losses"].count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 8
     assert 'href="models.html#carot_hf.CLIPClassifier"' in reference["trainer"]
     assert 'href="#carot_hf.CaRotTrainer.evaluate"><code>evaluate' in reference["trainer"]
 

@@ -34,7 +34,8 @@ import time
 import carot_hf.cli.predict as p
 add = p.Rows.add
 middle = lambda: p.Path({{path!r}}).read_bytes().count(b"\\n") > 32
-p.Rows.add = lambda rows, *found: (add(rows, *found), middle() and time.sleep(600))
+asleep = p.Path({{path!r}} + ".asleep")  # a signal before would come while a row is written
+p.Rows.add = lambda rows, *found: (add(rows, *found), middle() and (asleep.touch(), time.sleep(600)))
 {CHUNK}
 """
 
@@ -270,7 +271,7 @@ def test_a_killed_call_and_one_without_room_go_on(checkpoint, tmp_path):
     call = command(*words, cut, code=CHUNK)
     slow = command(*words, cut, code=SLOW.format(path=str(cut)))  # waits in the middle
     process = subprocess.Popen(slow, stderr=subprocess.PIPE, text=True, env=environment())
-    while process.poll() is None and (not cut.exists() or cut.read_bytes().count(b"\n") < 33):
+    while process.poll() is None and not Path(f"{cut}.asleep").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=600)
