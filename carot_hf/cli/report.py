@@ -108,9 +108,7 @@ def write_report(
         means(titled(metrics, TITLES), COLUMNS),
         *(text for name, text in FURTHER_TEXT.items() if name in metrics),
         *(published_table(CAROT, TITLES, list(COLUMNS)) if published else []),
-        f"## Table 2: steps between updates of the teacher (default {interval})",
-        means(titled(metrics, INTERVALS), dict(list(COLUMNS.items())[:4])),
-        *(published_table(CAROT_INTERVALS, INTERVALS, list(COLUMNS)[:4]) if published else []),
+        *intervals_table(metrics, interval, published=published),
         *under_shift(metrics),
         *(later_tables() if published else []),
         *(["## Does CaRot beat FLYP here?", paired(metrics["carot"], metrics["flyp"])] if "carot" in metrics else []),
@@ -127,6 +125,16 @@ def write_report(
 def titled(metrics: Mapping[str, Sequence[Metrics]], titles: Mapping[str, str]) -> dict[str, Sequence[Metrics]]:
     """The runs of those methods that there are, by title."""
     return {title: metrics[name] for name, title in titles.items() if name in metrics}
+
+
+def intervals_table(metrics: Mapping[str, Sequence[Metrics]], interval: int, *, published: bool) -> list[str]:
+    """Table 2, of the rows that were run; nothing if none was."""
+    rows, columns = titled(metrics, INTERVALS), dict(list(COLUMNS.items())[:4])
+    if not rows:
+        return []
+    title = f"## Table 2: steps between updates of the teacher (default {interval})"
+    theirs = published_table(CAROT_INTERVALS, INTERVALS, list(columns)) if published else []
+    return [title, means(rows, columns), *theirs]
 
 
 def under_shift(metrics: Mapping[str, Sequence[Metrics]]) -> list[str]:

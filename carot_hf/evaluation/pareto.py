@@ -57,7 +57,9 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]], gain: str) -
         ax.set(xlabel=f"{cost} (less is better)")
         ax.grid(alpha=0.3)
     axes[0].set(ylabel=f"{gain} (more is better)")
-    legend = axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    marks = {line.get_label(): line for ax in axes for line in ax.get_lines() if line.get_label() in names}
+    shown = [marks[name] for name in names]  # of all panels: not every method has every cost
+    legend = axes[-1].legend(handles=shown, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     for text in legend.get_texts():
         text.set_fontweight("bold" if text.get_text() in best else "normal")
     return figure

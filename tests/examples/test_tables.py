@@ -185,6 +185,7 @@ def test_the_picture_of_what_is_traded_draws_what_it_is_given():
         {name: (line.get_color(), line.get_marker()) for name in names for line in ax.get_lines()
          if line.get_label() == name} for ax in figure.axes
     ]  # fmt: skip
+    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == names
     assert len(set(looks[0].values())) == 21
     assert looks[1].items() <= looks[0].items()  # the same mark in both
     with pytest.raises(ValueError, match="Expected a point, got none"):
