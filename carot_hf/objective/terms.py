@@ -268,5 +268,10 @@ def needs_start_texts(args: Any) -> bool:
     return _on(args, RANDOM_TEXTS, CONTEXTS)
 
 
+def keeps_mean(args: Any) -> bool:
+    """Tell whether one reads the moving mean of the moves since the start."""
+    return _on(args, MEAN)
+
+
 def _on(args: Any, *needs: str) -> bool:
     return any(getattr(args, name) > 0 for name in fields_with(*needs))

@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 from ..basics.precision import wide_dtype
-from ..models.lora import is_adapted
+from ..models.backbones import embedding_size
+from ..models.lora import base_model, is_adapted
 from ..models.prepare import Prepared
+from ..objective.terms import keeps_mean
 from ..teacher.average import Teacher, beta_momentum, ema_momentum
 from ..teacher.callback import Schedule, TeacherCallback
 from ..teacher.start import Start
@@ -62,10 +64,11 @@ class CompanionMaker:
         """
         teacher, start, callbacks = None, None, []
         name = str(getattr(student.config, "_name_or_path", "") or "")
+        size = embedding_size(base_model(student)) if keeps_mean(args) else None
         if args.needs_teacher:
             teacher = self._teachers.make(model, student, compile_options)
             callbacks.append(teacher_callback(teacher, args))
-            start = None if args.moves_every else Start(teacher.model, name)
+            start = None if args.moves_every else Start(teacher.model, name, size)
         else:
             self._teachers = TeacherMaker()
         if args.needs_start and start is None:
@@ -74,7 +77,7 @@ class CompanionMaker:
             else:
                 copy = self._starts.make(model, student, compile_options)
                 callbacks.append(TeacherCallback(copy, update_every=0, save_as=None))
-            start = Start(copy.model, name)
+            start = Start(copy.model, name, size)
         elif not args.needs_start:
             self._starts = TeacherMaker()
         return Companions(teacher, start, callbacks)

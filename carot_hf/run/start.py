@@ -82,8 +82,14 @@ class StartViews:
             logit_head(self.start.network)[0].detach(),
             self._random_texts(step) if needs(RANDOM_TEXTS) else None,
             self._context_embeds() if needs(CONTEXTS) else None,
-            self.start.keep_mean(embeds[0]) if needs(MEAN) else None,
+            self._mean(embeds[0]) if needs(MEAN) else None,
         )
+
+    def _mean(self, like: Tensor) -> Tensor | None:
+        """The mean of the moves, where the embeddings are: the model may have been moved since it was made."""
+        mean = self.start.mean
+        self.start.mean = None if mean is None else mean.to(like.device, like.dtype)
+        return self.start.mean
 
     def _image(self, inputs: Mapping[str, Any]) -> Tensor:
         network: Any = self.start.network

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..basics.fingerprint import fingerprint
+from ..basics.precision import wide_dtype
+from ..basics.redaction import public
 from ..basics.tensor_files import tensors_flaw
 from ..basics.whole_file import whole_file
 
@@ -22,14 +23,16 @@ class Start:
 
     Args:
         network: The model before the first step, frozen; its weights are never written.
-        name: Where it came from, for people.
+        name: Where it came from, for people; of a folder of the machine the last part is kept: checkpoints are pushed.
+        size: ``D``, of embeddings whose moves are averaged; ``None``: no term needs their mean.
     Attributes:
-        mean: ``(D,)``, the moving mean of how far embeddings have moved since; ``None``: it is not kept.
+        mean: ``(D,)``, the moving mean of how far embeddings have moved since, zeros at first; ``None`` without a size.
     """
 
-    def __init__(self, network: nn.Module, name: str = "") -> None:
-        self.network, self.name = network, name
-        self.mean: Tensor | None = None
+    def __init__(self, network: nn.Module, name: str = "", size: int | None = None) -> None:
+        self.network, self.name = network, str(public(name))
+        kind = next(network.parameters())
+        self.mean: Tensor | None = None if size is None else kind.new_zeros(size, dtype=wide_dtype(kind.dtype))
         self._known: tuple[int, str] | None = None  # state of the weights, and their checksum
 
     @property
@@ -48,14 +51,15 @@ class Start:
 
     def load(self, path: str | Path) -> None:
         """Restore the mean, bit for bit; see :meth:`flaw` for what is to be looked at before."""
-        self.mean = load_file(str(path)).get(_MEAN)
+        if self.mean is not None:
+            self.mean = load_file(str(path))[_MEAN].to(self.mean.device)
 
     def flaw(self, path: str | Path) -> str | None:
         """Return what is wrong with a file that :meth:`save` wrote; ``None`` if nothing is.
 
         Another start model than the run's is: its terms would pull towards other weights from here on.
         """
-        if (flaw := tensors_flaw(path, None)) is not None:
+        if (flaw := tensors_flaw(path, {} if self.mean is None else {_MEAN: self.mean})) is not None:
             return flaw
         file = Path(path)
         try:
@@ -70,11 +74,3 @@ class Start:
                 "that the run began with"
             )
         return None
-
-    def keep_mean(self, like: Tensor) -> Tensor:
-        """Return the mean; at first zeros, of the size, dtype and device of embeddings ``(b, D)``."""
-        if self.mean is None or self.mean.shape != like.shape[1:]:
-            self.mean = torch.zeros_like(like[0])
-        if (self.mean.device, self.mean.dtype) != (like.device, like.dtype):
-            self.mean = self.mean.to(like.device, like.dtype)
-        return self.mean

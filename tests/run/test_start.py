@@ -17,6 +17,7 @@ from transformers import CLIPModel
 
 from carot_hf import CLIPClassifier
 from carot_hf.basics.fingerprint import fingerprint
+from carot_hf.basics.manifest import write_manifest
 from carot_hf.data.captions import caption_embeddings, fill_template
 from carot_hf.models.lora import merged
 from carot_hf.run.moved import squared_distance
@@ -237,9 +238,36 @@ def test_a_resume_from_another_start_model_is_refused_and_nothing_is_loaded(make
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in other.state_dict().items())
 
 
-def test_a_frozen_teacher_that_an_older_version_wrote_by_value_is_read(make_trainer, tmp_path):
-    from carot_hf.basics.manifest import write_manifest
+@pytest.mark.parametrize(
+    ("mean", "said"),
+    [(torch.zeros(5), r"of shape \(5,\) in place of \(12,\)"), (None, "1 of 1 tensors"),
+     (torch.full((12,), torch.nan), "nan or inf"), (torch.zeros(12).double(), "in torch.float64 in place of")],
+    ids=["size", "missing", "nan", "dtype"],
+)  # fmt: skip
+def test_a_mean_that_is_none_is_refused_and_does_not_begin_anew_in_silence(make_trainer, tmp_path, mean, said):
+    options = {"preset": "dive", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = make_trainer(**options)
+    trainer.train()
+    path = tmp_path / "run" / "checkpoint-1" / "start.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({} if mean is None else {"difference_mean": mean}, path, metadata)
+    write_manifest(path.parent)
+    again = make_trainer(**{**options, "output_dir": str(tmp_path / "again")})
+    with pytest.raises(ValueError, match=rf"start\.safetensors .*{said}"):
+        again.train(resume_from_checkpoint=str(path.parent))
 
+
+def test_a_checkpoint_says_no_place_of_the_machine(make_trainer, tmp_path, processor):
+    """They can be pushed while a run trains."""
+    tiny_clip(processor.tokenizer).save_pretrained(tmp_path / "home" / "alice" / "clip")
+    model = CLIPModel.from_pretrained(tmp_path / "home" / "alice" / "clip")
+    make_trainer(model, preset="l2-sp", save_strategy="steps", save_steps=1, max_steps=1).train()
+    with safe_open(tmp_path / "run" / "checkpoint-1" / "start.safetensors", "pt") as file:
+        assert file.metadata()["model"] == ".../clip"
+
+
+def test_a_frozen_teacher_that_an_older_version_wrote_by_value_is_read(make_trainer, tmp_path):
     options = {"preset": "static", "gradient_accumulation_steps": 1, "max_steps": 3, "label_smoothing_factor": 0.0}
     whole = run(make_trainer, tmp_path / "whole", **options)
     checkpoint = tmp_path / "whole" / "checkpoint-2"

@@ -16,7 +16,7 @@ import urllib.request
 from contextlib import ExitStack
 
 import pytest
-from chromium import PATIENCE, open_browser
+from chromium import PATIENCE
 from PIL import Image
 from ports import reserved_port
 from toys import ROOT
@@ -122,16 +122,6 @@ def test_api_says_what_is_wrong(client):
 
 
 # ---- the page ----
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        context = open_browser(playwright, tmp_path_factory.mktemp("profile"))
-        yield context
-        context.close()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from chromium import open_browser
 
 pytestmark = pytest.mark.space
 
@@ -35,16 +34,6 @@ PROBLEMS = """() => {
   for (const image of document.images) if (!image.complete || !image.naturalWidth) found.missing.push(image.src)
   return found
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        context = open_browser(playwright, tmp_path_factory.mktemp("profile"))
-        yield context
-        context.close()
 
 
 @pytest.fixture(scope="module")
