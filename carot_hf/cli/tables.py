@@ -137,6 +137,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
     options = parser.read(argv)
+    asked = options.methods or ()  # in a report of all rows these two are left out
+    if "vrf" in asked and options.streaming:
+        parser.error("expected no --streaming for vrf, which looks for images in the training set")
+    if "model-stock" in asked and options.seeds < 2:
+        parser.error(f"expected --seeds of at least 2 for model-stock, which merges two runs, got {options.seeds}")
     wanted = set(options.methods or (*TRAINED, *MERGED))
     wanted |= {MERGED[name] for name in wanted & MERGED.keys()}  # what a merge is made of
     options.methods = [name for name in (*TRAINED, *MERGED) if name in wanted]

@@ -362,6 +362,14 @@ def test_an_interrupted_training_run_goes_on_from_its_checkpoint(script, monkeyp
     assert "--resume_from_checkpoint" in (runner.folder(cell) / "seen").read_text()
 
 
+@pytest.mark.parametrize(
+    "argv", [["--methods", "vrf", "--streaming"], ["--methods", "ft", "model-stock", "--seeds", "1"]]
+)
+def test_a_row_that_was_asked_for_is_not_left_out_in_silence(argv):
+    with pytest.raises(ValueError, match=rf"Expected .* for {'vrf' if 'vrf' in argv else 'model-stock'}"):
+        reproduce_tables.parse([*argv, "--suite", "digits", "--jobs", "1"])
+
+
 @pytest.mark.parametrize("argv", [["--seeds", "0"], ["--jobs", "0"], ["--quick", "--suite", "imagenet"], ["--nothing"]])
 def test_bad_options_end_before_anything_is_loaded(argv):
     with pytest.raises(ValueError, match=r"[Ee]xpected|invalid"):
