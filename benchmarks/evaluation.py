@@ -94,15 +94,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, few images")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    size, count, classes = (steps.TINY_SIZE, 12, 4) if options.quick else (SIZE, 256, 100)
-    sizes = (4, 8) if options.quick else (16, 32, 64, 128, 256)
+    size, count, classes = (steps.TINY_SIZE, 12, 4) if options.quick else (SIZE, 128, 100)
+    sizes, same = ((4, 8), 8) if options.quick else ((8, 16, 32, 64, 128), 64)
     processor = steps.processor(size["image"])
     model = steps.clip(processor, **size).eval()
     transform, pictures = image_transform(processor), Pictures(count, classes)
     names = [f"thing number {index}" for index in range(classes)]
     data = ShiftSet(pictures, name="home", num_classes=classes, labels=np.array(pictures.labels))
     suite = ShiftSuite("noise", names, TEMPLATES, None, None, data, {})
-    same = sizes[len(sizes) // 2]
 
     def ours(batch_size: int) -> Callable[[], float]:
         def run() -> float:

@@ -1,9 +1,9 @@
 """What each method costs: seconds of a training step and peak memory, beside FLYP.
 
-    MALLOC_ARENA_MAX=1 OMP_NUM_THREADS=1 python benchmarks/methods.py          # some ten minutes, one core, 8 GB
+    MALLOC_ARENA_MAX=1 OMP_NUM_THREADS=1 python benchmarks/methods.py          # some ten minutes, one core, 6 GB
     OMP_NUM_THREADS=1 python benchmarks/methods.py --quick                     # does it run at all?
 
-A CLIP of random weights (vision 6 x 384 at 224 pixels, text 4 x 256), one batch of 32 pairs of 10 classes in 3
+A CLIP of random weights (vision 6 x 384 at 224 pixels, text 4 x 256), one batch of 16 pairs of 10 classes in 3
 templates, without decoding, one thread. The methods live side by side in one process and take turns step by step; only
 the ratios count. Seconds are those of the processor. Peak memory is that of a process that does nothing else, beyond
 libraries and data. "every step": the teacher moves each step; CaRot's moves every 500.
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="steps of each one that count; default: 6")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 6)
-    size, batch_size = (steps.TINY_SIZE, 16) if options.quick else (peers.FULL, 32)
+    size, batch_size = (steps.TINY_SIZE, 16) if options.quick else (peers.FULL, 16)
     torch.set_num_threads(1)
     task = {"size": size, "batch_size": batch_size, "count": rounds + 1, "photo": (64, 48, 4), "few": True}
     made = contestants.make_task(**task, decode=False)

@@ -79,8 +79,8 @@ class Bare:
         self.losses.append(self.step().item())
 
 
-def variants(size: dict[str, int], batch_size: int, count: int, only: str) -> dict[str, Bare | Paused]:
-    """The steps to measure by name, all from the same weights; of "methods" or of "few" captions."""
+def variants(size: dict[str, int], batch_size: int, count: int, only: str) -> dict[str, Callable[[], Bare | Paused]]:
+    """What makes the steps to measure, by name, all from the same weights; of "methods" or of "few" captions."""
     processor = steps.processor(size["image"])
     pretrained = steps.clip(processor, **size).state_dict()
     batch = steps.make_batch(batch_size, processor, image=size["image"])
@@ -104,13 +104,13 @@ def variants(size: dict[str, int], batch_size: int, count: int, only: str) -> di
         return Paused(lambda clock: steps.train(preset, fresh(), collated, processor, count, clock, **options))
 
     if only == "few":
-        return {FEW: ours("flyp", few), BARE_FEW: bare({**few, "pixel_values": pixels})}
+        return {FEW: lambda: ours("flyp", few), BARE_FEW: lambda: bare({**few, "pixel_values": pixels})}
     return {
-        PUBLISHED: bare(steps.padded(ready, processor)),
-        FLYP: ours("flyp"),
-        CAROT: ours("carot"),
-        BARE_FLYP: bare(ready),
-        BARE_CAROT: bare(ready, steps.CAROT_WEIGHT),
+        PUBLISHED: lambda: bare(steps.padded(ready, processor)),
+        FLYP: lambda: ours("flyp"),
+        CAROT: lambda: ours("carot"),
+        BARE_FLYP: lambda: bare(ready),
+        BARE_CAROT: lambda: bare(ready, steps.CAROT_WEIGHT),
     }
 
 
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["methods", "few"], default="methods", help="distinct captions, or few")
     options = parser.parse_args()
     size, batch_size = (steps.TINY_SIZE, 4) if options.quick else (steps.FULL_SIZE, 16)
-    runs = variants(size, batch_size, options.rounds + 1, options.only)
+    runs = {name: make() for name, make in variants(size, batch_size, options.rounds + 1, options.only).items()}
     seconds = measure(runs, options.rounds)
     print(
         f"`python benchmarks/train_step.py --only {options.only}`, batch {batch_size}, captions of "

@@ -31,6 +31,7 @@ from .groups import Groups
 from .image_roots import ImageRoots
 from .images import BadImageError, NotAnImageError, is_decoding_error, read_image
 from .labels import ClassNames, LabelTable, class_indices, label_in_range, not_a_label, one_label_a_row, shown
+from .right_labels import RightLabels
 
 logger = guarded(logging.getLogger(__name__))
 
@@ -109,6 +110,7 @@ class ShiftSet(Dataset):
         self.image_root = None if image_root is None else Path(image_root)
         self.image_roots = image_roots
         self.groups: Groups | None = None  # of the rows, in their order; a set whose worst group is looked for has them
+        self.right: RightLabels | None = None  # of the rows, where several labels are right; `labels` are one of them
         if labels is None and label_column in features:
             labels = column_of(data, str(label_column))
         self.own_names: tuple[str, ...] | None = names_of(features.get(str(label_column)))
@@ -234,6 +236,7 @@ class ShiftSet(Dataset):
         part._raw = None if self._raw is None else self._raw[rows]
         part.captions = None if self.captions is None else [self.captions[row] for row in rows.tolist()]
         part.groups = None if self.groups is None else self.groups.of(rows)
+        part.right = None if self.right is None else self.right.of(rows)
         return part
 
     @property
@@ -246,7 +249,7 @@ class ShiftSet(Dataset):
     @property
     def facts(self) -> dict[str, Any]:
         """What the set is, as texts and integers, for :attr:`ShiftSuite.content_hash`; no image is read."""
-        own = {} if self.groups is None else {"groups": self.groups.facts}
+        own = {name: part.facts for name in ("groups", "right") if (part := getattr(self, name)) is not None}
         return {
             **own,
             "name": self.name,

@@ -44,6 +44,7 @@ from .marks import marks_of
 from .measure import Measured, bins_at, compared, given_scalings, intervals_by_set, measure_all, scaling_of
 from .memory import Memory
 from .per_image import PerImage, facts_of_images
+from .right import settled
 
 OwnMetrics = Callable[[Tensor, Tensor], Mapping[str, float]]
 
@@ -239,7 +240,8 @@ class Evaluator:
         """
         embeds, labels = self.embed({"": data}, title)[""]
         head = self.head(self._memory.of(self.model) if remember else None)
-        return SetLogits(embeds, head, data).whole().cpu(), labels
+        logits = SetLogits(embeds, head, data)
+        return logits.whole().cpu(), None if labels is None else settled(logits, labels, data)
 
     def estimate(self, data: ShiftSet, title: str = "Estimate") -> dict[str, float]:
         """Estimate the accuracy on images without labels; see :func:`~carot_hf.evaluation.estimated.estimated`.
@@ -378,7 +380,8 @@ class Evaluator:
         labels: dict[str, Any] = {name: part[1] for name, part in parts.items()}
         if any(part is None for part in labels.values()):
             raise ValueError("Expected labels in every set, got none. Use `predict` for images without labels.")
-        return {name: SetLogits(parts[name][0], head, data) for name, data in sets.items()}, labels
+        logits = {name: SetLogits(parts[name][0], head, data) for name, data in sets.items()}
+        return logits, {name: settled(logits[name], labels[name], data) for name, data in sets.items()}
 
 
 def _options(

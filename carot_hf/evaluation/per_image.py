@@ -79,7 +79,7 @@ def facts_of_images(data: ShiftSet, labels: NDArray[Any], class_names: Sequence[
     facts: dict[str, str | int] = {
         "classes": sha256_of_facts({"names": list(class_names), "columns": data.columns}),
         "n": len(labels),
-        "labels": sha256_of_array(labels, "<i8"),
+        "labels": sha256_of_array(labels if data.right is None else data.right.labels, "<i8"),
         "read": sha256_of_facts({"exif": data.exif, "crop_border": data.crop_border}),
     }
     if data.content is not None:

@@ -20,6 +20,7 @@ from .evaluation import Evaluation, with_aggregates
 from .evaluator import Evaluator
 from .logits import SetLogits
 from .measure import Measured, bins_at, intervals_by_set, measure_all
+from .right import settled
 
 WEIGHT = "fine_tuned_weight"
 _TRAIN = "training images"  # beside the names of sets
@@ -65,7 +66,8 @@ def evaluate_vrf(
     mixed = {name: Mixture(vrf, *read.logits[name], vrf.distance(read.embeds[name])) for name in sets}
     common = {"n_bins": zero_shot.n_bins, "link": "softmax", "n_bootstrap": n_bootstrap}
     options = {name: {**common, "scalings": {"ts": lambda: scaling} if name != "validation" else {}} for name in sets}
-    found = measure_all({name: (mixed[name], read.labels[name]) for name in sets}, options)
+    labels = {name: settled(mixed[name], read.labels[name], data) for name, data in sets.items()}
+    found = measure_all({name: (mixed[name], labels[name]) for name in sets}, options)
     for name, part in found.items():
         part.metrics[WEIGHT] = float(vrf.weights(read.embeds[name]).mean())
     return _evaluation(found, suite, scaling), vrf

@@ -160,7 +160,7 @@ def test_a_peer_of_another_loss_is_not_compared():
     assert "Expected equal losses of the first step, got {'a': 3.0, 'b': 3.01}" in found.stderr
 
 
-@pytest.mark.parametrize("script", ["growth.py", "gradient_cache.py", "density.py", "evaluation.py"])
+@pytest.mark.parametrize("script", ["growth.py", "gradient_cache.py", "density.py", "evaluation.py", "step_profile.py"])
 def test_it_runs(script):
     result = run(script, "--quick")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -81,13 +81,15 @@ def test_rows_and_rules_of_each_set():
         "a": {"test": 7500},
         "sketch": {"test": 50889},
         "objectnet": {"test": 18574},
+        "hard": {"validation": None},
         "mini-imagenet": {"train": 50000, "validation": 10000, "test": 5000},
     }
     assert set(SHIFTS) < set(SETS)
     assert [name for name, facts in SETS.items() if facts.test_only or facts.crop_border] == ["objectnet"]
     assert SETS["objectnet"].crop_border == 2
     assert [name for name, facts in SETS.items() if facts.gated] == ["imagenet"]
-    assert [name for name, facts in SETS.items() if facts.layout == "parquet"] == ["imagenet", "mini-imagenet"]
+    assert [name for name, facts in SETS.items() if facts.layout == "parquet"] == ["imagenet", "hard", "mini-imagenet"]
+    assert [name for name, facts in SETS.items() if facts.several_right] == ["hard"]
     assert not any(facts.exif for facts in SETS.values())
     assert SETS["imagenet"].splits == ("train", "validation")
     with pytest.raises(dataclasses.FrozenInstanceError):

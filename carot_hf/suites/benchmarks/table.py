@@ -16,10 +16,10 @@ from ...basics.yaml_text import load_yaml
 from ...data.labels import ClassNames
 from ..keys import checked_keys
 
-# Known, and not offered: by name, why not.
+# Known, and no benchmark: by name, what to ask for.
 REFUSED = {
-    "imagenet-hard": "of an image of taesiri/imagenet-hard several labels count as right, and every figure here is of "
-    "one label an image. Use the other shifts of `imagenet`"
+    "imagenet-hard": "it is a shifted set of ImageNet. Add it to those of `imagenet`: `--suite imagenet --shifts v2 r "
+    "a sketch objectnet hard`"
 }
 HOME, AWAY = "home", "away"  # in the place of domains: those that are trained on, and the others
 _PART = {

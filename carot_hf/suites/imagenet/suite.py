@@ -17,6 +17,7 @@ from ..splits import as_set, hold_out_of_stream, split_off
 from .corruptions import CorruptedSet, corruption_names, parse_name
 from .names import SOURCES, resolve_names
 from .sets import NUM_CLASSES, SETS, SHIFTS, SetFacts
+from .several import with_one_label
 
 VERSION = "1.0"  # of the suite: another one when classes, sets, the held-out rows or how an image is read change
 HOLD_OUT_SHARE = 0.02
@@ -43,8 +44,9 @@ def imagenet_suite(
         root: Folder of local copies, ``<root>/<id on the Hub>``, ``<root>/<last part of it>`` or ``<root>/<name>``, in
             the layout of the Hub or as one folder of images a class. ``None``: load from the Hub.
         streaming: Read all but ``validation`` as streams; nothing is downloaded in advance.
-        shifts: Names out of ``v2``, ``r``, ``a``, ``sketch``, ``objectnet``, and ``c-<corruption>-<severity>``, made of
-            the test set while it is read (``pip install carot_hf[corruptions]``).
+        shifts: Names out of ``v2``, ``r``, ``a``, ``sketch``, ``objectnet``, ``hard`` (ImageNet-Hard: an answer is
+            right if it is one of an image's labels), and ``c-<corruption>-<severity>``, made of the test set while it
+            is read (``pip install carot_hf[corruptions]``).
         check_counts: Refuse copies without the published numbers of rows and labels.
         class_names: 1000 names; ``None``: see :mod:`carot_hf.suites.imagenet.names`.
         templates: Captions with ``{}``; ``None``: see there.
@@ -68,7 +70,7 @@ def imagenet_suite(
     )
     train, validation = loader.held_out(opened, imagenet, seed)
     test = loader.as_set(loader.open(imagenet, "validation", streaming), imagenet, "validation")
-    shifted = {name: loader.as_set(loader.open(SETS[name], "test", streaming), SETS[name], "test") for name in own}
+    shifted = {name: loader.shift(SETS[name], streaming) for name in own}
     shifted |= {name: _corrupted(test, name) for name in corruptions}
     return ShiftSuite(
         name="imagenet",
@@ -100,8 +102,20 @@ class _Loader:
         layout = facts.layout if isinstance(source, str) else None  # a local copy may be kept in another way
         return open_source(source, split, layout=layout, streaming=streaming, revision=commit)
 
+    def shift(self, facts: SetFacts, streaming: bool) -> ShiftSet:
+        """Load a shifted set."""
+        [split] = facts.splits
+        opened = self.open(facts, split, streaming)
+        if not facts.several_right:
+            return self.as_set(opened, facts, split)
+        rows, right = with_one_label(opened.rows, facts.num_labels, facts.name)
+        data = self.as_set(opened._replace(rows=rows), facts, split)
+        data.right = right
+        return data
+
     def as_set(self, opened: Opened, facts: SetFacts, split: str) -> ShiftSet:
         """Make the set of a split."""
+        rows = facts.rows[split] if self._check_counts else None
         return as_set(
             opened.rows,
             name="train" if split == "train" else facts.name,
@@ -109,7 +123,7 @@ class _Loader:
             label_names=facts.label_names(),
             columns=facts.columns(),
             in_order=True,
-            published=(facts.rows[split], facts.num_labels) if self._check_counts else None,
+            published=None if rows is None else (rows, facts.num_labels),
             exif=facts.exif,
             crop_border=facts.crop_border,
             test_only=facts.test_only,

@@ -1,0 +1,224 @@
+"""ImageNet-Hard: an answer is right if it is one of an image's labels; against slow loops, whole and as a stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from layouts import content, parquet, picture
+from toys import tiny_clip
+
+from carot_hf import Evaluator, ShiftSet, evaluate_vrf, load_suite
+from carot_hf.data.right_labels import RightLabels
+from carot_hf.evaluation.per_image import difference_of
+
+ROWS, K = 24, 1000
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def models(processor):
+    return [tiny_clip(processor.tokenizer, seed).double() for seed in (0, 1)]
+
+
+def copies(folder, lists, files=2):
+    """Small copies in the layout of the Hub: of ImageNet-1K, and ImageNet-Hard with these lists of labels."""
+    place = folder / "ILSVRC/imagenet-1k"
+    if not place.exists():
+        parquet(place, "train", np.repeat([0, 1, 2], 4))
+        parquet(place, "validation", np.array([0, 134, 999]))
+    data = folder / "taesiri/imagenet-hard/data"
+    data.mkdir(parents=True)
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.Sequence(datasets.Value("int64")),
+            "origin": datasets.Value("string"),
+            "english_label": datasets.Sequence(datasets.Value("string")),
+        }
+    )
+    for file, rows in enumerate(np.array_split(np.arange(len(lists)), files)):
+        own = [lists[row] for row in rows]
+        images = [{"bytes": picture(row * 37, row), "path": f"{row}.png"} for row in rows.tolist()]
+        words = [[str(label) for label in labels] for labels in own]
+        table = {"image": images, "label": own, "origin": ["imagenet"] * len(own), "english_label": words}
+        made = datasets.Dataset.from_dict(table, features=features)
+        made.to_parquet(data / f"validation-{file:05d}-of-{files:05d}.parquet")
+    return folder
+
+
+def load(root, **options):
+    own = {"class_names": [f"name {index}" for index in range(K)], "templates": ["a photo of a {}."]}
+    return load_suite("imagenet", root=root, shifts=["hard"], check_counts=False, **own, **options)
+
+
+@pytest.fixture
+def lists(tmp_path, models, processor):
+    """Two thirds of the images have an answer of a model among their labels, on any place; some have one label."""
+    first = copies(tmp_path / "first", [[row] for row in range(ROWS)])
+    hard = load(first).shifts["hard"]
+    answers = [Evaluator(model, processor, load(first)).predict(hard)[0].argmax(dim=1) for model in models]
+    rng = np.random.default_rng(0)
+    made = []
+    for row in range(ROWS):
+        labels = set(rng.integers(0, K, row % 4).tolist()) | ({int(answers[row % 3][row])} if row % 3 < 2 else {row})
+        made.append(rng.permutation(sorted(labels)).tolist())
+    return made
+
+
+@pytest.fixture
+def root(tmp_path, lists):
+    return copies(tmp_path / "copies", lists)
+
+
+def with_answers_at_home(suite, models, processor):
+    """The suite with home images of which each model has some right, as a conformal fit and VRF need them."""
+    hard = suite.shifts["hard"]
+    answers = [Evaluator(model, processor, suite).predict(hard)[0].argmax(dim=1).tolist() for model in models]
+    labels = [answers[row % 3][row] if row % 3 < 2 else row for row in range(ROWS)]
+    rows = [{"image": hard[row]["image"], "label": label} for row, label in enumerate(labels)]
+    sets = {name: ShiftSet(rows, name=name, num_classes=K, labels=labels) for name in ("train", "validation")}
+    return dataclasses.replace(suite, **sets)
+
+
+def softmax(row):
+    parts = [math.exp(value - max(row)) for value in row]
+    return [part / math.fsum(parts) for part in parts]
+
+
+def slow(probabilities, lists):
+    """Accuracy, ECE of ten bins, and the NLL of the likeliest right label, image by image."""
+    hits = [row.index(max(row)) in labels for row, labels in zip(probabilities, lists, strict=True)]
+    sure = [max(row) for row in probabilities]
+    bins = [[] for _ in range(10)]
+    for confidence, hit in zip(sure, hits, strict=True):
+        bins[max(0, math.ceil(confidence * 10) - 1)].append((confidence, hit))
+    ece = sum(abs(sum(hit - confidence for confidence, hit in part)) for part in bins) / len(sure)
+    nll = -sum(math.log(max(row[y] for y in labels)) for row, labels in zip(probabilities, lists, strict=True))
+    return sum(hits) / len(hits), ece, nll / len(hits), hits
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_answer_is_right_if_it_is_one_of_the_labels(root, lists, models, processor, streaming):
+    suite = load(root, streaming=streaming)
+    hard = suite.shifts["hard"]
+    assert (len(hard), hard.num_labels, hard.right.first.tolist()) == (ROWS, K, [min(labels) for labels in lists])
+    for model in models:
+        evaluator = Evaluator(model, processor, suite)
+        found = evaluator.evaluate()
+        whole = load(root).shifts["hard"]
+        assert content(whole) == [(min(labels), row * 37, row) for row, labels in enumerate(lists)]
+        logits, labels = evaluator.predict(hard)
+        accuracy, ece, nll, hits = slow([softmax(row) for row in logits.tolist()], lists)
+        assert 0 < accuracy < 1
+        metrics = found.metrics["hard"]
+        assert metrics["accuracy"] == pytest.approx(accuracy, abs=1e-12)
+        assert metrics["ece"] == pytest.approx(ece, abs=1e-6)
+        assert metrics["nll"] == pytest.approx(nll, rel=1e-5)
+        assert found.per_image["hard"].hits.tolist() == hits
+        assert (logits.argmax(dim=1) == labels).tolist() == hits
+        for key in ("accuracy_ts", "accuracy"):  # no temperature makes another label the likeliest
+            assert found.metrics["ood"].get(key, accuracy) == pytest.approx(accuracy, abs=1e-12)
+
+
+def test_sets_of_classes_hold_one_of_the_labels(root, lists, models, processor):
+    suite = with_answers_at_home(load(root), models, processor)
+    evaluator = Evaluator(models[0], processor, suite, alpha=0.5)
+    evaluator.calibrate("temperature")
+    found = evaluator.evaluate(n_bootstrap=0).metrics["hard"]
+    for score in ("lac", "aps"):
+        sets = evaluator.sets(suite.shifts["hard"], score)
+        held = [any(row[label] for label in labels) for row, labels in zip(sets, lists, strict=True)]
+        assert 0 < np.mean(held) < 1
+        assert found[f"{score}_coverage"] == pytest.approx(np.mean(held))
+
+
+def test_two_models_compare_on_the_same_images_and_not_on_other_labels(root, lists, models, processor, tmp_path):
+    suite = load(root)
+    parts = [Evaluator(model, processor, suite).evaluate(n_bootstrap=0).per_image["hard"] for model in models]
+    assert parts[0].labels.tolist() != parts[1].labels.tolist()  # each has the likeliest for it
+    assert difference_of(parts[0].facts, parts[1].facts) is None
+    other = [*lists[:-1], [*lists[-1], 555]]
+    changed = load(copies(tmp_path / "other", other))
+    again = Evaluator(models[0], processor, changed).evaluate(n_bootstrap=0).per_image["hard"]
+    assert difference_of(parts[0].facts, again.facts) == "other labels, or another order"
+    assert changed.content_hash != suite.content_hash
+
+
+def test_vrf_takes_the_likeliest_of_the_mixture(root, lists, models, processor):
+    suite = with_answers_at_home(load(root), models, processor)
+    pair = [Evaluator(model, processor, suite) for model in models]
+    found, vrf = evaluate_vrf(*pair, n_bootstrap=0)
+    hard = suite.shifts["hard"]
+    parts = [evaluator.predict(hard)[0] for evaluator in pair]
+    mixed = vrf.log_mixture(*parts, vrf.distance(pair[1].embed({"": hard})[""][0])).exp().tolist()
+    accuracy, ece, nll, _ = slow(mixed, lists)
+    assert found.metrics["hard"]["accuracy"] == pytest.approx(accuracy, abs=1e-12)
+    assert found.metrics["hard"]["ece"] == pytest.approx(ece, abs=1e-6)
+    assert found.metrics["hard"]["nll"] == pytest.approx(nll, rel=1e-5)
+
+
+def test_likeliest_against_a_loop_ties_and_parts():
+    rng = np.random.default_rng(1)
+    lists = [rng.permutation(9)[: 1 + row % 5].tolist() for row in range(40)]
+    right = RightLabels(lists, 9, "hard")
+    logits = torch.from_numpy(rng.integers(0, 4, (40, 9)).astype(float))  # many ties
+    found = right.likeliest(logits).tolist()
+    for row, labels, label in zip(logits.tolist(), lists, found, strict=True):
+        assert label in labels
+        assert row[label] == max(row[y] for y in labels)
+        assert (row.index(max(row)) in labels) == (row.index(max(row)) == label)
+    assert right.likeliest(logits[7:20], 7).tolist() == found[7:20]
+    rows = np.array([3, 30, 12])
+    assert right.of(rows).labels.tolist() == right.labels[rows].tolist()
+    assert len(right.of(rows)) == 3
+    assert right.facts != right.of(rows).facts
+    scaled = logits / torch.from_numpy(rng.uniform(0.1, 9, (40, 1)))
+    assert right.likeliest(scaled).tolist() == found
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([], r"at least one label in set 'hard' at index 1, none of them twice, got \[\]"),
+        ([3, 3], r"none of them twice, got \[3, 3\]"),
+        ([0, 0, 1], "a one-hot row is none"),
+        ([K], r"labels in \[0, 1000\) in set 'hard', got 1000 at index 1"),
+        ([-1], "got -1 at index 1"),
+        ([1.5], "got 1.5 at index 1"),
+        ([True, 2], "got True at index 1"),
+        (["cat"], "got cat at index 1"),
+    ],
+)
+def test_what_is_no_list_of_labels_is_refused(labels, said):
+    with pytest.raises(ValueError, match=said):
+        RightLabels([[0], labels], K, "hard")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_copy_with_a_label_that_is_none_is_refused_before_any_image(tmp_path, streaming):
+    with pytest.raises(ValueError, match=r"labels in \[0, 1000\) in set 'hard', got 1000 at index 1"):
+        load(copies(tmp_path / "wrong", [[0], [5, K]]), streaming=streaming)
+
+
+def test_right_labels_of_other_rows_are_refused(root, models, processor):
+    suite = load(root)
+    hard = suite.shifts["hard"]
+    part = hard.subset(np.array([5, 2]), "some")
+    assert part.right.labels.tolist() == hard.right.labels[[5, 2]].tolist()
+    part.right = hard.right
+    with pytest.raises(ValueError, match="right labels of each of the 2 images of set 'some', got 24"):
+        Evaluator(models[0], processor, suite).evaluate({"some": part})
+
+
+def test_the_word_alone_says_how_to_ask_for_it():
+    with pytest.raises(ValueError, match=r"got 'imagenet-hard': it is a shifted set of ImageNet.*--shifts v2 .* hard"):
+        load_suite("imagenet-hard")
