@@ -1,6 +1,6 @@
 """Files of strangers: tables, images, suites, checkpoints and names that try to run, read, publish or stop something.
 
-Fast, and over the loopback address only. SECURITY.md and docs/faults.md say which test stands for which promise.
+Fast, and over the loopback address only. SECURITY.md says which test stands for which promise.
 """
 
 from __future__ import annotations

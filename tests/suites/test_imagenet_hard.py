@@ -114,6 +114,7 @@ def test_an_answer_is_right_if_it_is_one_of_the_labels(root, lists, models, proc
     for model in models:
         evaluator = Evaluator(model, processor, suite)
         found = evaluator.evaluate()
+        assert evaluator.embed({"hard": hard})["hard"][1].tolist() == hard.right.first.tolist()
         whole = load(root).shifts["hard"]
         assert content(whole) == [(min(labels), row * 37, row) for row, labels in enumerate(lists)]
         logits, labels = evaluator.predict(hard)
