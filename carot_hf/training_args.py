@@ -19,6 +19,7 @@ from .basics.redaction import SECRET, public
 from .basics.sharding import sharding
 from .calibration.names import DEFAULT_BEST_METRIC, HOME, SHIFTED, SPLIT, check_selection, greater_is_better
 from .data.augment import AUGMENTATIONS
+from .data.loaders import images_at_once
 from .models.lora import check_lora_options, check_penalties
 from .objective.losses import SAME_CLASS
 from .objective.terms import needs_start, needs_teacher, weight_fields
@@ -65,7 +66,7 @@ class CaRotTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = _option(
         512, "Training pairs a device and micro-batch. The published batch is 512 in all: divide it by the devices."
     )
-    per_device_eval_batch_size: int = _option(256, "Images a device in evaluation; only embeddings are computed.")
+    per_device_eval_batch_size: int = _option(0, "Images a device in evaluation; 0: 256, on a CPU 32, faster there.")
     max_grad_norm: float = _option(0.0, "Gradient clipping; 0: none, as published.")
     remove_unused_columns: bool = _option(False, "Leave it off: it would drop images and labels.")
     dataloader_drop_last: bool = _option(
@@ -271,8 +272,8 @@ class CaRotTrainingArguments(TrainingArguments):
                 )
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("Expected a GPU for `fp16`, got none. Use `bf16`, which works on a CPU too, or neither.")
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False
+        self.dataloader_pin_memory: bool = bool(self.dataloader_pin_memory) and self.device.type != "cpu"
+        self.per_device_eval_batch_size = self.per_device_eval_batch_size or images_at_once(self.device)
 
     def recheck(self) -> None:
         """Check the arguments anew, after a hyperparameter search or somebody by hand has set some of them.

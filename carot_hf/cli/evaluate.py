@@ -140,7 +140,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", help="names of its sets; default: all")
     parser.add_argument("--output_dir", type=Path, help="where the files go; default: nowhere")
     parser.add_argument("--n_bins", type=int, default=10, help="confidence bins of the ECE; default: 10")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default: 64")
+    parser.add_argument("--batch_size", type=int, help="images at a time; default: 256, on a CPU 32")
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="replace the files of an earlier call there"
     )

@@ -156,7 +156,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--criterion", default="nll", choices=["nll", "ece"], help="what the temperature minimises")
     parser.add_argument("--calibration_method", default="temperature", choices=METHODS, help="see docs/explanations")
     parser.add_argument("--oracle", action="store_true", help="measure the best temperature for the shifts, too")
-    parser.add_argument("--batch_size", type=int, default=256, metavar="N", help="images at a time; default: 256")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="images at a time; default: 256, on a CPU 32")
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier sweep or model there")
     options = parser.read(argv)

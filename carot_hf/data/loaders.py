@@ -19,6 +19,11 @@ from .shift_set import ShiftSet
 from .stream import StreamedDraws, StreamedSet
 
 
+def images_at_once(device: torch.device) -> int:
+    """Return how many images to embed at a time where nobody says it: on a CPU small batches are faster."""
+    return 32 if device.type == "cpu" else 256
+
+
 def loader_options(args: Any, device: torch.device) -> dict[str, Any]:
     """Return the options of a ``DataLoader`` that ``TrainingArguments`` set."""
     workers = args.dataloader_num_workers

@@ -25,6 +25,7 @@ from ..calibration.record import calibration_record, inverse_of
 from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.groups import groups_of
+from ..data.loaders import images_at_once
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite
 from ..data.transforms import check_image_size, image_transform
@@ -58,7 +59,7 @@ class Evaluator:
             of the tokenizer, as in training.
         processor: The model's.
         suite: Sets, class names and templates. One without a validation set is measured as the model is.
-        batch_size: Images at a time in one process.
+        batch_size: Images at a time in one process; ``None``: 256, on a CPU 32.
         n_bins: Confidence bins.
         device: Where the model is put; ``None``: where it is.
         criterion: What a temperature minimises: "nll" or, with a softmax, "ece".
@@ -85,7 +86,7 @@ class Evaluator:
         processor: Any,
         suite: ShiftSuite,
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         n_bins: int = 10,
         device: str | torch.device | None = None,
         criterion: str = "nll",
@@ -114,7 +115,8 @@ class Evaluator:
             transform = image_transform(processor)
             check_image_size(model, transform)
             collator = CaRotCollator(transform, captions, 0)  # type: ignore[arg-type]  # of training samples alone
-            embedder = Embedder(transform, collator, batch_size, next(model.parameters()).device, progress=True)
+            at = next(model.parameters()).device
+            embedder = Embedder(transform, collator, batch_size or images_at_once(at), at, progress=True)
         self.embedder = embedder
         self._memory = Memory() if memory is None else memory
 

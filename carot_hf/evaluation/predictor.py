@@ -16,6 +16,7 @@ from ..calibration.record import calibration_record, kept_sets
 from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.images import BadImageError
+from ..data.loaders import images_at_once
 from ..data.pictures import Picture, PictureRows
 from ..data.shift_set import ShiftSet
 from ..data.transforms import check_image_size, image_transform
@@ -59,7 +60,7 @@ class Predictor:
         class_names: Names of the classes, in the order of the labels.
         templates: Captions with ``{}`` for the name; of a `CLIPClassifier` nothing depends on them.
         calibrator: Divides the logits of each image; ``None``: nothing does.
-        batch_size: Images at a time.
+        batch_size: Images at a time; ``None``: 256, on a CPU 32.
         keep_heads: As of an :class:`~carot_hf.Evaluator`.
     """
 
@@ -71,7 +72,7 @@ class Predictor:
         templates: Sequence[str],
         *,
         calibrator: DensityCalibrator | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         keep_heads: bool = False,
     ) -> None:
         self.model, self.class_names = model, list(class_names)
@@ -80,7 +81,8 @@ class Predictor:
         transform = image_transform(processor)
         check_image_size(model, transform)
         collator = CaRotCollator(transform, None, 0)  # type: ignore[arg-type]  # of training samples alone
-        self._embedder = Embedder(transform, collator, batch_size, next(model.parameters()).device, skip=True)
+        device = next(model.parameters()).device
+        self._embedder = Embedder(transform, collator, batch_size or images_at_once(device), device, skip=True)
         if isinstance(model, CLIPClassifier):
             self._link, self._head = "softmax", head_of(model)
         else:

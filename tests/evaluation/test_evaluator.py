@@ -17,6 +17,7 @@ from carot_hf import CLIPClassifier, Evaluator, ShiftSet, calibration_metrics, u
 from carot_hf.ece.binning import calibration_bins
 from carot_hf.evaluation.intervals import accuracy_interval
 from carot_hf.evaluation.logits import SetLogits
+from carot_hf.evaluation.predictor import Predictor
 from carot_hf.models.prepare import captions_of, zero_shot_classifier
 
 TIMES = ("runtime", "per_second", "epoch")
@@ -212,3 +213,11 @@ def test_the_model_stays_as_it_is(processor):
     Evaluator(model, processor, noise_suite()).evaluate()
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_batches_are_those_of_the_device_unless_somebody_says_it(suite, processor):
+    model = tiny_clip(processor.tokenizer)
+    assert Evaluator(model, processor, suite).embedder.batch_size == 32
+    assert Evaluator(model, processor, suite, batch_size=5).embedder.batch_size == 5
+    sizes = [Predictor(model, processor, ["cat", "dog"], ["{}"], batch_size=n)._embedder.batch_size for n in (None, 6)]
+    assert sizes == [32, 6]

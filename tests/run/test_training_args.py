@@ -7,9 +7,11 @@ import inspect
 import json
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from carot_hf import CaRotTrainingArguments
+from carot_hf.data.loaders import images_at_once
 from carot_hf.presets import PRESETS
 
 
@@ -143,3 +145,10 @@ def test_command_line(tmp_path):
     assert args.resume_from_checkpoint == "a/b"
     help_text = parser.format_help()
     assert "Weight (lambda) of the distillation" in help_text
+
+
+def test_batches_of_an_evaluation_are_small_on_a_cpu_unless_somebody_says_it(tmp_path):
+    assert [images_at_once(torch.device(kind)) for kind in ("cpu", "cuda", "mps")] == [32, 256, 256]
+    assert make(tmp_path).per_device_eval_batch_size == make(tmp_path).eval_batch_size == 32
+    assert make(tmp_path, per_device_eval_batch_size=7).per_device_eval_batch_size == 7
+    assert CaRotTrainingArguments.from_preset("ft", output_dir=str(tmp_path), use_cpu=True).eval_batch_size == 32

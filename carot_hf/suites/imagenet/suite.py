@@ -44,9 +44,8 @@ def imagenet_suite(
         root: Folder of local copies, ``<root>/<id on the Hub>``, ``<root>/<last part of it>`` or ``<root>/<name>``, in
             the layout of the Hub or as one folder of images a class. ``None``: load from the Hub.
         streaming: Read all but ``validation`` as streams; nothing is downloaded in advance.
-        shifts: Names out of ``v2``, ``r``, ``a``, ``sketch``, ``objectnet``, ``hard`` (ImageNet-Hard: an answer is
-            right if it is one of an image's labels), and ``c-<corruption>-<severity>``, made of the test set while it
-            is read (``pip install carot_hf[corruptions]``).
+        shifts: Names out of ``v2``, ``r``, ``a``, ``sketch``, ``objectnet``, ``hard`` (one of several labels is right),
+            and ``c-<corruption>-<severity>``, made while it is read (``pip install carot_hf[corruptions]``).
         check_counts: Refuse copies without the published numbers of rows and labels.
         class_names: 1000 names; ``None``: see :mod:`carot_hf.suites.imagenet.names`.
         templates: Captions with ``{}``; ``None``: see there.
