@@ -5,19 +5,19 @@
     carot_hf interpolate --fine_tuned out/ft-1 out/ft-2 --method model_stock --output_dir out/stock
 
 takes about a minute and a half on two cores without a GPU and prints one row for each alpha, the weight of the
-fine-tuned end: accuracy and ECE in distribution (ID) and as mean over the shifted sets (OOD), the ECE without and with
-the temperature T. T is fitted anew for each alpha, on the validation split: averaging weights changes the confidence.
+fine-tuned end: accuracy and ECE at home (`id` in names of metrics) and as mean over the shifted sets (`ood`), the ECE
+without and with the temperature T. T is fitted anew for each alpha, on the validation split: averaging weights changes
+the confidence.
 
 The ends are merged without temperatures: one that is baked into an end is taken out first. The fine-tuned end may be a
 CLIPModel or a CLIPClassifier (presets ft, ft-ls, lp-ft); for a classifier the zero-shot end gets the suite's head.
 
 Model Stock merges two or more fine-tuned models of one start into one, without a choice; VRF keeps both ends and mixes
 their probabilities, image by image, by how near an image is to training images that zero-shot had wrong. Each is a row.
-sweep.json says k, a and b of VRF, too.
 
-In the output folder: sweep.json (all metrics), sweep.csv (the table) and with --save the merged model (of --alpha),
-calibrated, with its processor, in model/. Alpha is a choice like any other: fix it beforehand (0.5 is WiSE-FT's) or
-choose it by the validation metrics in sweep.json, never by the shifted sets.
+In the output folder: sweep.json (all metrics, and k, a, b and temperatures of VRF), sweep.csv (the table) and with
+--save the merged model (of --alpha), calibrated, with its processor, in model/. Alpha is a choice like any other: fix
+it beforehand (0.5 is WiSE-FT's) or choose it by the validation metrics in sweep.json, never by the shifted sets.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WISE, STOCK, VRF = "wise", "model_stock", "vrf"
 VRF_OPTIONS = ("k", "a", "b", "choose")  # of `fit_vrf`
 TABLE = [
     *COLUMNS,
-    ("OOD ECE, perturbed", "eval_ood_ece_pts"),
+    ("shifted ECE, perturbed", "eval_ood_ece_pts"),
     ("T", "eval_temperature"),
 ]
 

@@ -7,8 +7,8 @@
 
 writes out/report/README.md with Table 1 (methods), Table 2 (how often the teacher moves), the ECE after each
 calibration at home and under shift, beside that of the best temperature for the shifts, the reliability diagrams of
-Figures 1, 2, 4 and 5, the ID-OOD scatter with WiSE-FT's curve, and the paired comparison of CaRot and FLYP; and
-results.csv.
+Figures 1, 2, 4 and 5, the scatter of accuracy at home and shifted with WiSE-FT's curve, and the paired comparison of
+CaRot and FLYP; and results.csv.
 
 Each cell is a run of `carot_hf train` or `interpolate` in its own folder under cells/, with its log.txt. Say the
 command again after an interruption: finished cells stay, an interrupted run goes on from its last checkpoint. The

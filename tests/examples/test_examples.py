@@ -100,7 +100,7 @@ def test_table_has_a_row_a_set(suite):
     measured = Reported(intervals={"far": {"ece": (0.4, 0.6)}}, marks={"part": "kind seen"})
     lines = training.table(suite, metrics, measured).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "home (in distribution)",
+        "home",
         "far",
         "part (kind seen)",
         "mean of shifts",

@@ -132,7 +132,7 @@ def test_the_page_holds_every_figure_that_was_measured(tmp_path, of_imagenet):
     assert ("| DiVE | 0.8250 | 0.6320 |" in page) == of_imagenet
     assert ("| L2-SP | 0.8287 | 0.5734 |" in page) == of_imagenet
     [line] = [line for line in page.split("## Does CaRot")[0].splitlines() if line.startswith("| VRF of FT |")][1:]
-    density = list(tables.SHIFT_COLUMNS).index("ID density")
+    density = list(tables.SHIFT_COLUMNS).index("home: density")
     assert line.split("|")[2 + density].strip() == "", "it was not measured, and the column stays"
     (cell,) = [row for row in table if (row["method"], row["seed"]) == ("tracer", "43")]
     assert float(cell["eval_ood_ece"]) == pytest.approx(runs["tracer"][1]["metrics"]["eval_ood_ece"], rel=1e-5)
@@ -274,8 +274,8 @@ def test_of_streams_the_report_is_made_without_a_density(tmp_path, monkeypatch, 
     assert ("density" in section) is not streaming
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
     endings = {"none": "", "home T": "_ts", "perturbed T": "_pts", **({} if streaming else {"density": "_dts"})}
-    keys = {f"{side} {title}": f"eval_{name}_ece{end}" for side, name in (("ID", "id"), ("OOD", "ood"))
-            for title, end in endings.items()} | {"OOD oracle": "eval_ood_ece_oracle"}  # fmt: skip
+    keys = {f"{side}: {title}": f"eval_{name}_ece{end}" for side, name in (("home", "id"), ("shifted", "ood"))
+            for title, end in endings.items()} | {"shifted: oracle": "eval_ood_ece_oracle"}  # fmt: skip
     assert lines[0] == ["", *keys]
     of = {line[0]: line[1:] for line in lines[: 2 + len(tables.TITLES)]}
     runs = ["carot-42"] if streaming else ["carot-42", "carot-43"]
