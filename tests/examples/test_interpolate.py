@@ -66,6 +66,12 @@ def test_rows_files_and_saved_model(ends, make_trainer, tmp_path, capsys):
     assert [line[1].strip() for line in lines] == ["alpha 0", "alpha 0.3", "alpha 1"]
     assert [float(line[-2]) for line in lines] == pytest.approx(temperatures, abs=5e-4)
     assert "eval_runtime" not in output
+    (header,) = (line for line in output.splitlines() if "home acc" in line)
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == [
+        *("home acc", "shifted acc", "home ECE", "shifted ECE", "home ECE, T", "shifted ECE, T", "T"),
+    ]
+    assert ("shifted ECE, perturbed", "eval_ood_ece_pts") in interpolate.TABLE
+    assert not re.search(r"\b(?:ID|OOD)\b", output)
 
     def refuse(text):
         raise AssertionError(f"{text} is no JSON")
