@@ -31,8 +31,8 @@ WRITTEN := $(PROSE) carot_hf examples space benchmarks tests Makefile mkdocs.yml
 # Names in code are as their libraries spell them.
 IN_PROSE := --skip '*.py,*.css,*.js,*.png,*.csv' --ignore-regex '`[^`]+`' --ignore-multiline-regex '```.*?```'
 # The tests that touch transformers, datasets, accelerate, evaluate, huggingface_hub and Pillow.
-VERSION_TESTS := $(foreach name,architecture attacks benchmark_suites benchmark_suites_measured classifier content_hash data ece \
-	evaluation evaluator hub choices distinct_captions early_stopping eval_sets folders images imagenet_hard imagenet_suite labels loading \
+VERSION_TESTS := $(foreach name,architecture attacks benchmark_suites benchmark_suites_measured classifier content_hash data data_options \
+	ece evaluation evaluator hub choices distinct_captions early_stopping eval_sets folders images imagenet_hard imagenet_suite labels loading \
 	log_for_people model_card model_stock prepare processors resume resume_facts security start streaming suite_file suites \
 	survey table_files training training_args vrf_sets waits,$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def work(options: argparse.Namespace) -> None:
         f"T = {record['temperature']:.3f} by {record['n']:,} held-out images: NLL {record['nll_before']:.4f} -> "
         f"{record['nll_after']:.4f}, ECE {record['ece_before']:.4f} -> {record['ece_after']:.4f} on them"
     )
-    print(f"Saved to {options.output_dir}: carot_hf evaluate {options.output_dir} {suite_words(options)}")
+    print(f"Saved to {options.output_dir}: carot_hf evaluate {options.output_dir} {shlex.join(suite_words(options))}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,28 @@ METHODS = ("temperature", "perturbed", "density")
 
 
 def add_suite_options(
-    parser: argparse.ArgumentParser, default: str | None = "digits", *, required: bool = False
+    parser: argparse.ArgumentParser,
+    default: str | None = "digits",
+    *,
+    required: bool = False,
+    instead: str | None = None,
 ) -> None:
-    """Add the options that name data."""
+    """Add the options that name data.
+
+    Args:
+        parser: Of the command.
+        default: The suite, if none is named.
+        required: One must be named.
+        instead: What is taken where none is named and there is no default, in words.
+    """
     group = parser.add_argument_group("data")
-    shown = SUITE if required else f"{SUITE}; default: {default or 'none'}"
+    shown = SUITE if required else f"{SUITE}; default: {default or instead or 'none'}"
     group.add_argument("--suite", default=default, required=required, metavar="S", help=shown)
+    add_part_options(group)
+
+
+def add_part_options(group: Any) -> None:
+    """Add the options that say what a suite is made of, to a parser or a group of it."""
     group.add_argument("--data_root", metavar="D", help="folder of local copies of what is on the Hub")
     group.add_argument("--streaming", action="store_true", help="read the data as streams")
     group.add_argument("--shifts", nargs="+", metavar="S", help="of imagenet's or a benchmark's shifted sets these")
@@ -37,9 +52,11 @@ def add_model_options(parser: argparse.ArgumentParser, **options: Any) -> None:
     shown = "folder, id on the Hub, or a file of weights in the naming of OpenAI's CLIP (FLYP, WiSE-FT, open_clip)"
     parser.add_argument("model", help=shown, **options)
     group = parser.add_argument_group("model")
-    group.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
-    group.add_argument("--processor", help="of a file of weights: folder, or id on the Hub")
-    group.add_argument("--hidden_act", help="of a file of weights: quick_gelu (OpenAI), or gelu (most of open_clip)")
+    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    group.add_argument("--processor", metavar="P", help="of a file of weights: folder, or id on the Hub")
+    group.add_argument(
+        "--hidden_act", metavar="A", help="of a file of weights: quick_gelu (OpenAI), or gelu (most of open_clip)"
+    )
 
 
 def suite_options(script: Any) -> dict[str, Any]:
@@ -50,15 +67,28 @@ def suite_options(script: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def suite_words(script: Any) -> str:
-    """The options that name the data, as they are written on a command line."""
-    words = ["--suite", script.suite]
+def part_words(script: Any) -> list[str]:
+    """The options that say what the suite is made of, as they stand on a command line."""
+    words = []
     for name in ("data_root", "home", "held_out"):
         if (value := getattr(script, name)) is not None:
             words += [f"--{name}", value]
+    words += ["--streaming"] if script.streaming else []
     words += ["--shifts", *script.shifts] if script.shifts else []
-    words += [f"--{name}" for name in ("streaming", "partial") if getattr(script, name)]
-    return shlex.join(words)
+    return [*words, *(["--partial"] if script.partial else [])]
+
+
+def suite_words(script: Any) -> list[str]:
+    """The options that name the data, as they stand on a command line."""
+    return ["--suite", script.suite, *part_words(script)]
+
+
+def parts_of_no_suite(script: Any) -> str | None:
+    """What is wrong where options say what a suite is made of, and none is named; ``None``: nothing."""
+    words = part_words(script) if script.suite is None else []
+    if not words:
+        return None
+    return f"expected --suite with {words[0]}, which says what a suite is made of: name the suite, or leave it out"
 
 
 def start_model_of(suite: str) -> str:

@@ -31,14 +31,14 @@ METHODS = {
 }
 MARK = ".carot_hf_demo"  # the folder is the demo's own and may be emptied
 COLUMNS = [
-    ("ID acc", "eval_id_accuracy"),
-    ("OOD acc", "eval_ood_accuracy"),
-    ("ID ECE", "eval_id_ece"),
-    ("OOD ECE", "eval_ood_ece"),
-    ("ID ECE, T", "eval_id_ece_ts"),
-    ("OOD ECE, T", "eval_ood_ece_ts"),
-    ("ID ECE, density", "eval_id_ece_dts"),
-    ("OOD ECE, density", "eval_ood_ece_dts"),
+    ("home acc", "eval_id_accuracy"),
+    ("shifted acc", "eval_ood_accuracy"),
+    ("home ECE", "eval_id_ece"),
+    ("shifted ECE", "eval_ood_ece"),
+    ("home ECE, T", "eval_id_ece_ts"),
+    ("shifted ECE, T", "eval_ood_ece_ts"),
+    ("home ECE, density", "eval_id_ece_dts"),
+    ("shifted ECE, density", "eval_ood_ece_dts"),
 ]
 SERIES = {"none": "", "home T": "_ts", "perturbed T": "_pts", "density": "_dts"}
 
@@ -59,8 +59,9 @@ def main(argv: Sequence[str]) -> None:
     print(comparison(results))
     print(
         "\nECE: expected calibration error, 10 bins, whole set (0 is calibrated). T: with the temperature that was"
-        "\nfitted on the validation split; density: with one for each image, of home data alone, too. ID: UCI digits."
-        "\nOOD: mean over the shifted sets. ECE by set, before and after, and reliability diagrams:"
+        "\nfitted on the validation split; density: with one for each image, of home data alone, too. Home: UCI digits"
+        "\n(`id` in metrics.json). Shifted: mean over the shifted sets (`ood`)."
+        "\nECE by set, before and after, and reliability diagrams:"
     )
     for picture in [place / "ece_by_set.png", *sorted(place.glob("**/*reliability.png"))]:
         print(f"  {picture}")

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..basics.escape import printable
 from ..basics.whole_file import write_whole
-from .data_options import add_model_options
+from .data_options import add_model_options, add_suite_options, parts_of_no_suite, suite_options
 from .parser import Parser
 
 if TYPE_CHECKING:
     from ..data.pictures import Picture
 
 COLUMNS = ("image", "label", "confidence", "second", "second_confidence", "set", "distance")
+_TEMPLATE = "a photo of a {}."
 _CHUNK = 512  # images between two moments at which what is known is on the disk
 _HELP = """Class, calibrated confidence, runner-up, conformal set and distance from the images of the training, a row
 an image, in the order of the names. An interrupted call goes on where it was; images that cannot be decoded are listed
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     from .models import check_classes, classes_of, load, names_in
 
     given = names_in(vars(options))
-    suite = None if options.suite is None else load_suite(options.suite)
+    suite = None if options.suite is None else load_suite(options.suite, **suite_options(options))
     if suite is not None and options.estimate:
         check_home(suite.validation, suite.train, "temperature")
     loaded = load(options.model, options)
@@ -82,28 +83,46 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser("predict", _HELP)
     add_model_options(parser)
+    add_suite_options(parser, None, instead="what the model was made for")
     parser.add_argument(
         "images",
         nargs="+",
         type=Path,
         help="image files, folders of them, and tables (.csv, .tsv, .jsonl, .json, .parquet)",
     )
-    parser.add_argument("--image_column", help="of tables: paths, or encoded images; default: the one that there is")
-    parser.add_argument("--output_file", type=Path, default=Path("predictions.csv"), help=".csv, or .jsonl")
-    parser.add_argument("--suite", help="whose classes and captions are taken; default: those the model was made for")
-    parser.add_argument("--classes", nargs="+", help="names of the classes, or a file with a name a line")
-    parser.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="captions of --classes, with {}")
+    parser.add_argument(
+        "--image_column", metavar="C", help="of tables: paths, or encoded images; default: the one there is"
+    )
+    parser.add_argument(
+        "--output_file", type=Path, default=Path("predictions.csv"), metavar="F", help=".csv, or .jsonl"
+    )
+    parser.add_argument("--classes", nargs="+", metavar="C", help="names of the classes, or a file with a name a line")
+    parser.add_argument("--templates", nargs="+", metavar="T", help="captions of --classes, with {}")
     parser.add_argument(
         "--estimate", action="store_true", help="say what accuracy to expect, by the held-out images of --suite"
     )
-    parser.add_argument("--batch_size", type=int, help="images at a time; default: 256, on a CPU 32")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="images at a time; default: 256, on a CPU 32")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
     options = parser.read(argv)
-    if options.estimate and options.suite is None:
-        parser.error("expected --suite with --estimate: its held-out images say which confidences are right")
-    if options.output_file.suffix not in (".csv", ".jsonl"):
-        parser.error(f"expected an --output_file .csv or .jsonl, got {options.output_file}")
+    if message := what_does_not_fit(options):
+        parser.error(message)
+    options.templates = options.templates or [_TEMPLATE]
     return options
+
+
+def what_does_not_fit(options: argparse.Namespace) -> str | None:
+    """What cannot be, or would be ignored, of what is asked for, if anything."""
+    if message := parts_of_no_suite(options):
+        return message
+    if options.suite is not None and options.classes:
+        return "expected --suite or --classes, got both: each says which classes there are, so leave one out"
+    if options.templates and not options.classes:
+        return "expected --classes with --templates: name the classes, or leave it out for the captions that there are"
+    if options.estimate and options.suite is None:
+        return "expected --suite with --estimate: its held-out images say which confidences are right"
+    if options.output_file.suffix not in (".csv", ".jsonl"):
+        return f"expected an --output_file .csv or .jsonl, got {options.output_file}"
+    return None
 
 
 def chunks(pictures: Sequence[Picture], size: int) -> Iterator[Sequence[Picture]]:

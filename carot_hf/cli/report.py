@@ -47,19 +47,19 @@ TITLES = {
     "vrf": "VRF of FT",
 }
 COLUMNS = {
-    "ID acc": "eval_id_accuracy",
-    "OOD acc": "eval_ood_accuracy",
-    "ID ECE": "eval_id_ece",
-    "OOD ECE": "eval_ood_ece",
-    "ID ECE, T": "eval_id_ece_ts",
-    "OOD ECE, T": "eval_ood_ece_ts",
+    "home acc": "eval_id_accuracy",
+    "shifted acc": "eval_ood_accuracy",
+    "home ECE": "eval_id_ece",
+    "shifted ECE": "eval_ood_ece",
+    "home ECE, T": "eval_id_ece_ts",
+    "shifted ECE, T": "eval_ood_ece_ts",
 }
 SHIFT_COLUMNS = {
-    f"{side} {title}": f"eval_{name}_ece{ending}"
-    for side, name in (("ID", "id"), ("OOD", "ood"))
+    f"{side}: {title}": f"eval_{name}_ece{ending}"
+    for side, name in (("home", "id"), ("shifted", "ood"))
     for title, ending in (("none", ""), ("home T", "_ts"), ("perturbed T", "_pts"), ("density", "_dts"))
 }
-SHIFT_COLUMNS["OOD oracle"] = "eval_ood_ece_oracle"
+SHIFT_COLUMNS["shifted: oracle"] = "eval_ood_ece_oracle"
 INTERVALS = {"every-1": "1", "carot": "default", "every-2x": "2 x default", "never": "never"}
 
 
@@ -141,10 +141,10 @@ def under_shift(metrics: Mapping[str, Sequence[Metrics]]) -> list[str]:
     """The section on calibration where the data shift; without density where nothing could keep a bank."""
     every = [run for name, by_seed in metrics.items() for run in by_seed if name != "vrf"]  # it is no single model
     measured = {title: key for title, key in SHIFT_COLUMNS.items() if all(key in run for run in every)}
-    text = " ".join(part for name, part in SHIFT_TEXT.items() if f"OOD {name}" in measured)
+    text = " ".join(part for name, part in SHIFT_TEXT.items() if f"shifted: {name}" in measured)
     parts = ["## ECE where the data shift", text, f"![{BY_SET}](ece_by_set.png)"]
     parts.append(means(titled(metrics, TITLES), measured))
-    if "OOD density" in measured:
+    if "shifted: density" in measured:
         parts.append(ratios({TITLES[name]: metrics[name] for name in ("ft", "flyp", "carot") if name in metrics}))
     return parts
 
@@ -158,7 +158,7 @@ def against_flyp(metrics: Mapping[str, Sequence[Metrics]], costs: Mapping[str, f
     """Each method minus FLYP, seed by seed: what wins at home, under shift and in ECE, and what it costs."""
     if "flyp" not in metrics:
         return []
-    columns = {"ID acc": 1, "OOD acc": 1, "OOD ECE": -1, "OOD ECE, T": -1, "OOD density": -1}
+    columns = {"home acc": 1, "shifted acc": 1, "shifted ECE": -1, "shifted ECE, T": -1, "shifted: density": -1}
     keys = {**COLUMNS, **SHIFT_COLUMNS}
     cells = [["minus FLYP", *columns, "step / FLYP's"]]
     for name, title in TITLES.items():
@@ -191,11 +191,11 @@ def draw_pareto(folder: Path, metrics: Mapping[str, Sequence[Metrics]], costs: M
         return mean_and_half_width([run[key] for run in metrics[name]])[0]
 
     names = [name for name in TITLES if name in metrics]
-    panels = {"ECE under shift, T of home": {TITLES[n]: (mean(n, COLUMNS["OOD ECE, T"]), n) for n in names}}
+    panels = {"ECE under shift, T of home": {TITLES[n]: (mean(n, COLUMNS["shifted ECE, T"]), n) for n in names}}
     if "flyp" in costs:
         panels["seconds a step / FLYP's"] = {TITLES[n]: (costs[n] / costs["flyp"], n) for n in names if n in costs}
     points = {
-        cost: {title: (value, mean(name, COLUMNS["OOD acc"])) for title, (value, name) in panel.items()}
+        cost: {title: (value, mean(name, COLUMNS["shifted acc"])) for title, (value, name) in panel.items()}
         for cost, panel in panels.items()
     }
     with whole_file(folder / "pareto.png") as beside:
@@ -207,13 +207,13 @@ def later_tables() -> list[str]:
     parts = ["## Published since"]
     for source, rows in LATER.items():
         cells = [[TITLES[name], *(f"{value:.4f}" for value in values)] for name, values in rows.items()]
-        parts += [f"{source}:", table([["", "ID acc", "OOD acc"], *cells])]
+        parts += [f"{source}:", table([["", "home acc", "shifted acc"], *cells])]
     return parts
 
 
 def ratios(rows: Mapping[str, Sequence[Metrics]]) -> str:
     """What is left of the ECE under shift by density, by that of the temperature of home and of the oracle's."""
-    cells = [["", "density / home T, OOD", "density / oracle, OOD", "density - home T, ID"]]
+    cells = [["", "shifted: density / home T", "shifted: density / oracle", "home: density - home T"]]
     for title, runs in rows.items():
         ood = [[run[f"eval_ood_ece{end}"] for run in runs] for end in ("_dts", "_ts", "_oracle")]
         home = [run["eval_id_ece_dts"] - run["eval_id_ece_ts"] for run in runs]
@@ -248,7 +248,8 @@ def introduction(
         f"Seeds {', '.join(map(str, seeds))}. Cells {seconds[0] / 60:.0f} min of computing in all, this call "
         f"{seconds[1] / 60:.0f} min. carot_hf {__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, Python {platform.python_version()}.",
-        f"ID: {suite.test.name}. OOD: unweighted mean over {', '.join(suite.shifts)}. ECE: 10 bins, whole set. "
+        f"Home (`id` in results.csv): {suite.test.name}. Shifted (`ood` there): unweighted mean over "
+        f"{', '.join(suite.shifts)}. ECE: 10 bins, whole set. "
         "T: with a temperature fitted on the validation split. Values are means over the seeds, ± half of a 95 % "
         f"interval (Student's t). Label smoothing by the validation NLL of the first seed: {chosen}.",
     ]
@@ -268,11 +269,11 @@ SHIFT_TEXT = {
 }
 BY_SET = "ECE by set: without a temperature, and with each of these"
 FIGURES = {
-    "figure1.png": "Figure 1: the in-distribution set, without temperature scaling",
+    "figure1.png": "Figure 1: the home test set, without temperature scaling",
     "figure2.png": "Figure 2: a shifted set, without temperature scaling",
     "figure4.png": "Figure 4: all sets, without temperature scaling",
     "figure5.png": "Figure 5: all sets, with temperature scaling",
-    "scatter.png": "Accuracy in distribution and under shift; the lines are WiSE-FT's, alpha 0 to 1, first seed",
+    "scatter.png": "Accuracy at home and under shift; the lines are WiSE-FT's, alpha 0 to 1, first seed",
 }
 
 
@@ -325,7 +326,7 @@ def published_table(
 def paired(ours: Sequence[Metrics], theirs: Sequence[Metrics]) -> str:
     """Differences seed by seed, with their interval, and what follows from it."""
     rows = [["CaRot - FLYP", "difference", "by seed", ""]]
-    for title, better in (("OOD acc", 1), ("OOD ECE", -1), ("OOD ECE, T", -1)):
+    for title, better in (("shifted acc", 1), ("shifted ECE", -1), ("shifted ECE, T", -1)):
         key = COLUMNS[title]
         differences = [a[key] - b[key] for a, b in zip(ours, theirs, strict=True)]
         mean, half = mean_and_half_width(differences)

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..basics.escape import printable
 from ..basics.whole_file import whole_file, write_whole
-from .parser import Parser
+from .data_options import SUITE, add_part_options, suite_options
+from .parser import Parser, positive
 
 _HELP = "Describe images of your own, and look at them before anything is trained. No model is loaded."
 _CHECK = """Classes, images a class and set, images that sets share, what is likely a mistake, captions, how labels were
@@ -58,17 +59,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("suite", _HELP)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Part)
     sub = commands.add_parser("check", help="show what a suite holds", description=_CHECK)
-    sub.add_argument("suite", help="digits, imagenet, a benchmark, a YAML file, or a folder")
-    sub.add_argument("--output_file", type=Path, default=Path("suite.png"), help="the picture; default: suite.png")
-    sub.add_argument("--images", type=_positive, default=8, help="images a set in the picture; default: 8")
-    sub.add_argument("--size", type=_positive, default=224, help="pixels a side, as the model takes; default: 224")
-    sub.add_argument("--decode", action="store_true", help="decode every image; list those that cannot be, status 2")
+    sub.add_argument("suite", help=SUITE)
+    add_part_options(sub.add_argument_group("data"))
+    sub.add_argument(
+        "--output_file", type=Path, default=Path("suite.png"), metavar="F", help="the picture; default: suite.png"
+    )
+    sub.add_argument("--images", type=positive, default=8, metavar="N", help="images a set in the picture; default: 8")
+    sub.add_argument("--size", type=positive, default=224, metavar="N", help="pixels a side as the model; default: 224")
+    sub.add_argument("--decode", action="store_true", help="decode every image, list those that cannot be: status 2")
     sub.add_argument("--overwrite", action="store_true", help="replace a file that is no picture of this suite, too")
     sub = commands.add_parser("init", help="write a suite file for a folder", description=_INIT)
     sub.add_argument("folder", type=Path, help="with the images, or tables of them")
     sub.add_argument("--output_file", type=Path, help="default: FOLDER/suite.yaml")
     sub.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     options = parser.read(argv)
+    if options.command == "check" and options.streaming:
+        parser.error("expected no --streaming with check, which looks at images by their number: leave it out")
     if options.command == "init" and options.output_file is None:
         options.output_file = options.folder / "suite.yaml"
     suffixes = (".png",) if options.command == "check" else (".yaml", ".yml")
@@ -95,7 +101,7 @@ def check(options: argparse.Namespace) -> None:
     from ..evaluation.contact_sheet import check_sheet
     from ..suites.load import load_suite
 
-    suite = load_suite(options.suite)
+    suite = load_suite(options.suite, **suite_options(options))
     refuse_written(options, suite.name)
     found = survey(suite)
     sets = dict(zip(found.sizes, sets_of(suite), strict=True))
@@ -236,12 +242,6 @@ def _none_shared(sets: dict[str, Any], found: Any) -> str:
 
 def _indented(lines: Sequence[str]) -> list[str]:
     return [textwrap.indent(line, "  ") for line in lines]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
 
 
 @contextmanager

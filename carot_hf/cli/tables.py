@@ -7,8 +7,8 @@
 
 writes out/report/README.md with Table 1 (methods), Table 2 (how often the teacher moves), the ECE after each
 calibration at home and under shift, beside that of the best temperature for the shifts, the reliability diagrams of
-Figures 1, 2, 4 and 5, the ID-OOD scatter with WiSE-FT's curve, and the paired comparison of CaRot and FLYP; and
-results.csv.
+Figures 1, 2, 4 and 5, the scatter of accuracy at home and shifted with WiSE-FT's curve, and the paired comparison of
+CaRot and FLYP; and results.csv.
 
 Each cell is a run of `carot_hf train` or `interpolate` in its own folder under cells/, with its log.txt. Say the
 command again after an interruption: finished cells stay, an interrupted run goes on from its last checkpoint. The
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..basics.redaction import public_words
 from ..basics.whole_file import write_whole
-from .data_options import add_suite_options, suite_options
+from .data_options import add_suite_options, suite_options, suite_words
 from .parser import Parser
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def train_cell(
     name: str, preset: str, seed: int, options: argparse.Namespace, *flags: str, smoothing: float | None = None
 ) -> Cell:
     """Describe a training run."""
-    arguments = [*source(options), "--preset", preset, "--seed", str(seed), *flags]
+    arguments = [*suite_words(options), "--preset", preset, "--seed", str(seed), *flags]
     if smoothing is not None:
         arguments += ["--label_smoothing_factor", f"{smoothing:g}"]
     if options.quick:
@@ -185,15 +185,6 @@ def train_cell(
         arguments += ["--per_device_train_batch_size", str(BATCH // options.processes)]
     cell = Cell(f"{name}-{seed}", TRAIN, (*arguments, *start(options), *common(options)))
     return replace(cell, processes=options.processes)
-
-
-def source(options: argparse.Namespace) -> tuple[str, ...]:
-    """Arguments of all runs that say where the data are."""
-    flags = ["--suite", options.suite]
-    flags += ["--data_root", options.data_root] if options.data_root else []
-    flags += ["--streaming"] if options.streaming else []
-    flags += ["--shifts", *options.shifts] if options.shifts else []
-    return (*flags, *(("--partial",) if options.partial else ()))
 
 
 def start(options: argparse.Namespace, flag: str = "--model_name_or_path") -> tuple[str, ...]:
@@ -236,7 +227,7 @@ def plan(
     def make(method: str, seed: int) -> Cell:
         return special[method](seed) if method in special else train_cell(method, method, seed, options)
 
-    zero_shot = (*source(options), *start(options), "--zero_shot", "--seed", str(seeds[0]), *common(options))
+    zero_shot = (*suite_words(options), *start(options), "--zero_shot", "--seed", str(seeds[0]), *common(options))
     return {
         "zero-shot": [Cell("zero-shot", TRAIN, zero_shot)],
         **{name: [make(name, seed) for seed in seeds] for name in options.methods if name in TRAINED},
@@ -251,7 +242,7 @@ def merge_plan(
     def merge(name: str, ends: Sequence[Cell], *flags: str, measured: Sequence[str] = shift(options)) -> Cell:
         folders = [str(runner.folder(cell)) for cell in ends]
         chosen = (*start(options, "--zero_shot"), *flags, *measured, *(("--use_cpu",) if options.use_cpu else ()))
-        return Cell(name, MERGE, (*source(options), "--fine_tuned", *folders, *chosen), "sweep.json")
+        return Cell(name, MERGE, (*suite_words(options), "--fine_tuned", *folders, *chosen), "sweep.json")
 
     merges: dict[str, list[Cell]] = {}
     whole = QUICK_ALPHAS if options.quick else ALPHAS

@@ -138,7 +138,8 @@ def report_of(
 
 def table(suite: ShiftSuite, metrics: dict[str, float], measured: Reported) -> str:
     """One row a set: accuracy, ECE, and ECE after each calibration that was asked for, with 95 % intervals."""
-    titles = {suite.test.name: f"{suite.test.name} (in distribution)"}
+    home: str = suite.test.name
+    titles = {home: home if home == "home" else f"{home} (home)"}
     titles |= {name: f"{name} ({measured.marks[name]})" if name in measured.marks else name for name in suite.shifts}
     rows = {title: _of_set(metrics, name) for name, title in titles.items()}
     if suite.shifts:

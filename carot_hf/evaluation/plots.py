@@ -183,9 +183,9 @@ def id_ood_scatter(
     """Accuracy under shift against accuracy at home: one mark a method, one line a sweep such as WiSE-FT's.
 
     Args:
-        points: ``{method: (accuracy in distribution, accuracy under shift)}``, fractions. Marks differ in shape as
+        points: ``{method: (accuracy at home, accuracy under shift)}``, fractions. Marks differ in shape as
             well as in colour.
-        curves: ``{name: [(in distribution, under shift), ...]}`` in the order of the sweep.
+        curves: ``{name: [(at home, under shift), ...]}`` in the order of the sweep.
         title: Shown above.
         ax: Draw here; by default in a new figure.
 
@@ -207,7 +207,7 @@ def id_ood_scatter(
     for i, (name, (home, shifted)) in enumerate(points.items()):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         target.plot([home], [shifted], color=color, marker=marker, linestyle="none", markersize=8, label=name)
-    target.set(xlabel="accuracy in distribution", ylabel="accuracy under shift (mean)")
+    target.set(xlabel="accuracy at home", ylabel="accuracy under shift (mean)")
     target.grid(alpha=0.3)
     target.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     if title is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
-from toys import ROOT
+from toys import ROOT, noise_set
 
 from carot_hf.basics.manifest import write_manifest
 from carot_hf.cli import demo, train_options, training
@@ -100,12 +102,35 @@ def test_table_has_a_row_a_set(suite):
     measured = Reported(intervals={"far": {"ece": (0.4, 0.6)}}, marks={"part": "kind seen"})
     lines = training.table(suite, metrics, measured).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "home (in distribution)",
+        "home",
         "far",
         "part (kind seen)",
         "mean of shifts",
     ]
     assert [cell.strip() for cell in lines[3].split("|")[2:5]] == ["0.500", "0.500 (0.400 to 0.600)", "0.250"]
+
+
+def test_the_test_set_of_the_training_is_called_home(suite):
+    suite = dataclasses.replace(suite, test=noise_set("uci", 19, 2))
+    metrics = dict.fromkeys(["eval_uci_accuracy", "eval_ood_accuracy"], 0.5)
+    lines = training.table(suite, metrics, Reported()).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["uci (home)", "far", "part", "mean of shifts"]
+
+
+def test_the_demo_speaks_of_home_and_shifted(tmp_path, monkeypatch, capsys):
+    """How metrics.json calls them is said once."""
+    results = {"zero-shot": [dict.fromkeys([key for _, key in demo.COLUMNS], 0.5)]}
+    monkeypatch.setattr(demo, "run_methods", lambda place, seeds: (results, {}))
+    monkeypatch.setattr(demo, "draw", lambda *args: None)
+    demo.main(["--output_dir", str(tmp_path / "demo")])
+    said = capsys.readouterr().out
+    header = [cell.strip() for line in said.splitlines() if "method" in line for cell in line.split("|")[2:-1]]
+    assert header == [
+        *("home acc", "shifted acc", "home ECE", "shifted ECE"),
+        *("home ECE, T", "shifted ECE, T", "home ECE, density", "shifted ECE, density"),
+    ]
+    assert (said.count("`id`"), said.count("`ood`")) == (1, 1)
+    assert not re.search(r"\b(?:ID|OOD)\b|in.distribution", said)
 
 
 def test_comparison_shows_mean_and_range():

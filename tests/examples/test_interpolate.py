@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import math
+import re
 
 import pytest
 import torch
 from tolerances import float32_bound
 from transformers import CLIPModel, CLIPProcessor
 
-from carot_hf import Evaluator, bake_temperature, evaluate_vrf
+from carot_hf import Evaluator, bake_temperature, evaluate_vrf, fit_vrf
+from carot_hf.calibration.vrf import K_SHARE
 from carot_hf.cli import data_options, interpolate
 from carot_hf.evaluation.home import METHODS
 from carot_hf.models.classifier import CLIPClassifier
@@ -63,6 +66,12 @@ def test_rows_files_and_saved_model(ends, make_trainer, tmp_path, capsys):
     assert [line[1].strip() for line in lines] == ["alpha 0", "alpha 0.3", "alpha 1"]
     assert [float(line[-2]) for line in lines] == pytest.approx(temperatures, abs=5e-4)
     assert "eval_runtime" not in output
+    (header,) = (line for line in output.splitlines() if "home acc" in line)
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == [
+        *("home acc", "shifted acc", "home ECE", "shifted ECE", "home ECE, T", "shifted ECE, T", "T"),
+    ]
+    assert ("shifted ECE, perturbed", "eval_ood_ece_pts") in interpolate.TABLE
+    assert not re.search(r"\b(?:ID|OOD)\b", output)
 
     def refuse(text):
         raise AssertionError(f"{text} is no JSON")
@@ -153,6 +162,57 @@ def test_vrf_is_one_row_of_the_mixed_probabilities(ends, suite, processor, tmp_p
     assert [line.split("|")[1].strip() for line in output.splitlines() if line.startswith("| vrf")] == ["vrf"]
     assert json.loads((tmp_path / "vrf" / "sweep.json").read_text())["rows"][0]["eval_ood_ece"] == row["eval_ood_ece"]
     assert not (tmp_path / "vrf" / "model").exists()
+    assert f"k = {vrf.k}; a = 1.5, b = 0.6 (fixed)" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "how"),
+    [
+        (["--k", "2", "--a", "-0.25", "--b", "0.2"], {"k": 2, "a": -0.25, "b": 0.2}, "fixed"),
+        (["--choose"], {"choose": True}, "chosen on the validation set"),
+        (["--choose", "--k", "2"], {"choose": True, "k": 2}, "chosen on the validation set"),
+    ],
+)
+def test_vrf_is_weighed_as_was_asked_for(ends, suite, processor, tmp_path, capsys, flags, options, how):
+    """By the library's own call; what was used is printed, and stands beside the metrics in sweep.json."""
+    (row,) = run(ends[:2], tmp_path / "vrf", "--method", "vrf", *flags)
+    output = capsys.readouterr().out
+    zero_shot = CLIPModel.from_pretrained(ends[0])
+    found, vrf = evaluate_vrf(*(Evaluator(end, processor, suite) for end in (zero_shot, ends[2])), **options)
+    usual = evaluate_vrf(*(Evaluator(end, processor, suite) for end in (zero_shot, ends[2])))[0].flat()
+    assert len(vrf.failures) > 1
+    for name, value in found.flat().items():
+        assert row[name] == pytest.approx(value, abs=float32_bound(14.3, 12), nan_ok=True), name
+    assert abs(row["eval_home_fine_tuned_weight"] - usual["eval_home_fine_tuned_weight"]) > 1e-3, "another mixture"
+    assert (
+        f"{len(vrf.failures)} training images that zero-shot alone has wrong, k = {options.get('k', 1)}; a = " in output
+    )
+    assert f"a = {vrf.a:g}, b = {vrf.b:g} ({how})" in output
+    kept = json.loads((tmp_path / "vrf" / "sweep.json").read_text())["vrf"]
+    assert (kept["k"], kept["choose"]) == (options.get("k", 1), "choose" in options)
+    assert (kept["a"], kept["b"]) == pytest.approx((options.get("a", vrf.a), options.get("b", vrf.b)), abs=0)
+    assert kept["failures"] == len(vrf.failures)
+    temperatures = vrf.zero_shot_temperature, vrf.fine_tuned_temperature
+    assert (kept["zero_shot_temperature"], kept["fine_tuned_temperature"]) == pytest.approx(temperatures, rel=1e-5)
+
+
+def test_other_methods_say_nothing_of_vrf(ends, tmp_path):
+    run(ends[:2], tmp_path / "wise", "--alphas", "1")
+    assert json.loads((tmp_path / "wise" / "sweep.json").read_text()).keys() == {"command", "rows"}
+
+
+def test_the_help_says_the_defaults_of_the_library(capsys):
+    with pytest.raises(SystemExit):
+        interpolate.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for function in (fit_vrf, evaluate_vrf):
+        own = inspect.signature(function).parameters
+        assert [own[name].default for name in ("k", "choose")] == [None, False]
+        for name in "ab":
+            assert float(re.search(rf"--{name} X [^-]*default: ([\d.]+)", said)[1]) == own[name].default
+    assert "--k N which nearest failure counts; default: 0.078 % of them" in said
+    assert pytest.approx(0.078, abs=5e-4) == 100 * K_SHARE
+    assert interpolate.parse(["--fine_tuned", "x", "--output_dir", "y", "--method", "vrf"]).vrf == {}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +224,18 @@ def test_vrf_is_one_row_of_the_mixed_probabilities(ends, suite, processor, tmp_p
         (["a", "b", "--method", "model_stock", "--alphas", "0"], "no --alphas and no --alpha with --method model_"),
         (["a", "b", "--method", "vrf"], "xpected one --fine_tuned model for --method vrf, got 2"),
         (["a", "--method", "vrf", "--alphas", "0"], "no --alphas and no --alpha with --method vrf"),
+        (["a", "--k", "1"], "no --k with --method wise: add --method vrf, whose it is, or leave it out"),
+        (["a", "--choose"], "no --choose with --method wise"),
+        (["a", "b", "--method", "model_stock", "--a", "1.5"], "no --a with --method model_stock"),
+        (["a", "--method", "wise", "--b", "0.6"], "no --b with --method wise"),
+        (["a", "--method", "vrf", "--choose", "--a", "1"], "xpected --choose, or --a and --b, got both"),
+        (["a", "--method", "vrf", "--choose", "--k", "1", "--b", "1"], "xpected --choose, or --a and --b, got both"),
+        (["a", "--method", "vrf", "--k", "0"], "--k: expected a whole number above 0, got '0'"),
+        (["a", "--method", "vrf", "--k", "1.5"], "--k: expected a whole number above 0, got '1.5'"),
+        (["a", "--method", "vrf", "--a", "nan"], "--a: expected a finite number, got 'nan'"),
+        (["a", "--method", "vrf", "--a", "far"], "--a: expected a finite number, got 'far'"),
+        (["a", "--method", "vrf", "--b", "0"], "--b: expected a number above 0, got '0'"),
+        (["a", "--method", "vrf", "--b", "inf"], "--b: expected a finite number, got 'inf'"),
         (["a", "--method", "vrf", "--save"], "no --save, --oracle and --calibration_method with --method vrf"),
         (["a", "--method", "vrf", "--oracle"], "no --save, --oracle and --calibration_method with --method vrf"),
         (["a", "--method", "vrf", "--calibration_method", "density"], "no --save, --oracle and --calibration_method"),

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from layouts import folders
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 
@@ -88,8 +90,21 @@ def fake_results(suite, seeds):
     return runs, sweeps
 
 
+@pytest.fixture
+def written(monkeypatch):
+    """Every word in the pictures that are saved."""
+    found, save = [], Figure.savefig
+
+    def savefig(figure, *args, **options):
+        found.extend(text.get_text() for text in figure.findobj(Text))
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return found
+
+
 @pytest.mark.parametrize("of_imagenet", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_page_holds_every_figure_that_was_measured(tmp_path, of_imagenet):
+def test_the_page_holds_every_figure_that_was_measured(tmp_path, of_imagenet, written):
     suite, seeds = load_suite("digits"), [42, 43, 44]
     if of_imagenet:
         suite.name = "imagenet"
@@ -129,14 +144,36 @@ def test_the_page_holds_every_figure_that_was_measured(tmp_path, of_imagenet):
         table = list(csv.DictReader(file))
     assert len(table) == 1 + 3 * len(reproduce_tables.TRAINED) + 3 * len(reproduce_tables.MERGED)
     check_against_flyp(page, runs, sweeps)
+    check_words(page, written, of_imagenet)
     assert ("| DiVE | 0.8250 | 0.6320 |" in page) == of_imagenet
     assert ("| L2-SP | 0.8287 | 0.5734 |" in page) == of_imagenet
     [line] = [line for line in page.split("## Does CaRot")[0].splitlines() if line.startswith("| VRF of FT |")][1:]
-    density = list(tables.SHIFT_COLUMNS).index("ID density")
+    density = list(tables.SHIFT_COLUMNS).index("home: density")
     assert line.split("|")[2 + density].strip() == "", "it was not measured, and the column stays"
     (cell,) = [row for row in table if (row["method"], row["seed"]) == ("tracer", "43")]
     assert float(cell["eval_ood_ece"]) == pytest.approx(runs["tracer"][1]["metrics"]["eval_ood_ece"], rel=1e-5)
     assert "eval_runtime" not in cell
+
+
+def check_words(page, written, of_imagenet):
+    """People read of home and shifted data; how metrics call them is said once, and columns of the CSV stay."""
+    for text in (page, *written):
+        assert not re.search(r"\b(?:ID|OOD|id|ood)\b|in.distribution", text.replace("`id`", "").replace("`ood`", "")), (
+            text
+        )
+    assert {"accuracy at home", "accuracy under shift (mean)", "accuracy under shift (more is better)"} <= {*written}
+    assert (page.count("`id`"), page.count("`ood`")) == (1, 1)
+    assert "Home (`id` in results.csv): uci. Shifted (`ood` there): unweighted mean over mnist, print, outline" in page
+    headers = {line for line in page.splitlines() if line.startswith("| |")}
+    six = "| | home acc | shifted acc | home ECE | shifted ECE | home ECE, T | shifted ECE, T |"
+    sides = "| | home: none | home: home T | home: perturbed T | home: density | shifted: none | shifted: home T |"
+    ratios = "| | shifted: density / home T | shifted: density / oracle | home: density - home T |"
+    later = {"| | home acc | shifted acc |"} if of_imagenet else set()
+    rest = " shifted: perturbed T | shifted: density | shifted: oracle |"
+    assert headers == {six, "| | home acc | shifted acc | home ECE | shifted ECE |", sides + rest, ratios, *later}
+    assert "| minus FLYP | home acc | shifted acc | shifted ECE | shifted ECE, T | shifted: density |" in page
+    for row in ("shifted acc", "shifted ECE", "shifted ECE, T"):
+        assert re.search(rf"^\| {row} \| [+-]0", page, re.MULTILINE)
 
 
 def check_against_flyp(page, runs, sweeps):
@@ -274,8 +311,8 @@ def test_of_streams_the_report_is_made_without_a_density(tmp_path, monkeypatch, 
     assert ("density" in section) is not streaming
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
     endings = {"none": "", "home T": "_ts", "perturbed T": "_pts", **({} if streaming else {"density": "_dts"})}
-    keys = {f"{side} {title}": f"eval_{name}_ece{end}" for side, name in (("ID", "id"), ("OOD", "ood"))
-            for title, end in endings.items()} | {"OOD oracle": "eval_ood_ece_oracle"}  # fmt: skip
+    keys = {f"{side}: {title}": f"eval_{name}_ece{end}" for side, name in (("home", "id"), ("shifted", "ood"))
+            for title, end in endings.items()} | {"shifted: oracle": "eval_ood_ece_oracle"}  # fmt: skip
     assert lines[0] == ["", *keys]
     of = {line[0]: line[1:] for line in lines[: 2 + len(tables.TITLES)]}
     runs = ["carot-42"] if streaming else ["carot-42", "carot-43"]
