@@ -86,6 +86,8 @@ def report(options: argparse.Namespace, argv: Sequence[str]) -> Path:
 
     start = time.perf_counter()
     suite = load_suite(options.suite, **suite_options(options))
+    if not suite.shifts:
+        raise ValueError(f"Expected a suite with shifted sets for tables, got '{suite.name}' with none. Name some.")
     runner = Runner(options.output_dir / "cells", options.jobs)
     seeds = [FIRST_SEED + i for i in range(options.seeds)]
     smoothings = QUICK_SMOOTHINGS if options.quick else SMOOTHINGS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .plots import COLORS, MARKERS, new_figure
+from .plots import mark_of, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,8 +51,7 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]], gain: str) -
         ax.plot(*zip(*edge, strict=True), color="0.6", linewidth=1, zorder=1)
         for index, name in enumerate(names):
             if name in points:
-                row, place = divmod(index, len(COLORS))  # no two names with both alike
-                color, marker = COLORS[place], MARKERS[(place + row) % len(MARKERS)]
+                color, marker = mark_of(index)
                 ax.plot(*([value] for value in points[name]), color=color, marker=marker, linestyle="none", label=name)
         ax.set(xlabel=f"{cost} (less is better)")
         ax.grid(alpha=0.3)

@@ -173,6 +173,12 @@ def reliability_grid(tables: Mapping[str, Mapping[str, CalibrationBins]], *, tit
     return figure
 
 
+def mark_of(index: int) -> tuple[str, str]:
+    """Colour and shape of the mark of a method, by its number: no two of 98 have both alike, nor of 14 the shape."""
+    row, place = divmod(index, len(MARKERS))
+    return COLORS[(place + row) % len(COLORS)], MARKERS[place]
+
+
 def id_ood_scatter(
     points: Mapping[str, tuple[float, float]],
     curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
@@ -205,7 +211,7 @@ def id_ood_scatter(
         label = f"{name}, sweep"
         target.plot(xs, ys, color=_EDGE, linestyle=line, marker=".", markersize=4, zorder=1, label=label)
     for i, (name, (home, shifted)) in enumerate(points.items()):
-        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        color, marker = mark_of(i)
         target.plot([home], [shifted], color=color, marker=marker, linestyle="none", markersize=8, label=name)
     target.set(xlabel="accuracy at home", ylabel="accuracy under shift (mean)")
     target.grid(alpha=0.3)

@@ -407,6 +407,16 @@ def test_a_row_that_was_asked_for_is_not_left_out_in_silence(argv):
         reproduce_tables.parse([*argv, "--suite", "digits", "--jobs", "1"])
 
 
+def test_a_suite_without_shifted_sets_is_refused_before_any_run(tmp_path):
+    for row, name in enumerate(["train/cat", "train/cat", "train/dog", "train/dog", "test/cat", "test/dog"]):
+        (tmp_path / "plain" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * row, 0, 0)).save(tmp_path / "plain" / name / f"{row}.png")
+    argv = ["--suite", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "out"), "--seeds", "1", "--jobs", "1"]
+    with pytest.raises(ValueError, match="Expected a suite with shifted sets for tables, got 'plain' with none"):
+        reproduce_tables.main(argv)
+    assert not (tmp_path / "out" / "cells").exists()
+
+
 @pytest.mark.parametrize("argv", [["--seeds", "0"], ["--jobs", "0"], ["--quick", "--suite", "imagenet"], ["--nothing"]])
 def test_bad_options_end_before_anything_is_loaded(argv):
     with pytest.raises(ValueError, match=r"[Ee]xpected|invalid"):
@@ -414,7 +424,7 @@ def test_bad_options_end_before_anything_is_loaded(argv):
 
 
 def test_the_scatter_draws_what_it_is_given():
-    points = {f"method {i}": (0.5 + i / 100, 0.4 + i / 50) for i in range(14)}
+    points = {f"method {i}": (0.5 + i / 100, 0.4 + i / 50) for i in range(21)}
     curves = {"WiSE-FT": [(0.5, 0.6), (0.7, 0.65), (0.8, 0.5)]}
     figure = id_ood_scatter(points, curves, title="here")
     (ax,) = figure.axes
@@ -423,9 +433,9 @@ def test_the_scatter_draws_what_it_is_given():
     for name, (home, shifted) in points.items():
         assert (lines[name].get_xdata()[0], lines[name].get_ydata()[0]) == (home, shifted)
     assert list(zip(*lines["WiSE-FT, sweep"].get_data(), strict=True)) == curves["WiSE-FT"]
-    looks = {(lines[name].get_color(), lines[name].get_marker()) for name in points}
-    assert len(looks) == 14
-    assert len({look[1] for look in looks}) == 14  # told apart without colour
+    looks = [(lines[name].get_color(), lines[name].get_marker()) for name in points]
+    assert len(set(looks)) == 21
+    assert len({marker for _, marker in looks[:14]}) == 14  # told apart without colour
     assert ax.get_title() == "here"
     assert id_ood_scatter(points, ax=ax) is figure
     with pytest.raises(ValueError, match="at least one point"):
