@@ -63,6 +63,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("expected a model, got none")
     if message := parts_of_no_suite(options):
         parser.error(message)
+    if options.device not in (None, "cpu"):
+        parser.error(f"expected no --device, or cpu, got {options.device}: an export is made on the CPU")
     return options
 
 

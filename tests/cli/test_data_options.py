@@ -174,6 +174,7 @@ def test_a_report_that_was_begun_before_goes_on():
         (["predict", "m", "i", "--streaming"], "Expected --suite with --streaming, which says"),
         (["predict", "m", "i", "--shifts", "v2"], "Expected --suite with --shifts, which says"),
         (["export", "m", "--output", "o", "--partial"], "Expected --suite with --partial, which says"),
+        (["export", "m", "--output", "o", "--device", "cuda"], "Expected no --device, or cpu, got cuda"),
         (["export", "m", "--output", "o", "--data_root", "d"], "Expected --suite with --data_root, which says"),
         (["predict", "m", "i", "--suite", "digits", "--classes", "a", "b"], "Expected --suite or --classes, got both"),
         (["predict", "m", "i", "--suite", "digits", "--templates", "{}"], "Expected --classes with --templates"),
