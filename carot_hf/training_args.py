@@ -46,10 +46,9 @@ class CaRotTrainingArguments(TrainingArguments):
     r"""Arguments of :class:`~carot_hf.CaRotTrainer`: those of ``TrainingArguments`` and the ones below.
 
     The defaults are CaRot's for ViT-B/16 on ImageNet. ``label_smoothing_factor`` is the epsilon of the methods.
-    Others that differ from those of ``TrainingArguments`` say why in their help; a table of all is on the site.
-    ``warmup_steps``, ``teacher_update_every`` and ``logging_steps`` are 500, as published for ImageNet's 25,030 steps;
-    where nobody has named them and a run has fewer than 5,000 steps, `scale_constants` makes them its share: 2 % of the
-    steps, 50 updates, 50 lines. With ``parity`` they stay.
+    Others that differ say why in their help; a table of all is on the site. ``warmup_steps``, ``teacher_update_every``
+    and ``logging_steps`` are 500, as published for ImageNet's 25,030 steps; where nobody named them, `scale_constants`
+    makes them the share of a run of fewer than 5,000 steps: 2 % of the steps, 50 updates, 50 lines, unless ``parity``.
     """
 
     learning_rate: float = _option(1e-5, "Peak learning rate of AdamW.")
@@ -272,7 +271,8 @@ class CaRotTrainingArguments(TrainingArguments):
                 )
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("Expected a GPU for `fp16`, got none. Use `bf16`, which works on a CPU too, or neither.")
-        self.dataloader_pin_memory: bool = bool(self.dataloader_pin_memory) and self.device.type != "cpu"
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
         self.per_device_eval_batch_size = self.per_device_eval_batch_size or images_at_once(self.device)
 
     def recheck(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..basics.whole_file import whole_files
 from .data_options import METHODS, add_model_options, add_suite_options, suite_options, suite_words
-from .parser import Parser
+from .parser import Parser, positive
 
 _HELP = """Fit on the held-out images of a suite what makes a checkpoint's confidences right; write a calibrated copy.
 Accuracy stays. A temperature that is in the weights already is taken out and fitted anew."""
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--images; default: temperature",
     )
     parser.add_argument("--images", nargs="+", type=Path, help="of the place of use, with --method target; no labels")
-    parser.add_argument("--batch_size", type=int, help="images at a time; default: 256, on a CPU 32")
+    parser.add_argument("--batch_size", type=positive, help="images at a time; default: 256, on a CPU 32")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is there")
     options = parser.read(argv)
     if (options.method == "target") != bool(options.images):

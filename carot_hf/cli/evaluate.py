@@ -11,7 +11,7 @@ from typing import Any
 from ..basics.escape import printable
 from ..basics.whole_file import write_whole
 from .data_options import add_model_options, add_suite_options, suite_options
-from .parser import Parser
+from .parser import Parser, positive
 
 METRICS, FIGURES, GROUPS = "metrics.json", "per_class.csv", "groups.csv"
 CONFUSION, DIAGRAMS = "confusion.png", "reliability.png"
@@ -67,12 +67,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def figures_of(suite: Any, found: Any, method: str) -> dict[str, Any]:
-    """Figures of the classes of each set, by what the checkpoint answers to each image."""
+    """Figures of the classes of each set, by what the checkpoint answers; none where several labels are right."""
     from ..evaluation.per_class import class_figures
     from ..evaluation.per_image import ending_of, label_names
 
     figures = {}
     for name, part in found.per_image.items():
+        if suite.evaluation_sets[name].right is not None:
+            continue
         confidences = part.confidences.get(ending_of(method), part.confidences[""])  # validation has no further ones
         names = label_names(suite.evaluation_sets[name], suite.class_names)
         figures[name] = class_figures(part.labels, part.predicted, confidences, names)
@@ -140,7 +142,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", help="names of its sets; default: all")
     parser.add_argument("--output_dir", type=Path, help="where the files go; default: nowhere")
     parser.add_argument("--n_bins", type=int, default=10, help="confidence bins of the ECE; default: 10")
-    parser.add_argument("--batch_size", type=int, help="images at a time; default: 256, on a CPU 32")
+    parser.add_argument("--batch_size", type=positive, help="images at a time; default: 256, on a CPU 32")
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="replace the files of an earlier call there"
     )

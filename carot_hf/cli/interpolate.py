@@ -204,7 +204,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_vrf_options(parser)
     parser.add_argument("--oracle", action="store_true", help="measure the best temperature for the shifts, too")
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
-    parser.add_argument("--batch_size", type=int, metavar="N", help="images at a time; default: 256, on a CPU 32")
+    parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time; default: 256, on a CPU 32")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier sweep or model there")
     options = parser.read(argv)
     if message := what_does_not_fit(options):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..basics.escape import printable
 from ..basics.whole_file import write_whole
 from .data_options import add_model_options, add_suite_options, parts_of_no_suite, suite_options
-from .parser import Parser
+from .parser import Parser, positive
 
 if TYPE_CHECKING:
     from ..data.pictures import Picture
@@ -101,7 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--estimate", action="store_true", help="say what accuracy to expect, by the held-out images of --suite"
     )
-    parser.add_argument("--batch_size", type=int, metavar="N", help="images at a time; default: 256, on a CPU 32")
+    parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time; default: 64, on a CPU 32")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
     options = parser.read(argv)
     if message := what_does_not_fit(options):

@@ -36,12 +36,13 @@ class ReadSet(Dataset):  # type: ignore[type-arg]
 
     Args:
         data: A ``ShiftSet``.
-        skip: Replace in place of raising.
+        skip: Replace in place of raising; never in a set whose images have several right labels.
         min_size: Width and height that are enough; see :func:`~carot_hf.data.images.read_image`.
     """
 
     def __init__(self, data: Any, *, skip: bool, min_size: tuple[int, int] | None = None) -> None:
-        self.data, self.skip, self.min_size = data, skip, min_size
+        several = getattr(data, "right", None) is not None  # they are those of the rows: no other image stands in
+        self.data, self.skip, self.min_size = data, skip and not several, min_size
 
     def __len__(self) -> int:
         return len(self.data)

@@ -19,9 +19,9 @@ from .shift_set import ShiftSet
 from .stream import StreamedDraws, StreamedSet
 
 
-def images_at_once(device: torch.device) -> int:
+def images_at_once(device: torch.device, most: int = 256) -> int:
     """Return how many images to embed at a time where nobody says it: on a CPU small batches are faster."""
-    return 32 if device.type == "cpu" else 256
+    return 32 if device.type == "cpu" else most
 
 
 def loader_options(args: Any, device: torch.device) -> dict[str, Any]:

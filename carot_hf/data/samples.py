@@ -119,6 +119,8 @@ def label_title(data: ShiftSet, item: dict[str, Any], class_names: Sequence[str]
     """Return what an item shows, in words, and in ASCII letters alone: a class, the classes of its label, a caption."""
     if "label" in item:
         label = int(item["label"])
+        if "right" in item:
+            return printable(" / ".join(class_names[right] for right in item["right"])), f"class {label}"
         if data.columns is None:
             return printable(class_names[label]), f"class {label}"
         return printable(" / ".join(class_names[place] for place in data.columns[label])), f"label {label}"
@@ -133,6 +135,8 @@ def matching(data: ShiftSet, class_names: Sequence[str]) -> str:
     if data.columns is not None:
         groups = ["/".join(class_names[place] for place in group) for group in data.columns]
         return printable(f"labels of its own, which stand for the classes {shown(groups)}")
+    if data.right is not None:
+        return "several right ones an image, by number"
     if data.labels is None:
         return "known by reading the images only"
     if data.has_names:
@@ -179,7 +183,8 @@ def _queues(data: ShiftSet) -> list[list[int]]:
 
 def _read(data: ShiftSet, row: int) -> dict[str, Any] | Bad:
     try:
-        return data[row]
+        item = data[row]
+        return item if data.right is None else {**item, "right": np.unique(data.right.labels[row]).tolist()}
     except BadImageError as error:
         return Bad(row, _file_of(data, row), str(error.__cause__ or error))
 

@@ -146,7 +146,12 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
     """
 
     def __init__(self, data: StreamedSet, rank: int, world: int, *, skip: bool = False) -> None:
-        self.data, self.rank, self.world, self.skip = data, rank, world, skip
+        self.data, self.rank, self.world, self.skip = (
+            data,
+            rank,
+            world,
+            skip and data.right is None,
+        )  # as of a `ReadSet`
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row, item in self.data.decoded(self.data.share(*_reader(self.rank, self.world)), skip=self.skip):

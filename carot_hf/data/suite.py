@@ -90,6 +90,12 @@ class ShiftSuite:
                     f"Expected set '{split.name}' to be one that may be trained and tuned on, got one whose terms "
                     "forbid it (ObjectNet). Use it as a shifted test set only."
                 )
+        for split in home:
+            if split.right is not None:
+                raise ValueError(
+                    f"Expected one label an image in set '{split.name}', got several right ones (`right`). What is "
+                    "trained or fitted needs one: use it as a test set only."
+                )
         for split in (*home, self.test):
             if split.columns is not None:
                 raise ValueError(

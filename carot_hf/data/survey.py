@@ -135,7 +135,7 @@ def _shown_name(name: str) -> str:
 
 
 def _counts(data: ShiftSet) -> NDArray[np.int64] | None:
-    if data.labels is None or data.columns is not None:
+    if data.labels is None or data.columns is not None or data.right is not None:
         return None
     return np.bincount(data.labels, minlength=data.num_classes)
 
@@ -241,7 +241,7 @@ def say_positions(data: ShiftSet, class_names: Sequence[str], said: set[tuple[An
         class_names: Of the suite.
         said: What has been said; grows.
     """
-    if data.labels is None or data.has_names or data.columns is not None:
+    if data.labels is None or data.has_names or data.columns is not None or data.right is not None:
         return
     counts = np.bincount(data.labels, minlength=data.num_classes).tolist()
     if (data.name, *counts) in said:

@@ -116,7 +116,8 @@ class Evaluator:
             check_image_size(model, transform)
             collator = CaRotCollator(transform, captions, 0)  # type: ignore[arg-type]  # of training samples alone
             at = next(model.parameters()).device
-            embedder = Embedder(transform, collator, batch_size or images_at_once(at), at, progress=True)
+            batch_size = images_at_once(at) if batch_size is None else batch_size
+            embedder = Embedder(transform, collator, batch_size, at, progress=True)
         self.embedder = embedder
         self._memory = Memory() if memory is None else memory
 
@@ -236,7 +237,7 @@ class Evaluator:
         """Return the logits of a set ``(n, labels)`` and its labels ``(n,)``, where it has any; on the CPU.
 
         Args:
-            data: With or without labels.
+            data: With or without labels; where several are right, the one that is most likely stands for them.
             remember: Use again what was computed of the same weights.
             title: Of the bar.
         """

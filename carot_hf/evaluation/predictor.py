@@ -60,7 +60,7 @@ class Predictor:
         class_names: Names of the classes, in the order of the labels.
         templates: Captions with ``{}`` for the name; of a `CLIPClassifier` nothing depends on them.
         calibrator: Divides the logits of each image; ``None``: nothing does.
-        batch_size: Images at a time; ``None``: 256, on a CPU 32.
+        batch_size: Images at a time; ``None``: 64, on a CPU 32.
         keep_heads: As of an :class:`~carot_hf.Evaluator`.
     """
 
@@ -82,7 +82,8 @@ class Predictor:
         check_image_size(model, transform)
         collator = CaRotCollator(transform, None, 0)  # type: ignore[arg-type]  # of training samples alone
         device = next(model.parameters()).device
-        self._embedder = Embedder(transform, collator, batch_size or images_at_once(device), device, skip=True)
+        batch_size = images_at_once(device, 64) if batch_size is None else batch_size
+        self._embedder = Embedder(transform, collator, batch_size, device, skip=True)
         if isinstance(model, CLIPClassifier):
             self._link, self._head = "softmax", head_of(model)
         else:

@@ -179,6 +179,8 @@ def test_a_report_that_was_begun_before_goes_on():
         (["predict", "m", "i", "--suite", "digits", "--classes", "a", "b"], "Expected --suite or --classes, got both"),
         (["predict", "m", "i", "--suite", "digits", "--templates", "{}"], "Expected --classes with --templates"),
         (["predict", "m", "i", "--templates", "{}"], "Expected --classes with --templates"),
+        (["predict", "m", "i", "--batch_size", "0"], "expected a whole number above 0, got '0'"),
+        (["evaluate", "m", "--suite", "digits", "--batch_size", "-3"], "expected a whole number above 0, got '-3'"),
         (["suite", "init", "photos", "--home", "photo"], "Expected known options, got '--home'"),
         (["compare", "a", "b", "--suite", "digits"], "Expected known options, got '--suite'"),
         (["demo", "--suite", "digits"], "Expected known options, got '--suite'"),

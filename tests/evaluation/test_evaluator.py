@@ -221,3 +221,5 @@ def test_batches_are_those_of_the_device_unless_somebody_says_it(suite, processo
     assert Evaluator(model, processor, suite, batch_size=5).embedder.batch_size == 5
     sizes = [Predictor(model, processor, ["cat", "dog"], ["{}"], batch_size=n)._embedder.batch_size for n in (None, 6)]
     assert sizes == [32, 6]
+    with pytest.raises(ValueError, match="batch_size"):
+        Evaluator(model, processor, suite, batch_size=0).evaluate(["far"])

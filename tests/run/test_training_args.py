@@ -149,6 +149,7 @@ def test_command_line(tmp_path):
 
 def test_batches_of_an_evaluation_are_small_on_a_cpu_unless_somebody_says_it(tmp_path):
     assert [images_at_once(torch.device(kind)) for kind in ("cpu", "cuda", "mps")] == [32, 256, 256]
+    assert [images_at_once(torch.device(kind), 64) for kind in ("cpu", "cuda")] == [32, 64]
     assert make(tmp_path).per_device_eval_batch_size == make(tmp_path).eval_batch_size == 32
     assert make(tmp_path, per_device_eval_batch_size=7).per_device_eval_batch_size == 7
     assert CaRotTrainingArguments.from_preset("ft", output_dir=str(tmp_path), use_cpu=True).eval_batch_size == 32

@@ -85,7 +85,7 @@ def test_rows_and_rules_of_each_set():
         "mini-imagenet": {"train": 50000, "validation": 10000, "test": 5000},
     }
     assert set(SHIFTS) < set(SETS)
-    assert [name for name, facts in SETS.items() if facts.test_only or facts.crop_border] == ["objectnet"]
+    assert [name for name, facts in SETS.items() if facts.test_only or facts.crop_border] == ["objectnet", "hard"]
     assert SETS["objectnet"].crop_border == 2
     assert [name for name, facts in SETS.items() if facts.gated] == ["imagenet"]
     assert [name for name, facts in SETS.items() if facts.layout == "parquet"] == ["imagenet", "hard", "mini-imagenet"]

@@ -12,9 +12,15 @@ import torch
 from layouts import content, parquet, picture
 from toys import tiny_clip
 
+import carot_hf.suites.splits
 from carot_hf import Evaluator, ShiftSet, evaluate_vrf, load_suite
+from carot_hf.cli.evaluate import figures_of
+from carot_hf.data.images import BadImageError
 from carot_hf.data.right_labels import RightLabels
+from carot_hf.data.samples import draw, label_title, matching
+from carot_hf.data.survey import survey
 from carot_hf.evaluation.per_image import difference_of
+from carot_hf.suites.imagenet.sets import SETS, SetFacts
 
 ROWS, K = 24, 1000
 
@@ -218,6 +224,81 @@ def test_right_labels_of_other_rows_are_refused(root, models, processor):
     part.right = hard.right
     with pytest.raises(ValueError, match="right labels of each of the 2 images of set 'some', got 24"):
         Evaluator(models[0], processor, suite).evaluate({"some": part})
+
+
+@pytest.mark.parametrize("numbers", [[9] * 4, [1, 0, 0, 1]])
+def test_right_labels_without_the_one_that_was_read_are_refused(models, processor, suite, numbers):
+    """Such as those of a ClassLabel in another order than the suite's, which are matched by name."""
+    rows = [{"image": suite.test[row]["image"], "label": row % 2} for row in range(4)]
+    data = ShiftSet(rows, name="several", num_classes=4, labels=[0, 1, 0, 1])
+    data.right = RightLabels([[number] for number in numbers], 10, "several")
+    with pytest.raises(ValueError, match=r"label of each image of set 'several' among its right ones, got 0 in row 0"):
+        Evaluator(models[0], processor, suite).evaluate({"several": data})
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_is_trained_or_fitted_on_has_one_label_an_image(suite, split):
+    data = getattr(suite, split)
+    data.right = RightLabels(data.labels.tolist(), 4, split)
+    with pytest.raises(ValueError, match=rf"one label an image in set '{split}', got several right ones"):
+        dataclasses.replace(suite)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_other_image_stands_in_for_a_broken_one(tmp_path, models, processor, streaming, monkeypatch):
+    """Its labels would be held against answers to another image."""
+    root = copies(tmp_path / "broken", [[row] for row in range(6)])
+    suite = load(root, streaming=streaming)
+    read = ShiftSet.decode
+
+    def broken(self, item, where, **options):
+        if self.name == "hard" and item["label"] == 2:
+            raise BadImageError("Expected an image that can be decoded, got none.")
+        return read(self, item, where, **options)
+
+    monkeypatch.setattr(ShiftSet, "decode", broken)
+    evaluator = Evaluator(models[0], processor, suite)
+    evaluator.embedder.skip = True
+    with pytest.raises(BadImageError, match="Expected an image that can be decoded"):
+        evaluator.evaluate(["hard"], n_bootstrap=0)
+    assert len(evaluator.evaluate(["imagenet"], n_bootstrap=0).per_image["imagenet"].hits) == 3
+
+
+def test_what_is_said_of_the_set_is_said_of_all_its_labels(root, lists, caplog):
+    suite = load(root)
+    hard = suite.shifts["hard"]
+    found = survey(suite)
+    assert found.counts["hard"] is None
+    assert not [warning for warning in found.warnings() if "hard" in warning]
+    assert not [record for record in caplog.records if "'hard'" in record.getMessage()]
+    assert matching(hard, suite.class_names) == "several right ones an image, by number"
+    titles = {label_title(hard, item, suite.class_names)[0] for item in draw(hard, ROWS).items}
+    assert titles == {" / ".join(f"name {label}" for label in sorted(labels)) for labels in lists}
+
+
+def test_there_are_no_figures_by_class_where_a_class_is_the_models_choice(root, models, processor):
+    suite = load(root)
+    found = Evaluator(models[0], processor, suite).evaluate(n_bootstrap=0)
+    assert set(figures_of(suite, found, "")) == {"validation", "imagenet"}
+
+
+def test_a_stream_is_read_through_once_for_its_labels(root, monkeypatch):
+    counted = []
+    count = carot_hf.suites.splits.count_rows
+    monkeypatch.setattr("carot_hf.suites.splits.count_rows", lambda rows: (counted.append(rows), count(rows))[1])
+    suite = load(root, streaming=True)
+    assert len(suite.shifts["hard"]) == ROWS
+    assert len(counted) == 2  # training and test set of ImageNet: how many rows the shift has is known by then
+
+
+def test_a_set_of_ones_own_with_two_splits_is_its_test_split(tmp_path, monkeypatch):
+    monkeypatch.setitem(SETS, "mine", SetFacts("mine", "me/mine", "parquet", {"train": 5, "test": 3}))
+    root = copies(tmp_path / "own", [[0]], files=1)
+    parquet(root / "me/mine", "train", np.array([1, 1, 1, 1, 1]))
+    parquet(root / "me/mine", "test", np.array([5, 6, 7]))
+    own = {"class_names": [f"name {index}" for index in range(K)], "templates": ["a photo of a {}."]}
+    suite = load_suite("imagenet", root=root, shifts=["mine"], check_counts=False, **own)
+    assert suite.shifts["mine"].labels.tolist() == [5, 6, 7]
 
 
 def test_the_word_alone_says_how_to_ask_for_it():

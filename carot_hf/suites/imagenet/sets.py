@@ -120,7 +120,8 @@ SETS: dict[str, SetFacts] = {
         ),
         # Columns (image, list of labels, origin, english_label), split and scoring as in the card and the authors'
         # benchmark script; of the rows the card has said 13,925, 11,350 and 10,980. Not among the published tables.
-        SetFacts("hard", "taesiri/imagenet-hard", "parquet", {"validation": None}, several_right=True),
+        # Some of its images are ObjectNet's, whose terms it has here.
+        SetFacts("hard", "taesiri/imagenet-hard", "parquet", {"validation": None}, test_only=True, several_right=True),
         # 100 classes; train and validation come from ImageNet's training set, test from its validation set
         SetFacts(
             "mini-imagenet",

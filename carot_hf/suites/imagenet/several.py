@@ -15,7 +15,7 @@ def with_one_label(rows: Any, num_labels: int, name: str) -> tuple[Any, RightLab
     """Return the rows with the smallest label of each image in the column of labels, and all that are right.
 
     Args:
-        rows: A ``datasets.Dataset`` or ``IterableDataset``. All labels of a stream are read, and no images.
+        rows: A ``datasets.Dataset`` or ``IterableDataset``. A stream is read through once for its labels.
         num_labels: Labels are in ``[0, num_labels)``.
         name: Of the set, for errors.
     Raises:

@@ -103,18 +103,18 @@ class _Loader:
 
     def shift(self, facts: SetFacts, streaming: bool) -> ShiftSet:
         """Load a shifted set."""
-        [split] = facts.splits
+        split = "test" if len(facts.splits) > 1 else facts.splits[0]
         opened = self.open(facts, split, streaming)
         if not facts.several_right:
             return self.as_set(opened, facts, split)
         rows, right = with_one_label(opened.rows, facts.num_labels, facts.name)
-        data = self.as_set(opened._replace(rows=rows), facts, split)
+        data = self.as_set(opened._replace(rows=rows), facts, split, len(right) if streaming else None)
         data.right = right
         return data
 
-    def as_set(self, opened: Opened, facts: SetFacts, split: str) -> ShiftSet:
-        """Make the set of a split."""
-        rows = facts.rows[split] if self._check_counts else None
+    def as_set(self, opened: Opened, facts: SetFacts, split: str, rows: int | None = None) -> ShiftSet:
+        """Make the set of a split; ``rows``: their number, if it is known otherwise."""
+        rows = facts.rows[split] if rows is None and self._check_counts else rows
         return as_set(
             opened.rows,
             name="train" if split == "train" else facts.name,
