@@ -12,9 +12,11 @@ import subprocess
 import sys
 from urllib.parse import unquote
 
+import numpy as np
 import pages as docs
 import pytest
 import yaml
+from scipy import stats
 from toys import ROOT
 
 import carot_hf
@@ -146,6 +148,42 @@ def test_the_table_of_the_readme_is_that_of_the_digits():
         cells = [report.number([float(run[name]) for run in of_method]) for name in columns]
         title = report.TITLES[method] if method != "zero-shot" else method
         assert shown[title] == [cell.replace("0.", ".") for cell in cells], method
+
+
+def test_what_wins_where_is_what_the_digits_say():
+    """Means, and differences to FLYP by seed with scipy's intervals; the cost is that of the benchmarks' table."""
+    page = (ROOT / "docs" / "how-to" / "compare_methods.md").read_text(encoding="utf-8")
+    section = page.split("## What wins where")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    with (ROOT / "docs" / "digits" / "results.csv").open(newline="", encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+    costs = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split("### What each method costs")[1]
+    cost = {cells[0]: cells for line in costs.split("`python benchmarks/gpu.py")[0].splitlines()
+            if len(cells := [cell.strip() for cell in line.split("|")[1:-1]]) == 6}  # fmt: skip
+    named = {"static": "never", "VRF of ft": "vrf", "Model Stock of ft": "model-stock"}  # a static teacher never moves
+    columns = ["eval_id_accuracy", "eval_ood_accuracy", "eval_ood_ece_ts", "eval_ood_ece_dts"]
+    values = {}
+    for run in runs:
+        values.setdefault(run["method"], []).append([float(run[name] or "nan") for name in columns])
+    base, seen = np.array(values["flyp"]), set()
+    for title, *cells in rows[1:]:
+        plain = title.replace("`", "")
+        method = named.get(plain, plain.lower())
+        own = np.array(values[method])
+        seen.add(method)
+        shown = ["" if np.isnan(value) else f"{value:.3f}"[1:] for value in own.mean(axis=0)]
+        assert cells[:4] == shown, method
+        for cell, column in zip(cells[4:7], (0, 1, 3), strict=True):
+            if method in ("zero-shot", "flyp") or np.isnan(own[:, column]).any():
+                assert cell == ""
+                continue
+            gap = own[:, column] - base[:, column]
+            half = stats.sem(gap) * stats.t.ppf(0.975, len(gap) - 1)
+            assert cell == f"{gap.mean():+.3f} ± {half:.3f}".replace("0.", "."), method
+        paid = [f"{float(cost[plain][place]):.2f}" for place in (2, 5)] if plain in cost else ["", ""]
+        assert cells[7:] == paid, method
+    left = set(values) - seen
+    assert left == {"ft-ls", "wise-ft-ls", "every-1", "every-2x"}  # they are in the report
 
 
 def test_the_citation_names_the_version():

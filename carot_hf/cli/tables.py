@@ -1,6 +1,6 @@
 """The tables and figures of the CaRot paper, and what came after it, by one command.
 
-    carot_hf tables --suite digits --seeds 5              # 40 to 55 minutes on two cores
+    carot_hf tables --suite digits --seeds 5              # an hour on two cores without a GPU
     carot_hf tables --suite digits --seeds 1 --quick      # shorter runs: about 4 minutes
     carot_hf tables --suite imagenet --seeds 1            # with the published figures beside ours
     carot_hf tables --suite mine.yaml --methods flyp carot dive    # these alone, beside the start model
