@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     print(comparison(results))
     print(
         "\nECE: expected calibration error, 10 bins, whole set (0 is calibrated). T: with the temperature that was"
-        "\nfitted on the validation split; density: with one for each image, of home data alone, too. Home: UCI digits"
+        "\nfitted on the validation set; density: with one for each image, of home data alone, too. Home: UCI digits"
         "\n(`id` in metrics.json). Shifted: mean over the shifted sets (`ood`)."
         "\nECE by set, before and after, and reliability diagrams:"
     )

@@ -6,7 +6,7 @@
 
 takes about a minute and a half on two cores without a GPU and prints one row for each alpha, the weight of the
 fine-tuned end: accuracy and ECE at home (`id` in names of metrics) and as mean over the shifted sets (`ood`), the ECE
-without and with the temperature T. T is fitted anew for each alpha, on the validation split: averaging weights changes
+without and with the temperature T. T is fitted anew for each alpha, on the validation set: averaging weights changes
 the confidence.
 
 The ends are merged without temperatures: one that is baked into an end is taken out first. The fine-tuned end may be a
@@ -202,7 +202,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"{METHODS[0]} (default), {', '.join(METHODS[1:])}",
     )
     add_vrf_options(parser)
-    parser.add_argument("--oracle", action="store_true", help="measure the best temperature for the shifts, too")
+    parser.add_argument("--oracle", action="store_true", help="measure the best temperature for the shifted sets, too")
     parser.add_argument("--use_cpu", action="store_true", help="leave accelerators alone")
     parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time; default: 256, on a CPU 32")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier sweep or model there")

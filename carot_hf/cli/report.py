@@ -250,7 +250,7 @@ def introduction(
         f"{transformers.__version__}, Python {platform.python_version()}.",
         f"Home (`id` in results.csv): {suite.test.name}. Shifted (`ood` there): unweighted mean over "
         f"{', '.join(suite.shifts)}. ECE: 10 bins, whole set. "
-        "T: with a temperature fitted on the validation split. Values are means over the seeds, ± half of a 95 % "
+        "T: with a temperature fitted on the validation set. Values are means over the seeds, ± half of a 95 % "
         f"interval (Student's t). Label smoothing by the validation NLL of the first seed: {chosen}.",
     ]
 
@@ -262,10 +262,10 @@ FURTHER_TEXT = {
     "image, with the published a = 1.5 and b = 0.6; its columns T are those at one more temperature of the mixture.",
 }
 SHIFT_TEXT = {
-    "home T": "home T: fitted on the validation split.",
+    "home T": "home T: fitted on the validation set.",
     "perturbed T": "perturbed T: on perturbed copies of it, too.",
     "density": "density: a temperature for each image, by how near it is to those of the training.",
-    "oracle": "oracle: the one temperature that is best for the shifts, by their labels: a bound, and no method.",
+    "oracle": "oracle: the one temperature that is best for the shifted sets, by their labels: a bound, and no method.",
 }
 BY_SET = "ECE by set: without a temperature, and with each of these"
 FIGURES = {

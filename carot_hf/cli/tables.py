@@ -6,7 +6,7 @@
     carot_hf tables --suite mine.yaml --methods flyp carot dive    # these alone, beside the start model
 
 writes out/report/README.md with Table 1 (methods), Table 2 (how often the teacher moves), the ECE after each
-calibration at home and under shift, beside that of the best temperature for the shifts, the reliability diagrams of
+calibration at home and under shift, beside that of the best T for the shifted sets, the reliability diagrams of
 Figures 1, 2, 4 and 5, the scatter of accuracy at home and shifted with WiSE-FT's curve, and the paired comparison of
 CaRot and FLYP; and results.csv.
 

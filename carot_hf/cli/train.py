@@ -4,7 +4,7 @@
     accelerate launch -m carot_hf train --suite digits --preset carot --output_dir out/carot
 
 takes about a minute on two cores without a GPU and prints one row a set: accuracy, ECE, and ECE after the temperature
-that was fitted on the validation split. Any flag of TrainingArguments works. What is given on the command line goes
+that was fitted on the validation set. Any flag of TrainingArguments works. What is given on the command line goes
 before what the suite recommends, which goes before the preset. An interrupted run goes on, to the same weights bit for
 bit, with the same command and --resume_from_checkpoint.
 
