@@ -30,7 +30,9 @@ from carot_hf.suites.pictures import pictures_in, pictures_of
 
 CHUNK = "import carot_hf.cli.predict as p; p._CHUNK = 16; from carot_hf.cli.main import run; run()"
 SLOW = f"""
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 import carot_hf.cli.predict as p
 add = p.Rows.add
 middle = lambda: p.Path({{path!r}}).read_bytes().count(b"\\n") > 32
