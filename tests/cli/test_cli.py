@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from reference_layouts import reference_clip
 from safetensors.torch import save_file
-from toys import CLASSES, ROOT, noise_suite, tiny_clip, tiny_processor
+from toys import CLASSES, ROOT, noise_suite, save_classifier, tiny_clip, tiny_processor
 from transformers import CLIPModel, CLIPProcessor
 
 import carot_hf.cli.predict
@@ -27,7 +27,6 @@ from carot_hf.cli.main import COMMANDS, main
 from carot_hf.cli.models import load
 from carot_hf.data.shift_set import ShiftSet
 from carot_hf.evaluation.predictor import Predictor
-from carot_hf.models.classifier import CLIPClassifier, CLIPClassifierConfig
 from carot_hf.models.convert import load_clip_checkpoint
 
 DIGITS = str(ROOT / "carot_hf" / "suites" / "digits_clip")
@@ -206,16 +205,8 @@ def test_a_calibrated_copy_is_what_the_evaluator_makes(tmp_path, capsys, method)
 
 def test_a_classifier_keeps_its_own_order_of_classes(pictures, tmp_path, capsys, suite):
     """Its head knows classes by number: names in another order would be given to the wrong ones."""
-    processor = tiny_processor()
-    model = tiny_clip(processor.tokenizer)
     names = list(suite.class_names)
-    config = CLIPClassifierConfig(
-        vision_config=model.config.vision_config,
-        projection_dim=model.config.projection_dim,
-        id2label=dict(enumerate(names)),
-    )
-    CLIPClassifier(config).save_pretrained(tmp_path / "head")
-    processor.save_pretrained(tmp_path / "head")
+    save_classifier(tmp_path / "head", names)
     words = [
         "predict",
         str(tmp_path / "head"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from layouts import picture
 from PIL import Image
-from toys import CLASSES, ROOT, noise_suite, tiny_clip, tiny_processor
+from toys import CLASSES, ROOT, noise_suite, save_classifier, tiny_clip, tiny_processor
 
 import carot_hf.cli.models
 import carot_hf.cli.train_options
@@ -19,7 +19,6 @@ import carot_hf.suites.load
 from carot_hf.cli import data_options, predict, tables
 from carot_hf.cli.main import COMMANDS as ALL
 from carot_hf.cli.main import main
-from carot_hf.models.classifier import CLIPClassifier, CLIPClassifierConfig
 from carot_hf.suites.benchmarks.table import benchmarks
 
 GIVEN = ["--data_root", "copies", "--home", "photo", "--shifts", "sketch", "cartoon", "--partial"]
@@ -231,15 +230,8 @@ def test_captions_of_classes_have_the_default_they_had():
 
 def test_a_classifier_is_exported_with_a_suite_of_its_classes_only(place, capsys, monkeypatch):
     """It knows its classes by number; another suite's were ignored."""
-    processor, suite = tiny_processor(), noise_suite()
-    model = tiny_clip(processor.tokenizer)
-    config = CLIPClassifierConfig(
-        vision_config=model.config.vision_config,
-        projection_dim=model.config.projection_dim,
-        id2label=dict(enumerate(CLASSES)),
-    )
-    CLIPClassifier(config).save_pretrained(place / "head")
-    processor.save_pretrained(place / "head")
+    suite = noise_suite()
+    save_classifier(place / "head", CLASSES)
     monkeypatch.setattr(carot_hf.suites.load, "load_suite", lambda name: suite)
     assert main(["export", "head", "--suite", "noise", "--output", "one"]) == 0
     assert main(["export", "head", "--output", "two"]) == 0

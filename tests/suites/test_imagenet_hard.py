@@ -216,6 +216,20 @@ def test_a_copy_with_a_label_that_is_none_is_refused_before_any_image(tmp_path, 
         load(copies(tmp_path / "wrong", [[0], [5, K]]), streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_copy_with_one_label_an_image_is_read_too(tmp_path, streaming):
+    root = copies(tmp_path / "plain", [[0]])
+    for file in (root / "taesiri/imagenet-hard/data").iterdir():
+        file.unlink()
+    parquet(root / "taesiri/imagenet-hard", "validation", np.array([7, 3]))
+    hard = load(root, streaming=streaming).shifts["hard"]
+    assert hard.right.labels.tolist() == [[7], [3]]
+    rows = (
+        [item["label"] for _, item in hard.decoded(hard.share(0, 1), skip=False)] if streaming else hard.labels.tolist()
+    )
+    assert rows == [7, 3]
+
+
 def test_right_labels_of_other_rows_are_refused(root, models, processor):
     suite = load(root)
     hard = suite.shifts["hard"]

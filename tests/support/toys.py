@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from carot_hf import ShiftSet, ShiftSuite
+from carot_hf.models.classifier import CLIPClassifier, CLIPClassifierConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = str(ROOT / "tests" / "support")
@@ -75,3 +76,14 @@ def tiny_clip(tokenizer, seed=0, **config):
             **config,
         )
     )
+
+
+def save_classifier(folder, names):
+    """Write a `CLIPClassifier` of random weights for these classes, and its processor."""
+    processor = tiny_processor()
+    towers = tiny_clip(processor.tokenizer).config
+    config = CLIPClassifierConfig(
+        vision_config=towers.vision_config, projection_dim=towers.projection_dim, id2label=dict(enumerate(names))
+    )
+    CLIPClassifier(config).save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -33,5 +33,5 @@ def with_one_label(rows: Any, num_labels: int, name: str) -> tuple[Any, RightLab
     return rows.map(_smallest, input_columns=[column], features=features, fn_kwargs={"column": column}), right
 
 
-def _smallest(labels: list[int], column: str) -> dict[str, int]:
-    return {column: min(labels)}
+def _smallest(labels: list[int] | int, column: str) -> dict[str, int]:
+    return {column: min(labels) if isinstance(labels, list) else labels}

@@ -43,7 +43,7 @@ def imagenet_suite(
     Args:
         root: Folder of local copies, ``<root>/<id on the Hub>``, ``<root>/<last part of it>`` or ``<root>/<name>``, in
             the layout of the Hub or as one folder of images a class. ``None``: load from the Hub.
-        streaming: Read all but ``validation`` as streams; nothing is downloaded in advance.
+        streaming: Read all but ``validation`` as streams; nothing is read in advance but the labels of ``hard``.
         shifts: Names out of ``v2``, ``r``, ``a``, ``sketch``, ``objectnet``, ``hard`` (one of several labels is right),
             and ``c-<corruption>-<severity>``, made while it is read (``pip install carot_hf[corruptions]``).
         check_counts: Refuse copies without the published numbers of rows and labels.
