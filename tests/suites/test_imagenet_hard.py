@@ -218,7 +218,7 @@ def test_a_copy_with_a_label_that_is_none_is_refused_before_any_image(tmp_path, 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_copy_with_one_label_an_image_is_read_too(tmp_path, streaming):
-    root = copies(tmp_path / "plain", [[0]])
+    root = copies(tmp_path / "plain", [[0]], files=1)
     for file in (root / "taesiri/imagenet-hard/data").iterdir():
         file.unlink()
     parquet(root / "taesiri/imagenet-hard", "validation", np.array([7, 3]))
