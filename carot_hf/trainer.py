@@ -255,8 +255,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Take the batches of a step from the loader."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self._step.begin(batches if self.args.contrastive_batch_size else [], self.state.global_step)
-        return batches, items
+        joined = bool(self.args.contrastive_batch_size)
+        return self._step.begin(batches, self.state.global_step, joined=joined), items
 
     def compute_loss(
         self,

@@ -15,8 +15,8 @@ from ..basics.modes import evaluating
 from ..basics.precision import at_least_float32
 
 PLACEHOLDER = "{}"
-# In a batch: the number of each sample's caption in the table, class x templates + template; and, where captions are
-# there once each, which of these each sample has. Both (b,) int64.
+# In a batch: the number of each sample's caption in the table, class x templates + template, an array that stays on the
+# host; and, where captions are there once each, which of these each sample has. Both (b,) int64.
 CAPTION_NUMBER, CAPTION_INDEX = "caption_number", "caption_index"
 _AT_ONCE = 4096  # captions; a fast tokenizer keeps kilobytes for each until it returns
 
@@ -136,6 +136,11 @@ class CaptionTable:
         self._check_alike(class_names)
 
     @property
+    def shares(self) -> bool:
+        """Whether a caption that several samples have is given once."""
+        return self._share
+
+    @property
     def n_templates(self) -> int:
         """Number of templates, ``M``."""
         return self.lengths.shape[1]
@@ -159,20 +164,20 @@ class CaptionTable:
             tokens["attention_mask"] = ((places.flip(0) if self._left else places) < lengths[:, None]).long()
         return tokens
 
-    def lookup_once(self, classes: Tensor, templates: Tensor) -> dict[str, Tensor]:
+    def lookup_once(self, classes: Tensor, templates: Tensor) -> dict[str, Any]:
         """As `lookup`, with each distinct caption once, and which of them each sample has as ``caption_index``.
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``(u, l)``, ``caption_index`` ``(b,)`` int64 in ``[0, u)``, and
-            ``caption_number`` ``(b,)`` int64 in ``[0, K M)``. If all are distinct, or none are to be shared, the tokens
-            are those of `lookup`, without an index.
+            ``caption_number``, an array ``(b,)`` int64 in ``[0, K M)``. If all are distinct, or none are to be shared,
+            the tokens are those of `lookup`, without an index.
         """
         numbers = classes * self.n_templates + templates
         once, index = numbers.unique(return_inverse=True)
         if not self._share or len(once) == len(numbers):
-            return {**self.lookup(classes, templates), CAPTION_NUMBER: numbers}
+            return {**self.lookup(classes, templates), CAPTION_NUMBER: numbers.numpy()}
         tokens = self.lookup(once // self.n_templates, once % self.n_templates)
-        return {**tokens, CAPTION_INDEX: index, CAPTION_NUMBER: numbers}
+        return {**tokens, CAPTION_INDEX: index, CAPTION_NUMBER: numbers.numpy()}
 
     def tokenize_once(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """As `tokenize`, with each distinct caption once, and which of them each sample has; see `lookup_once`."""

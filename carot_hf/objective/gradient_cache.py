@@ -23,7 +23,7 @@ class CachedGradients:
     Attributes:
         loss: Of the whole batch, a float32 scalar without graph.
         image: Gradients of the image embeddings by micro-batch, each ``(b, D)``.
-        text: The same of the text embeddings.
+        text: The same of the text embeddings, ``(u, D)``.
         head: Gradients of the parameters that turn embeddings into logits, of their shapes.
     """
 
@@ -41,7 +41,7 @@ def cache_gradients(
     """Differentiate the loss of a whole batch with respect to its embeddings.
 
     Args:
-        embeds: Image and text embeddings of each micro-batch, ``(b, D)`` each, without graph.
+        embeds: Image and text embeddings of each micro-batch, ``(b, D)`` and ``(u, D)``, without graph.
         head: The parameters that turn embeddings into logits: CLIP's ``logit_scale``, also SigLIP's ``logit_bias``.
         loss_of: From all image embeddings, all text embeddings and the head's parameters to the loss.
     """
@@ -54,8 +54,8 @@ def cache_gradients(
     image, text, *rest = (
         torch.zeros_like(value) if gradient is None else gradient for value, gradient in zip(inputs, found, strict=True)
     )
-    sizes = [len(part) for part, _ in embeds]
-    return CachedGradients(loss.detach(), image.split(sizes), text.split(sizes), tuple(rest))
+    rows, captions = ([len(part) for part in parts] for parts in zip(*embeds, strict=True))
+    return CachedGradients(loss.detach(), image.split(rows), text.split(captions), tuple(rest))
 
 
 def surrogate(
@@ -67,7 +67,7 @@ def surrogate(
         cached: Of the first pass, with ``n`` micro-batches.
         index: Of the micro-batch.
         image_embeds: ``(b, D)``, with a graph; the values of the first pass.
-        text_embeds: The same of the texts.
+        text_embeds: The same of the texts, ``(u, D)``.
         head: The model's parameters in the order of the first pass.
     """
     part = (image_embeds * cached.image[index]).sum() + (text_embeds * cached.text[index]).sum()

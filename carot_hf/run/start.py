@@ -115,8 +115,13 @@ class StartViews:
         return self._contexts
 
 
-def joined_start(parts: Sequence[Started]) -> Started | None:
-    """Join what the start model says of the micro-batches of one contrastive batch; ``None``: it says nothing."""
-    if not parts:
-        return None
-    return replace(parts[0], embeds=tuple(torch.cat(rows) for rows in zip(*(p.embeds for p in parts), strict=True)))
+def joined_start(
+    parts: Sequence[Started], join: Callable[[Sequence[tuple[Tensor, ...]]], tuple[Tensor, ...]]
+) -> Started | None:
+    """Join what the start model says of the micro-batches of one contrastive batch; ``None``: it says nothing.
+
+    Args:
+        parts: Of each micro-batch.
+        join: From the embeddings of the micro-batches to those of all samples.
+    """
+    return replace(parts[0], embeds=join([part.embeds for part in parts])) if parts else None

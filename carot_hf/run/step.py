@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.captions import CaptionTable
+from ..data.shared_captions import share_captions
 from ..models.backbones import logit_head, pair_inputs
 from ..objective.gradient_cache import CachedGradients, RandomState, cache_gradients, surrogate
 from ..objective.objective import Objective
@@ -57,7 +59,9 @@ class LossStep:
                 recalled = Taught(start.network, captions, args, autocast, moves=False)
             self._start = StartViews(start, objective, recalled, captions, autocast, args.order_seed)
         self._unwrap, self._autocast, self._prepare, self._device = unwrap, autocast, prepare, device
+        self._captions = captions
         self._batches: list[Any] = []  # of one step with the gradient cache
+        self._caption_of: Tensor | None = None  # of each sample of the step, among the captions of all micro-batches
         self._index, self._number = 0, 0  # of the micro-batch, and of the step
         self._cached: CachedGradients | None = None
         self._cached_terms: dict[str, Tensor] = {}
@@ -65,16 +69,22 @@ class LossStep:
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0
 
-    def begin(self, batches: Sequence[Any], number: int = 0) -> None:
-        """Begin a step with its micro-batches, whose loss is that of all of them; fewer than two: no cache.
+    def begin(self, batches: list[Any], number: int = 0, *, joined: bool = True) -> list[Any]:
+        """Begin a step with its micro-batches.
 
         Args:
-            batches: Of a contrastive batch.
+            batches: Of one step.
             number: Steps before it.
+            joined: Whether they are one contrastive batch, whose loss is that of all of them. If there are two or more,
+                their gradients are cached.
+        Returns:
+            The micro-batches to train on: of one contrastive batch each distinct caption is in one of them.
         """
-        self._number = number
-        self._batches = list(batches) if len(batches) > 1 else []
-        self._index, self._cached = 0, None
+        self._number, self._index, self._cached = number, 0, None
+        self._batches, self._caption_of = [], None
+        if joined and len(batches) > 1:
+            self._batches, self._caption_of = share_captions(batches, self._captions)
+        return self._batches or batches
 
     @property
     def caches(self) -> bool:
@@ -175,21 +185,29 @@ class LossStep:
             self._random_states.append(RandomState(self._device))
             with torch.no_grad(), self._autocast():
                 embeds.append(embeds_of(model(**pair_inputs(inputs)), inputs))
-            taught += [] if self.teacher is None else [self.taught(inputs)]
+            said_by_teacher = self.taught(inputs)
+            taught += [] if said_by_teacher is None else [said_by_teacher]
             said = None if self._start is None else self._start.pairs(inputs, self._number)
             starts += [] if said is None else [said]
             labels += [inputs["labels"]] if "labels" in inputs else []
         whole = torch.cat(labels) if labels else None
-        joined = tuple(torch.cat(part) for part in zip(*taught, strict=True)) or None  # type: ignore[arg-type]
-        start = joined_start(starts)
+        joined = self._of_samples(taught) if taught else None
+        start = joined_start(starts, self._of_samples)
         terms: dict[str, Tensor] = {}
 
         def loss_of(images: Tensor, texts: Tensor, *head: Tensor) -> Tensor:
-            terms.update(self._pair_terms((images, texts), head, whole, joined, start))
+            terms.update(self._pair_terms(self._of_samples([(images, texts)]), head, whole, joined, start))
             return self.objective.weighted(terms)
 
         cached = cache_gradients(embeds, head, loss_of)
         if self._start is not None:
-            image, text = (torch.cat(part) for part in zip(*embeds, strict=True))
-            self._start.follow((image, text), start)
+            self._start.follow(self._of_samples(embeds), start)
         return cached, {name: term.detach() for name, term in terms.items()}
+
+    def _of_samples(self, parts: Sequence[tuple[Tensor, ...]]) -> Any:
+        """Embeddings of all samples of a step, of images and perhaps of captions, from those of its micro-batches."""
+        image, *texts = (torch.cat(rows) for rows in zip(*parts, strict=True))
+        if self._caption_of is not None:
+            # F.embedding, since the gradient of an index_select is summed in no fixed order on a GPU
+            texts = [F.embedding(self._caption_of, rows) for rows in texts]
+        return image, *texts

@@ -46,13 +46,17 @@ class Taught:
         self._kept: tuple[int, Tensor] | None = None  # state of the text tower, and its embeddings of all captions
 
     def __call__(self, inputs: Mapping[str, Any]) -> Embeds:
-        """Return image and text embeddings of a batch, ``(b, D)`` each, at least float32, of length 1."""
+        """Return image and text embeddings of a batch, ``(b, D)`` each, at least float32, of length 1.
+
+        Of a micro-batch of :func:`~carot_hf.data.shared_captions.share_captions` the texts are its own captions.
+        """
         numbers = inputs.get(CAPTION_NUMBER)
         with torch.inference_mode(), self._autocast():
             if numbers is None or not self._keeps():
                 image, text = embeds_of(self._network(**pair_inputs(inputs)), inputs)
             else:
                 image = unit(self._network.get_image_features(**image_inputs(inputs)).pooler_output)
+                numbers = torch.from_numpy(numbers).to(image.device, non_blocking=True)
                 text = self._texts().index_select(0, numbers)
         return image.clone(), text.clone()  # a loss with a gradient cannot use tensors of the inference mode
 

@@ -245,9 +245,8 @@ class Teacher:
 
 
 def _move(own: list[Tensor], theirs: list[Tensor], momentum: float) -> None:
-    """``own = momentum * own + (1 - momentum) * theirs``, in place, in few launches on a GPU."""
-    torch._foreach_mul_(own, momentum)
-    torch._foreach_add_(own, theirs, alpha=1.0 - momentum)
+    """``own += (1 - momentum) * (theirs - own)``, in place, in one pass: weights that are alike stay, bit for bit."""
+    torch._foreach_lerp_(own, theirs, 1.0 - momentum)
 
 
 @lru_cache(maxsize=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import families
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from tolerances import EXACT
 from toys import CLASSES, TEMPLATES, tiny_clip, tiny_processor
 
 from carot_hf.data.captions import CaptionTable
+from carot_hf.data.shared_captions import share_captions
 from carot_hf.models.backbones import has_text_dropout, pair_inputs
 from carot_hf.models.lora import add_lora
 
@@ -63,7 +65,7 @@ KEPT = (
     "options", [{}, {"contrastive_batch_size": 24}, {"freeze": "text"}, {"preset": "tracer"}, *KEPT]
 )
 def test_a_run_is_that_of_a_caption_each(make_trainer, processor, options, monkeypatch):
-    """Student and teacher after some steps; with the gradient cache each micro-batch has its own captions."""
+    """Student and teacher after some steps; with the gradient cache the micro-batches share theirs."""
     runs, rows = [], []
     for share in (True, False):
         if not share:
@@ -82,6 +84,9 @@ def test_a_run_is_that_of_a_caption_each(make_trainer, processor, options, monke
         rows.append(sum(seen))
     assert_same(*runs, EXACT)
     assert rows[0] < rows[1], "fewer rows"
+    if "contrastive_batch_size" in options:  # 24 pairs in 3 micro-batches, each embedded twice
+        most = len(CLASSES) * len(TEMPLATES) + 2  # of a micro-batch without a new caption one stands in
+        assert rows[0] <= 9 * 2 * most, "each once a step, not once a micro-batch"
 
 
 def test_what_the_teacher_keeps_is_of_its_weights_of_now(make_trainer, model):
@@ -134,6 +139,63 @@ def test_all_captions_are_embedded_where_that_is_less(make_trainer, options, kep
     """12 captions: 16 draws see 8.9 of them on average, so that it takes 3 steps until it is half the work."""
     trainer = make_trainer(per_device_train_batch_size=16, **{"max_steps": 3, **options})
     assert trainer._step._taught._keeps() == kept
+
+
+def drawn(seed, sizes, classes=4):
+    """Classes and templates of micro-batches, of few captions."""
+    rng = np.random.default_rng(seed)
+    return [tuple(torch.from_numpy(rng.integers(0, most, size)) for most in (classes, 3)) for size in sizes]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "classes"), [((4, 4, 4), 4), ((6, 3, 1, 1), 4), ((40, 2, 2), 4), ((2, 2, 2), 2), ((3, 3), 1)]
+)
+def test_micro_batches_share_their_captions(processor, sizes, classes, masked):
+    """Against a loop over the samples: the captions are those of each sample, and none is there twice."""
+    table = CaptionTable(processor.tokenizer, CLASSES, TEMPLATES, 32, masked=masked)
+    for seed in range(20):
+        pairs = drawn(seed, sizes, classes)
+        batches = [{**table.lookup_once(*pair), "labels": pair[0]} for pair in pairs]
+        before = [dict(batch) for batch in batches]
+        shared, index = share_captions(batches, table)
+        assert [batch.keys() for batch in batches] == [batch.keys() for batch in before], "they stay as they were"
+        rows = [row[:stop] for batch in shared for row, stop in zip(batch["input_ids"], stops(batch), strict=True)]
+        numbers = [int(number) for batch in shared for number in batch["caption_number"]]
+        assert [len(batch["labels"]) for batch in shared] == list(sizes)
+        samples = [(int(one), int(other)) for pair in pairs for one, other in zip(*pair, strict=True)]
+        places = range(len(samples)) if index is None else index.tolist()
+        for (label, template), place in zip(samples, places, strict=True):
+            wanted = table.input_ids[label, template, : table.lengths[label, template]]
+            assert torch.equal(rows[place][: len(wanted)], wanted.long())
+            assert numbers[place] == 3 * label + template
+        if index is None:
+            assert len(set(samples)) == len(samples)
+            continue
+        assert all("caption_index" not in batch for batch in shared)
+        used = index.unique().tolist()
+        assert len(used) == len(set(samples)), "each caption once"
+        spare = [batch for batch in shared if len(batch["input_ids"]) == 1]
+        assert len(rows) - len(used) <= len(spare), "one that is not asked for stands in where there is no new one"
+
+
+def stops(batch):
+    """Where each row of tokens ends."""
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return mask.sum(dim=1).tolist()
+
+
+def test_what_is_not_of_the_table_or_drops_out_is_not_shared(processor):
+    pairs = drawn(0, (8, 8))
+    table = CaptionTable(processor.tokenizer, CLASSES, TEMPLATES, 32)
+    alone = CaptionTable(processor.tokenizer, CLASSES, TEMPLATES, 32, share=False)
+    for captions, batches in (
+        (alone, [alone.lookup_once(*pair) for pair in pairs]),
+        (table, [table.tokenize_once(["a dog", "a cat", "a dog"]) for _ in pairs]),
+    ):
+        shared, index = share_captions(batches, captions)
+        assert index is None
+        assert all(one is other for one, other in zip(shared, batches, strict=True))
 
 
 def test_with_dropout_each_sample_draws_for_itself(make_trainer, caplog):

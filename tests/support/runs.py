@@ -15,7 +15,7 @@ class Recorder(CaRotTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not hasattr(self, "seen"):
             self.seen = []
-        self.seen.append({name: value.clone() for name, value in inputs.items()})
+        self.seen.append({name: torch.as_tensor(value).clone() for name, value in inputs.items()})
         return super().training_step(model, inputs, num_items_in_batch)
 
 

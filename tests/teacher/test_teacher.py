@@ -80,6 +80,20 @@ def test_momentum_zero_and_one_are_end_points_bit_for_bit(net):
     assert torch.equal(teacher.model.first.weight, net.first.weight)
 
 
+@pytest.mark.parametrize("momentum", [0.05, 0.3, 0.9, 0.9999])
+def test_a_teacher_that_is_its_student_stays_bit_for_bit(net, momentum):
+    """The two weights of the average sum to 1 in real numbers, not in rounded ones: no update may let it drift."""
+    with torch.no_grad():
+        for value in net.parameters():
+            value.copy_(torch.randn(value.shape))
+    teacher = Teacher(net)
+    before = copy.deepcopy(teacher.state_dict())
+    for _ in range(100):
+        teacher.update(net, momentum)
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_teacher_matches_by_name_not_by_order(net):
     """A student whose parameters are registered in another order gives the same teacher."""
     other = Net()
