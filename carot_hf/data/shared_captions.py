@@ -15,10 +15,10 @@ from .captions import CAPTION_INDEX, CAPTION_NUMBER, CaptionTable
 def share_captions(
     batches: Sequence[Mapping[str, Any]], captions: CaptionTable
 ) -> tuple[list[Mapping[str, Any]], Tensor | None]:
-    """Leave each distinct caption to the first micro-batch that has it.
+    """Leave each distinct caption to one micro-batch.
 
     Where every caption of a micro-batch is in an earlier one, it keeps one of them, for a text tower takes no empty
-    batch; nothing refers to it. Nothing is asked of a device.
+    batch. Nothing is asked of a device.
 
     Args:
         batches: Of :meth:`~carot_hf.data.captions.CaptionTable.lookup_once`, of ``b`` samples each.
@@ -26,7 +26,7 @@ def share_captions(
     Returns:
         Micro-batches whose tokens and ``caption_number`` are of their ``u`` captions, without ``caption_index``; and,
         for all samples in their order, which of all these captions each one has, ``(sum of b,)`` int64. As they came,
-        and ``None``, where nothing is shared or captions are not of the table.
+        and ``None``, where captions are not to be shared, or not of the table.
     """
     if not captions.shares or not all(CAPTION_NUMBER in batch for batch in batches):
         return list(batches), None
@@ -37,11 +37,9 @@ def share_captions(
     for batch, own in zip(batches, numbers, strict=True):
         rows = np.unique(own) if CAPTION_INDEX in batch else own  # the captions in the order of the tokens
         kept = [row for row, number in enumerate(rows.tolist()) if number not in places] or [0]
-        places |= {int(rows[row]): places.get(int(rows[row]), count + place) for place, row in enumerate(kept)}
+        places |= {int(rows[row]): count + place for place, row in enumerate(kept)}
         count += len(kept)
         shared.append({**_rows_of(batch, kept, len(rows)), CAPTION_NUMBER: rows[kept]})
-    if count == sum(map(len, numbers)):
-        return list(batches), None
     whole = torch.tensor([places[number] for own in numbers for number in own.tolist()])
     return shared, whole.to(batches[0]["input_ids"].device, non_blocking=True)
 

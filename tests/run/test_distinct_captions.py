@@ -164,19 +164,15 @@ def test_micro_batches_share_their_captions(processor, sizes, classes, masked):
         numbers = [int(number) for batch in shared for number in batch["caption_number"]]
         assert [len(batch["labels"]) for batch in shared] == list(sizes)
         samples = [(int(one), int(other)) for pair in pairs for one, other in zip(*pair, strict=True)]
-        places = range(len(samples)) if index is None else index.tolist()
-        for (label, template), place in zip(samples, places, strict=True):
+        for (label, template), place in zip(samples, index.tolist(), strict=True):
             wanted = table.input_ids[label, template, : table.lengths[label, template]]
             assert torch.equal(rows[place][: len(wanted)], wanted.long())
             assert numbers[place] == 3 * label + template
-        if index is None:
-            assert len(set(samples)) == len(samples)
-            continue
         assert all("caption_index" not in batch for batch in shared)
         used = index.unique().tolist()
         assert len(used) == len(set(samples)), "each caption once"
         spare = [batch for batch in shared if len(batch["input_ids"]) == 1]
-        assert len(rows) - len(used) <= len(spare), "one that is not asked for stands in where there is no new one"
+        assert len(rows) - len(used) <= len(spare), "one is there again where a micro-batch has no new one"
 
 
 def stops(batch):
