@@ -6,7 +6,6 @@ passes a ``transform`` to the trainer (:mod:`carot_hf.data.own_transform`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -127,7 +126,7 @@ class Varied:
 
     def __init__(self, transform: ImageTransform | PatchTransform, augmentation: Augmentation) -> None:
         self.evaluate, self._augmentation = transform.evaluate, augmentation
-        self._transform = _with_scale(transform, augmentation.scale)
+        self._transform = replace(transform, scale=augmentation.scale)
         self.train_size = self._transform.train_size
 
     def train(self, image: Image.Image, generator: np.random.Generator) -> Any:
@@ -157,16 +156,6 @@ def described(name: str) -> str:
     """Say in words how training images vary."""
     augmentation = AUGMENTATIONS[name]
     return f"{name}: {'training images are resized as in evaluation' if augmentation is None else augmentation}"
-
-
-def _with_scale(
-    transform: ImageTransform | PatchTransform, scale: tuple[float, float]
-) -> ImageTransform | PatchTransform:
-    if isinstance(transform, ImageTransform):
-        return replace(transform, scale=scale)
-    made = copy.copy(transform)
-    made.scale = scale
-    return made
 
 
 def _as_image(pixels: Tensor) -> Image.Image:
