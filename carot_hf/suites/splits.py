@@ -40,7 +40,7 @@ def as_set(
     label: str | None = None,
     **options: Any,
 ) -> ShiftSet:
-    """Make a set of what `open_rows` opened.
+    """Make a set of the rows that `open_source` opened.
 
     Args:
         rows: A ``datasets.Dataset`` or ``IterableDataset``, images undecoded.
