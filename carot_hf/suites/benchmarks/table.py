@@ -245,7 +245,9 @@ def benchmark(name: str, content: Any, where: str = "benchmarks") -> Benchmark:
     """
     required = [key for key in _KEYS if key not in _OPTIONAL]
     entry = checked_keys(content, where, name, _KEYS, required)
-    parts = {role: entry.pop(role) for role in ("train", "validation", "test", "shifts") if role in entry}
+    parts: dict[str, Any] = {
+        role: entry.pop(role) for role in ("train", "validation", "test", "shifts") if role in entry
+    }
     for role, part in parts.items():
         many = part if role == "shifts" and "each" not in part else {role: part}
         for key, value in many.items():
@@ -254,7 +256,7 @@ def benchmark(name: str, content: Any, where: str = "benchmarks") -> Benchmark:
         entry["group"] = Group(group["column"], tuple(group["names"]), group.get("with_label", False))
     entry["labels"] = list(map(str, entry["labels"]))
     hub_id = entry.pop("id")
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     return Benchmark(name=name, hub_id=hub_id, parts=parts, **given)
 
 
