@@ -98,11 +98,7 @@ def changed(image: Image.Image, changes: Changes) -> Image.Image:
 
 
 class Unvaried:
-    """A transform whose training images are those of the evaluation.
-
-    Args:
-        transform: The model's.
-    """
+    """A model's transform whose training images are those of the evaluation."""
 
     train_size = None  # images are decoded at full size, as in evaluation
 
@@ -115,13 +111,9 @@ class Unvaried:
 
 
 class Varied:
-    """A transform whose training images have changed colours, beside their crop.
+    """A model's transform whose training images have changed colours, beside their crop.
 
     The colours change after the crop, and after the resize where the model takes images of one size.
-
-    Args:
-        transform: The model's.
-        augmentation: From what the changes are drawn.
     """
 
     def __init__(self, transform: ImageTransform | PatchTransform, augmentation: Augmentation) -> None:
@@ -140,12 +132,7 @@ class Varied:
 
 
 def augmented(transform: ImageTransform | PatchTransform, name: str) -> Any:
-    """Return a transform whose training images vary in another way; its evaluation stays.
-
-    Args:
-        transform: The model's; its own way is "crop".
-        name: Of `AUGMENTATIONS`.
-    """
+    """Return a model's transform, whose way is "crop", with training images that vary in another of `AUGMENTATIONS`."""
     augmentation = AUGMENTATIONS[name]
     if name == PUBLISHED:
         return transform

@@ -284,10 +284,6 @@ class CaptionTable:
 def caption_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 1024) -> Tensor:
     """Embed all captions of a table, in large batches of similar length, which are the same at each call.
 
-    Args:
-        model: As in `class_embeddings`.
-        captions: The table of captions.
-        batch_size: Captions at a time.
     Returns:
         ``(K M, D)`` in at least float32 on the model's device, rows of length 1, classes first.
     """

@@ -192,11 +192,8 @@ def short_side(transform: ImageTransform) -> int:
 
 
 def check_image_size(model: Any, transform: ImageTransform | PatchTransform) -> None:
-    """Refuse a processor that gives images of another size than the model takes.
+    """Refuse a processor that gives images of another size than the model takes; without a ``vision_config`` any pass.
 
-    Args:
-        model: With a ``vision_config``; any other passes.
-        transform: Of its processor.
     Raises:
         ValueError: If the sizes, or those of the patches, are not the same.
     """
@@ -370,13 +367,9 @@ def _resized(image: Image.Image, target: tuple[int, int], resample: int) -> Imag
 def _resized_part(
     image: Image.Image, target: tuple[int, int], box: tuple[int, int, int, int], resample: int
 ) -> Image.Image:
-    """Return a part of an image, resized, and make no more than that part.
+    """A part of an image that is resized to a width and a height, and no more than that part.
 
-    Args:
-        image: Any.
-        target: Width and height of the resized image.
-        box: Left, top, right and bottom of the part in it.
-        resample: PIL's filter.
+    ``box`` has left, top, right and bottom of the part in the resized image.
     """
     cut, inner = [], []
     for axis in (0, 1):
