@@ -57,7 +57,7 @@ def perturbed_sets(data: ShiftSet, *, side: int) -> dict[str, ShiftSet]:
 
 
 def class_balanced(labels: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Draw rows, of each class as many as of the others as far as there are; sorted.
+    """Draw rows, of each class as many as of the others as far as there are, by its own rows alone; sorted.
 
     Args:
         labels: ``(N,)`` class indices.

@@ -192,7 +192,7 @@ def short_side(transform: ImageTransform) -> int:
 
 
 def check_image_size(model: Any, transform: ImageTransform | PatchTransform) -> None:
-    """Refuse a processor that gives images of another size than the model takes; without a ``vision_config`` any pass.
+    """Refuse a processor that gives images of another size than a model with a ``vision_config`` takes.
 
     Raises:
         ValueError: If the sizes, or those of the patches, are not the same.

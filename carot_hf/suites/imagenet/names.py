@@ -33,7 +33,8 @@ logger = guarded(logging.getLogger(__name__))
 SOURCES = ("files", "open_clip", "ClassLabel")
 DEFAULT_TEMPLATE = "a photo of a {}."
 HUB_ID = "clip-benchmark/wds_imagenetv2"  # the files of ImageNet-R, -A and ObjectNet name the labels of those sets
-FILES = NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
+NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
+FILES = (NAMES_FILE, TEMPLATES_FILE)
 _IMAGENET_CLASSES = 1000
 _CLASS_LABEL = "ClassLabel"
 
