@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..basics.whole_file import whole_files
 from .data_options import METHODS, add_model_options, add_suite_options, suite_options, suite_words
 from .parser import Parser, positive
 
@@ -36,7 +35,7 @@ def work(options: argparse.Namespace) -> None:
     from ..evaluation.fitting import check_home
     from ..suites.load import load_suite
     from ..suites.pictures import pictures_of
-    from .models import check_classes, load
+    from .models import check_classes, load, save
 
     images = None
     suite = load_suite(options.suite, **suite_options(options))
@@ -57,11 +56,7 @@ def work(options: argparse.Namespace) -> None:
         unbake_temperature(loaded.model)
     evaluator = Evaluator(loaded.model, loaded.processor, suite, batch_size=options.batch_size, keep_heads=True)
     record = evaluator.calibrate(options.method, images)
-    with whole_files(options.output_dir) as beside:
-        loaded.model.save_pretrained(beside)
-        loaded.processor.save_pretrained(beside)
-        if evaluator.calibrator is not None:
-            evaluator.calibrator.save_pretrained(beside)
+    save(options.output_dir, loaded.model, loaded.processor, evaluator.calibrator)
     print(
         f"T = {record['temperature']:.3f} by {record['n']:,} held-out images: NLL {record['nll_before']:.4f} -> "
         f"{record['nll_after']:.4f}, ECE {record['ece_before']:.4f} -> {record['ece_after']:.4f} on them"

@@ -23,14 +23,7 @@ def add_suite_options(
     required: bool = False,
     instead: str | None = None,
 ) -> None:
-    """Add the options that name data.
-
-    Args:
-        parser: Of the command.
-        default: The suite, if none is named.
-        required: One must be named.
-        instead: What is taken where none is named and there is no default, in words.
-    """
+    """Add the options that name data; ``instead`` says what is taken without a suite where there is no default."""
     group = parser.add_argument_group("data")
     shown = SUITE if required else f"{SUITE}; default: {default or instead or 'none'}"
     group.add_argument("--suite", default=default, required=required, metavar="S", help=shown)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ COLUMNS = [
     ("home ECE, density", "eval_id_ece_dts"),
     ("shifted ECE, density", "eval_ood_ece_dts"),
 ]
-SERIES = {"none": "", "home T": "_ts", "perturbed T": "_pts", "density": "_dts"}
+SERIES = {"none": "", "home T": "_ts", "perturbed T": "_pts", "density": "_dts"}  # to the names of an ECE their ending
 
 
 def main(argv: Sequence[str]) -> None:
@@ -109,15 +109,20 @@ def draw(
 
     with whole_file(place / "reliability.png") as beside:
         reliability_grid(pictures, title="Without temperature scaling").savefig(beside, dpi=60)
-    panels = {
-        method: {
-            title: {name: [run[f"eval_{name}_ece{end}"] for run in runs] for name in pictures[method]}
-            for title, end in SERIES.items()
-        }
-        for method, runs in results.items()
-    }
+    panels = {method: eces_by_set(runs, pictures[method], SERIES) for method, runs in results.items()}
     with whole_file(place / "ece_by_set.png") as beside:
         ece_by_set(panels).savefig(beside, dpi=80)
+
+
+def eces_by_set(
+    runs: Sequence[Mapping[str, float]], sets: Collection[str], series: Mapping[str, str]
+) -> dict[str, dict[str, list[float]]]:
+    """ECE of each set, a value a run, by those of the calibrations that all of them have."""
+    return {
+        title: {name: [run[f"eval_{name}_ece{end}"] for run in runs] for name in sets}
+        for title, end in series.items()
+        if all(f"eval_{name}_ece{end}" in run for run in runs for name in sets)
+    }
 
 
 def comparison(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:

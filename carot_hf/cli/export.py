@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..basics.whole_file import whole_files
 from .data_options import add_model_options, add_suite_options, parts_of_no_suite, suite_options
 from .parser import Parser
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str]) -> Path:
         raise ValueError(f"Expected a new --output, got {place}, which there is. Add --overwrite_output_dir.")
     from ..models.onnx import export_onnx
     from ..suites.load import load_suite
-    from .models import load
+    from .models import load, save
 
     suite = None if options.suite is None else load_suite(options.suite, **suite_options(options))
     options.device = "cpu"
@@ -42,9 +41,7 @@ def main(argv: Sequence[str]) -> Path:
         export_onnx(classifier, loaded.processor, place)
         print(f"{place}: {place.stat().st_size / 1e6:.1f} MB, its probabilities are those of the model")
         return place
-    with whole_files(place) as beside:
-        classifier.save_pretrained(beside)
-        loaded.processor.save_pretrained(beside)
+    save(place, classifier, loaded.processor)
     print(f"{place}: a CLIPClassifier of {classifier.config.num_labels:,} classes")
     return place
 

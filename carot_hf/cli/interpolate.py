@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..basics.redaction import HIDDEN, public_words
-from ..basics.whole_file import whole_file, whole_files, write_whole
+from ..basics.whole_file import whole_file, write_whole
 from .data_options import LOCAL_NAME, METHODS, OF_THE_SUITE, add_suite_options, start_model_of, suite_options
 from .demo import COLUMNS
 from .parser import Parser, positive
@@ -115,7 +115,7 @@ def sweep(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, fl
         title, model = mixture.title, mixture.model
         if options.method == WISE:
             title, model = f"alpha {options.alpha:g}", interpolate(zero_shot, ends[0], options.alpha)
-        save(model, title, suite, processor, options)
+        keep(model, title, suite, processor, options)
     return list(rows.values())
 
 
@@ -156,15 +156,13 @@ def mixed_images(
     yield Mixture(options.method, found.flat(), found, facts={"vrf": facts})
 
 
-def save(merged: Any, title: str, suite: ShiftSuite, processor: Any, options: argparse.Namespace) -> None:
+def keep(merged: Any, title: str, suite: ShiftSuite, processor: Any, options: argparse.Namespace) -> None:
     """Calibrate a merged model and save it."""
+    from .models import save
+
     evaluator = evaluator_of(merged, suite, processor, options)
     record = evaluator.calibrate()
-    with whole_files(options.output_dir / "model") as beside:
-        merged.save_pretrained(beside)
-        processor.save_pretrained(beside)
-        if evaluator.calibrator is not None:
-            evaluator.calibrator.save_pretrained(beside)
+    save(options.output_dir / "model", merged, processor, evaluator.calibrator)
     print(f"The model of {title}, temperature {record['temperature']:.3f}, is in model/")
 
 

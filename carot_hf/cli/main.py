@@ -52,10 +52,7 @@ def main(argv: Sequence[str]) -> int:
 def run_command(name: str, words: Sequence[str], called: str) -> int:
     """Run one command; return the exit status: 0, 2 after an error that is said in one line, 130 if interrupted.
 
-    Args:
-        name: Of the command.
-        words: Behind it; ``--debug`` lets an error end in its traceback.
-        called: How the user called it.
+    With ``--debug`` among the words an error ends in its traceback; ``called`` is how the user called the command.
     """
     debug, rest = _without_debug(words)
     try:
@@ -67,7 +64,9 @@ def run_command(name: str, words: Sequence[str], called: str) -> int:
     except (ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
         if debug:
             raise
-        print(f"{called}: {_in_a_line(error)}", file=sys.stderr)
+        from ..basics.escape import printable
+
+        print(f"{called}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     return 0
 
@@ -90,9 +89,3 @@ def _without_debug(words: Sequence[str]) -> tuple[bool, list[str]]:
         if word != "--debug" or behind in ("underflow_overflow", "tpu_metrics_debug")
     ]
     return len(kept) < len(words), kept
-
-
-def _in_a_line(error: BaseException) -> str:
-    from ..basics.escape import printable
-
-    return printable(" ".join(str(error).split()))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from ..basics.whole_file import whole_files
 from ..calibration.density import DensityCalibrator
 from ..calibration.record import calibration_record, needs_calibrator
 from ..models.backbones import BACKBONES, embedding_size
@@ -110,6 +111,14 @@ def _from_file(name: str, options: Any, device: str) -> Loaded:
         )
     model = load_clip_checkpoint(name, hidden_act=options.hidden_act)
     return Loaded(model.to(device), processor_of(options.processor), None)
+
+
+def save(place: Path, model: Any, processor: Any, calibrator: DensityCalibrator | None = None) -> None:
+    """Write a model with what belongs to it, all of it or nothing."""
+    with whole_files(place) as beside:
+        for part in (model, processor, calibrator):
+            if part is not None:
+                part.save_pretrained(beside)
 
 
 def classes_of(loaded: Loaded, name: str) -> tuple[list[str], list[str]]:

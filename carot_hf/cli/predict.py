@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
         facts["tables"] = tables  # a row of another table of this name may hold another image
     left = write.begin(facts, pictures)
     with tqdm(total=len(pictures), initial=len(pictures) - len(left), desc="Images") as bar:
-        for part in chunks(left, _CHUNK):
+        for start in range(0, len(left), _CHUNK):
+            part = left[start : start + _CHUNK]
             write.add(*predictor.predict(part))
             bar.update(len(part))
     bad = write.end()
@@ -123,12 +124,6 @@ def what_does_not_fit(options: argparse.Namespace) -> str | None:
     if options.output_file.suffix not in (".csv", ".jsonl"):
         return f"expected an --output_file .csv or .jsonl, got {options.output_file}"
     return None
-
-
-def chunks(pictures: Sequence[Picture], size: int) -> Iterator[Sequence[Picture]]:
-    """Yield so many pictures after the others."""
-    for start in range(0, len(pictures), size):
-        yield pictures[start : start + size]
 
 
 class Rows:

@@ -21,6 +21,7 @@ from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
 from ..evaluation.pareto import pareto
 from ..evaluation.plots import ece_by_set, id_ood_scatter, reliability_grid
+from . import demo
 from .published import CAROT, CAROT_INTERVALS, LATER
 
 Metrics = Mapping[str, float]
@@ -46,18 +47,11 @@ TITLES = {
     "model-stock": "Model Stock of FT",
     "vrf": "VRF of FT",
 }
-COLUMNS = {
-    "home acc": "eval_id_accuracy",
-    "shifted acc": "eval_ood_accuracy",
-    "home ECE": "eval_id_ece",
-    "shifted ECE": "eval_ood_ece",
-    "home ECE, T": "eval_id_ece_ts",
-    "shifted ECE, T": "eval_ood_ece_ts",
-}
+COLUMNS = dict(demo.COLUMNS[:6])  # those of a density have a table of their own
 SHIFT_COLUMNS = {
     f"{side}: {title}": f"eval_{name}_ece{ending}"
     for side, name in (("home", "id"), ("shifted", "ood"))
-    for title, ending in (("none", ""), ("home T", "_ts"), ("perturbed T", "_pts"), ("density", "_dts"))
+    for title, ending in demo.SERIES.items()
 }
 SHIFT_COLUMNS["shifted: oracle"] = "eval_ood_ece_oracle"
 INTERVALS = {"every-1": "1", "carot": "default", "every-2x": "2 x default", "never": "never"}
@@ -170,9 +164,9 @@ def against_flyp(metrics: Mapping[str, Sequence[Metrics]], costs: Mapping[str, f
             if any(keys[column] not in run for pair in pairs for run in pair):
                 row.append("")
                 continue
-            mean, half = mean_and_half_width([a[keys[column]] - b[keys[column]] for a, b in pairs])
-            mark = "" if math.isnan(half) or abs(mean) <= half else " better" if mean * better > 0 else " worse"
-            row.append(f"{mean:+.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}") + mark)
+            differences = [a[keys[column]] - b[keys[column]] for a, b in pairs]
+            mark = {1: " better", -1: " worse", 0: ""}[verdict(differences, better)]
+            row.append(number(differences, sign="+") + mark)
         cells.append([*row, f"{costs[name] / costs['flyp']:.2f}" if name in costs else ""])
     return [
         "## Each method beside FLYP",
@@ -186,18 +180,13 @@ def against_flyp(metrics: Mapping[str, Sequence[Metrics]], costs: Mapping[str, f
 
 def draw_pareto(folder: Path, metrics: Mapping[str, Sequence[Metrics]], costs: Mapping[str, float]) -> None:
     """Write the picture of what accuracy under shift costs in ECE and in time."""
-
-    def mean(name: str, key: str) -> float:
-        return mean_and_half_width([run[key] for run in metrics[name]])[0]
-
-    names = [name for name in TITLES if name in metrics]
-    panels = {"ECE under shift, T of home": {TITLES[n]: (mean(n, COLUMNS["shifted ECE, T"]), n) for n in names}}
+    shifted = {name: mean(metrics[name], COLUMNS["shifted acc"]) for name in TITLES if name in metrics}
+    eces = {TITLES[n]: (mean(metrics[n], COLUMNS["shifted ECE, T"]), accuracy) for n, accuracy in shifted.items()}
+    points = {"ECE under shift, T of home": eces}
     if "flyp" in costs:
-        panels["seconds a step / FLYP's"] = {TITLES[n]: (costs[n] / costs["flyp"], n) for n in names if n in costs}
-    points = {
-        cost: {title: (value, mean(name, COLUMNS["shifted acc"])) for title, (value, name) in panel.items()}
-        for cost, panel in panels.items()
-    }
+        points["seconds a step / FLYP's"] = {
+            TITLES[n]: (costs[n] / costs["flyp"], accuracy) for n, accuracy in shifted.items() if n in costs
+        }
     with whole_file(folder / "pareto.png") as beside:
         pareto(points, "accuracy under shift").savefig(beside, dpi=80)
 
@@ -206,8 +195,7 @@ def later_tables() -> list[str]:
     """Published figures of the methods since, a table a paper: the same method has others in each."""
     parts = ["## Published since"]
     for source, rows in LATER.items():
-        cells = [[TITLES[name], *(f"{value:.4f}" for value in values)] for name, values in rows.items()]
-        parts += [f"{source}:", table([["", "home acc", "shifted acc"], *cells])]
+        parts += [f"{source}:", as_published(rows, TITLES, ["home acc", "shifted acc"])]
     return parts
 
 
@@ -295,10 +283,23 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
-def number(values: Sequence[float], digits: int = 3) -> str:
-    """``mean ± half width`` without leading zeros."""
+def mean(runs: Sequence[Metrics], key: str) -> float:
+    """Mean of a metric over the seeds."""
+    return mean_and_half_width([run[key] for run in runs])[0]
+
+
+def verdict(differences: Sequence[float], better: int) -> int:
+    """Say 1 where the interval of differences is on the better side of 0, -1 where on the other, 0 where on both."""
+    mean, half = mean_and_half_width(differences)
+    if math.isnan(half) or abs(mean) <= half:
+        return 0
+    return 1 if mean * better > 0 else -1
+
+
+def number(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """``mean ± half width``."""
     mean, half = mean_and_half_width(values)
-    text = f"{mean:.{digits}f}"
+    text = f"{mean:{sign}.{digits}f}"
     return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
@@ -315,12 +316,16 @@ def published_table(
     published: Mapping[str, Sequence[float]], titles: Mapping[str, str], columns: Sequence[str]
 ) -> list[str]:
     """The paper's figures, in the same order."""
-    rows = [[titles[method], *(f"{value:.4f}" for value in values)] for method, values in published.items()]
     return [
         "Published (CaRot 2023; its ECE is the mean over batches of 512, compare it with `ece_batch_mean` in "
         "results.csv):",
-        table([["", *columns], *rows]),
+        as_published(published, titles, columns),
     ]
+
+
+def as_published(rows: Mapping[str, Sequence[float]], titles: Mapping[str, str], columns: Sequence[str]) -> str:
+    """A table of figures with the digits of the papers."""
+    return table([["", *columns], *([titles[name], *(f"{v:.4f}" for v in values)] for name, values in rows.items())])
 
 
 def paired(ours: Sequence[Metrics], theirs: Sequence[Metrics]) -> str:
@@ -329,14 +334,9 @@ def paired(ours: Sequence[Metrics], theirs: Sequence[Metrics]) -> str:
     for title, better in (("shifted acc", 1), ("shifted ECE", -1), ("shifted ECE, T", -1)):
         key = COLUMNS[title]
         differences = [a[key] - b[key] for a, b in zip(ours, theirs, strict=True)]
-        mean, half = mean_and_half_width(differences)
-        if math.isnan(half) or abs(mean) <= half:
-            verdict = "undecided" if not math.isnan(half) else "one seed: undecided"
-        else:
-            verdict = "CaRot is better" if mean * better > 0 else "FLYP is better"
-        by_seed = ", ".join(f"{value:+.3f}" for value in differences)
-        width = "" if math.isnan(half) else f" ± {half:.3f}"
-        rows.append([title, f"{mean:+.3f}{width}", by_seed, verdict])
+        undecided = "undecided" if len(differences) > 1 else "one seed: undecided"
+        said = {1: "CaRot is better", -1: "FLYP is better", 0: undecided}[verdict(differences, better)]
+        rows.append([title, number(differences, sign="+"), ", ".join(f"{value:+.3f}" for value in differences), said])
     return table(rows)
 
 
@@ -349,17 +349,9 @@ def write_csv(path: Path, metrics: Mapping[str, Sequence[Metrics]], seeds: Seque
         writer.writerow(["method", "seed", *names])
         for method, runs in metrics.items():
             for seed, run in zip(seeds, runs, strict=False):
-                writer.writerow(
-                    [
-                        method,
-                        seed if len(runs) > 1 or method != "zero-shot" else "",
-                        *(_cell(run.get(n)) for n in names),
-                    ]
-                )
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
+                shown = seed if len(runs) > 1 or method != "zero-shot" else ""
+                values = [run.get(name) for name in names]
+                writer.writerow([method, shown, *("" if value is None else f"{value:.6g}" for value in values)])
 
 
 def draw_figures(
@@ -388,24 +380,13 @@ def draw_figures(
     }.items():
         with whole_file(folder / name) as beside:
             reliability_grid(tables).savefig(beside, dpi=60)
-    series = {"none": "", "home T": "_ts", "perturbed T": "_pts", "density": "_dts", "oracle": "_oracle"}
-    panels = {
-        TITLES[method]: {
-            title: {name: [run[f"eval_{name}_ece{end}"] for run in metrics[method]] for name in sets}
-            for title, end in series.items()
-            if all(f"eval_{name}_ece{end}" in run for run in metrics[method] for name in sets)
-        }
-        for method in methods
-    }
+    series = {**demo.SERIES, "oracle": "_oracle"}
+    panels = {TITLES[method]: demo.eces_by_set(metrics[method], sets, series) for method in methods}
     with whole_file(folder / "ece_by_set.png") as beside:
         ece_by_set(panels).savefig(beside, dpi=80)
     points = {
-        TITLES[method]: (
-            mean_and_half_width([run["eval_id_accuracy"] for run in metrics[method]])[0],
-            mean_and_half_width([run["eval_ood_accuracy"] for run in metrics[method]])[0],
-        )
-        for method in TITLES
-        if method in metrics
+        title: (mean(by_seed, "eval_id_accuracy"), mean(by_seed, "eval_ood_accuracy"))
+        for title, by_seed in titled(metrics, TITLES).items()
     }
     curves = {
         TITLES.get(method, method): [(row["eval_id_accuracy"], row["eval_ood_accuracy"]) for row in rows]

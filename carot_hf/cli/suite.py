@@ -33,11 +33,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def refuse_written(options: argparse.Namespace, suite: str | None = None) -> None:
-    """Refuse to replace a file, but for the picture of an earlier check.
+    """Refuse to replace a file, but for the picture of an earlier check of this suite, or of any if none is named.
 
-    Args:
-        options: Of the command line.
-        suite: Name of the one that is checked; ``None``: it is not loaded yet, and may be any.
     Raises:
         ValueError: If another file is there, and nobody asked for another one in its place.
     """
@@ -113,13 +110,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def report(suite: Any, sets: dict[str, Any], found: Any) -> str:
-    """What is known of a suite without decoding an image, in sections.
-
-    Args:
-        suite: The suite.
-        sets: Its sets, by the names of the survey.
-        found: Its survey.
-    """
+    """What is known of a suite without decoding an image, in sections; its sets have the names of its survey."""
     from ..data.samples import doubtful_names, example_captions, matching
 
     version = "" if suite.version is None else f", version {suite.version}"

@@ -25,9 +25,9 @@ import subprocess  # nosec B404  # runs our own commands, without a shell
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,8 +185,8 @@ def train_cell(
         arguments += ["--num_train_epochs", str(QUICK_EPOCHS)]
     if options.processes > 1:
         arguments += ["--per_device_train_batch_size", str(BATCH // options.processes)]
-    cell = Cell(f"{name}-{seed}", TRAIN, (*arguments, *start(options), *common(options)))
-    return replace(cell, processes=options.processes)
+    words = (*arguments, *start(options), *common(options))
+    return Cell(f"{name}-{seed}", TRAIN, words, processes=options.processes)
 
 
 def start(options: argparse.Namespace, flag: str = "--model_name_or_path") -> tuple[str, ...]:
@@ -210,24 +210,21 @@ def plan(
 ) -> dict[str, list[Cell]]:
     """Lay out all training runs: one a method and seed."""
     every = "--teacher_update_every"
-
-    def smoothed(name: str, seed: int) -> Cell:
-        return train_cell(f"{name}-eps{chosen[name]:g}", name, seed, options, smoothing=chosen[name])
-
-    special: dict[str, Callable[[int], Cell]] = {
-        "ft-ls": lambda seed: smoothed("ft-ls", seed),
-        "flyp-ls": lambda seed: smoothed("flyp-ls", seed),
-        "carot": lambda seed: train_cell("carot", "carot", seed, options, every, str(interval)),
-        "carot-2024": lambda seed: train_cell("carot-2024", "carot-2024", seed, options, every, str(interval)),
-        "tracer": lambda seed: train_cell("tracer", "tracer", seed, options, every, "1"),
-        "every-1": lambda seed: train_cell("carot-every-1", "carot", seed, options, every, "1"),
-        "every-2x": lambda seed: train_cell("carot-every-2x", "carot", seed, options, every, str(2 * interval)),
-        "never": lambda seed: train_cell("carot-never", "carot", seed, options, "--teacher", "frozen"),
-        "fd": lambda seed: train_cell("fd", "fd", seed, options, every, "1"),
+    special = {  # name, preset, and what is said beside it
+        "carot": ("carot", "carot", every, str(interval)),
+        "carot-2024": ("carot-2024", "carot-2024", every, str(interval)),
+        "tracer": ("tracer", "tracer", every, "1"),
+        "every-1": ("carot-every-1", "carot", every, "1"),
+        "every-2x": ("carot-every-2x", "carot", every, str(2 * interval)),
+        "never": ("carot-never", "carot", "--teacher", "frozen"),
+        "fd": ("fd", "fd", every, "1"),
     }
 
     def make(method: str, seed: int) -> Cell:
-        return special[method](seed) if method in special else train_cell(method, method, seed, options)
+        if method in chosen:
+            return train_cell(f"{method}-eps{chosen[method]:g}", method, seed, options, smoothing=chosen[method])
+        name, preset, *flags = special.get(method, (method, method))
+        return train_cell(name, preset, seed, options, *flags)
 
     zero_shot = (*suite_words(options), *start(options), "--zero_shot", "--seed", str(seeds[0]), *common(options))
     return {

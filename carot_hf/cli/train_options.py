@@ -173,21 +173,12 @@ def config_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         name = _NAMES.get(key, key)
         if name not in actions:
             raise ValueError(f"{path}: expected an option, got {key!r}.{nearest(str(key), actions)}")
-        if name == "suite" and isinstance(value, Mapping):
-            value = _own_path(path)  # the suite stands in the file itself: see suite_from_file
+        if name == "suite" and isinstance(value, Mapping):  # it stands in the file itself: see suite_from_file
+            if path.suffix not in (".yaml", ".yml"):  # its name would be that of something else
+                raise ValueError(f"Expected a file .yaml as --config with a suite in it, got {path}. Rename it.")
+            value = str(path)
         words += _words(name, value, actions[name])
     return words
-
-
-def _own_path(path: Path) -> str:
-    """The path of a file with a suite in it, as a suite is named.
-
-    Raises:
-        ValueError: If its name would be that of something else.
-    """
-    if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"Expected a file .yaml as --config with a suite in it, got {path}. Rename it.")
-    return str(path)
 
 
 def _words(name: str, value: Any, action: argparse.Action) -> list[str]:

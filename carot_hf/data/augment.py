@@ -6,7 +6,6 @@ passes a ``transform`` to the trainer (:mod:`carot_hf.data.own_transform`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -99,11 +98,7 @@ def changed(image: Image.Image, changes: Changes) -> Image.Image:
 
 
 class Unvaried:
-    """A transform whose training images are those of the evaluation.
-
-    Args:
-        transform: The model's.
-    """
+    """A model's transform whose training images are those of the evaluation."""
 
     train_size = None  # images are decoded at full size, as in evaluation
 
@@ -116,18 +111,14 @@ class Unvaried:
 
 
 class Varied:
-    """A transform whose training images have changed colours, beside their crop.
+    """A model's transform whose training images have changed colours, beside their crop.
 
     The colours change after the crop, and after the resize where the model takes images of one size.
-
-    Args:
-        transform: The model's.
-        augmentation: From what the changes are drawn.
     """
 
     def __init__(self, transform: ImageTransform | PatchTransform, augmentation: Augmentation) -> None:
         self.evaluate, self._augmentation = transform.evaluate, augmentation
-        self._transform = _with_scale(transform, augmentation.scale)
+        self._transform = replace(transform, scale=augmentation.scale)
         self.train_size = self._transform.train_size
 
     def train(self, image: Image.Image, generator: np.random.Generator) -> Any:
@@ -141,12 +132,7 @@ class Varied:
 
 
 def augmented(transform: ImageTransform | PatchTransform, name: str) -> Any:
-    """Return a transform whose training images vary in another way; its evaluation stays.
-
-    Args:
-        transform: The model's; its own way is "crop".
-        name: Of `AUGMENTATIONS`.
-    """
+    """Return a model's transform, whose way is "crop", with training images that vary in another of `AUGMENTATIONS`."""
     augmentation = AUGMENTATIONS[name]
     if name == PUBLISHED:
         return transform
@@ -157,16 +143,6 @@ def described(name: str) -> str:
     """Say in words how training images vary."""
     augmentation = AUGMENTATIONS[name]
     return f"{name}: {'training images are resized as in evaluation' if augmentation is None else augmentation}"
-
-
-def _with_scale(
-    transform: ImageTransform | PatchTransform, scale: tuple[float, float]
-) -> ImageTransform | PatchTransform:
-    if isinstance(transform, ImageTransform):
-        return replace(transform, scale=scale)
-    made = copy.copy(transform)
-    made.scale = scale
-    return made
 
 
 def _as_image(pixels: Tensor) -> Image.Image:

@@ -235,14 +235,7 @@ class DrawPlace:
 
 
 def collator_of(transform: Any, captions: CaptionTable, seed: int, data: Any) -> CaRotCollator:
-    """Make the collator of a training; the tokens of captions that a set brings are computed at once.
-
-    Args:
-        transform: The image transform.
-        captions: Tokens by class and template.
-        seed: Seed of crops and templates.
-        data: What is trained on.
-    """
+    """Make the collator of a training; the tokens of captions that a set brings are computed at once."""
     own = getattr(data, "captions", None) or []
     texts = [text for given in own for text in ([given] if isinstance(given, str) else given)]
     if texts and (cut := captions.remember(texts)):

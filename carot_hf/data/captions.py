@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,11 +110,7 @@ class CaptionTable:
         self._plain: NDArray[np.int64] | None = None  # tokens that are no special ones
         self._own: dict[str, NDArray[np.int32]] = {}  # tokens of captions that are not made of class names
         captions = [fill_template(template, name) for name in class_names for template in templates]
-        rows: list[NDArray[np.int32]] = []
-        for start in range(0, len(captions), _AT_ONCE):
-            part = captions[start : start + _AT_ONCE]
-            encoded = tokenizer(part, padding=False, truncation=False, return_attention_mask=False, verbose=False)
-            rows += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
+        rows = list(self._rows(captions, truncation=False, verbose=False))
         lengths = torch.tensor([len(row) for row in rows])
         longest = int(lengths.argmax())
         if lengths[longest] > max_length:
@@ -198,7 +194,7 @@ class CaptionTable:
             ValueError: If a token is one that the text tower does not know.
         """
         unknown = [caption for caption in dict.fromkeys(captions) if caption not in self._own]
-        found = {**dict(zip(unknown, self._rows(unknown), strict=True)), **self._own} if unknown else self._own
+        found = {**self._cut(unknown), **self._own} if unknown else self._own
         rows = self._tokenizer.pad(
             {"input_ids": [found[caption].tolist() for caption in captions]},
             padding="max_length" if self._padded else True,
@@ -215,14 +211,8 @@ class CaptionTable:
             How many of them are longer than the model's context, and cut.
         """
         texts = list(dict.fromkeys(captions))
-        self._own = {}
-        cut = 0
-        for start in range(0, len(texts), _AT_ONCE):
-            part = texts[start : start + _AT_ONCE]
-            whole = self._tokenizer(part, padding=False, truncation=False, return_attention_mask=False, verbose=False)
-            cut += sum(len(row) > self._max_length for row in whole["input_ids"])
-            self._own.update(zip(part, self._rows(part), strict=True))
-        return cut
+        self._own = self._cut(texts)
+        return sum(len(row) > self._max_length for row in self._rows(texts, truncation=False, verbose=False))
 
     def random(self, count: int, length: int, seed: Sequence[int]) -> dict[str, Tensor]:
         """Return strings of random tokens between the markers that captions have; special tokens are not drawn.
@@ -252,14 +242,19 @@ class CaptionTable:
                 "Its random texts are read from the published code, which has them for CLIP: set the weight to 0."
             )
 
-    def _rows(self, captions: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Tokens of each caption, cut at the model's context, not padded."""
-        encoded = self._tokenizer(
-            list(captions), padding=False, truncation=True, max_length=self._max_length, return_attention_mask=False
-        )
-        rows = [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
-        self._check_ids(torch.from_numpy(np.concatenate(rows)))
-        return rows
+    def _rows(self, captions: Sequence[str], **options: Any) -> Iterator[NDArray[np.int32]]:
+        """Tokens of each caption, not padded."""
+        for start in range(0, len(captions), _AT_ONCE):
+            part = list(captions[start : start + _AT_ONCE])
+            encoded = self._tokenizer(part, padding=False, return_attention_mask=False, **options)
+            yield from (np.array(row, dtype=np.int32) for row in encoded["input_ids"])
+
+    def _cut(self, captions: Sequence[str]) -> dict[str, NDArray[np.int32]]:
+        """Tokens of each caption, not padded, cut at the model's context."""
+        rows = self._rows(captions, truncation=True, max_length=self._max_length)
+        found = dict(zip(captions, rows, strict=True))
+        self._check_ids(torch.from_numpy(np.concatenate(list(found.values()))))
+        return found
 
     def _check_alike(self, class_names: Sequence[str]) -> None:
         """Refuse classes of different names whose captions are the same tokens: no model could tell them apart."""
@@ -289,10 +284,6 @@ class CaptionTable:
 def caption_embeddings(model: Any, captions: CaptionTable, *, batch_size: int = 1024) -> Tensor:
     """Embed all captions of a table, in large batches of similar length, which are the same at each call.
 
-    Args:
-        model: As in `class_embeddings`.
-        captions: The table of captions.
-        batch_size: Captions at a time.
     Returns:
         ``(K M, D)`` in at least float32 on the model's device, rows of length 1, classes first.
     """

@@ -53,11 +53,8 @@ class Groups:
 
 
 def groups_of(data: Any, rows: Any) -> NDArray[np.int32] | None:
-    """Return the ``(n,)`` groups of the images of a set; ``None``: it has none.
+    """Return the ``(n,)`` groups of the images of a set, of which ``rows`` were read; ``None``: it has none.
 
-    Args:
-        data: The set.
-        rows: Something with as many rows as were read of it.
     Raises:
         ValueError: If there is another number of groups than of rows.
     """

@@ -8,11 +8,7 @@ from pathlib import Path
 
 
 class ImageRoots:
-    """Folders in or below which images must lie, wherever links lead.
-
-    Args:
-        folders: They need not exist.
-    """
+    """Folders, which need not exist, in or below which images must lie, wherever links lead."""
 
     def __init__(self, folders: Iterable[str | Path]) -> None:
         self.folders = tuple(dict.fromkeys(os.path.realpath(folder) for folder in folders))

@@ -126,11 +126,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def is_image_name(name: str | os.PathLike[str]) -> bool:
-    """Whether a file is an image by its name, in any case: `image_suffixes` has its suffix, and it is not hidden.
-
-    Args:
-        name: Of a file, or a path to it.
-    """
+    """Whether a file is an image by its name, in any case: `image_suffixes` has its suffix, and it is not hidden."""
     path = PurePath(name)
     return path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
 
@@ -245,18 +241,14 @@ def _check_high_bytes(image: Image.Image) -> None:
 
     An image that is black all over passes.
     """
-    colours = [high for band, (_, high) in zip(image.getbands(), _extrema(image), strict=True) if band != "A"]
+    bands, extrema = image.getbands(), image.getextrema()  # of each band the smallest and the largest value
+    ranges: Any = extrema if len(bands) > 1 else [extrema]
+    colours = [high for band, (_, high) in zip(bands, ranges, strict=True) if band != "A"]
     brightest = int(max(colours))
     if 0 < brightest <= 16:  # 4,095 of 65,535 is 15.9 of 255, which PIL cuts off or rounds
         raise BadImageError(
             f"16-bit colours of which the brightest is {brightest} of 255, as if of 12 bits; save them with 8 bits each"
         )
-
-
-def _extrema(image: Image.Image) -> Any:
-    """Smallest and largest value of each band."""
-    found = image.getextrema()
-    return found if len(image.getbands()) > 1 else [found]
 
 
 def _levels(grey: NDArray[Any], top: int) -> NDArray[np.uint8]:

@@ -74,20 +74,19 @@ class ClassNames:
         if label_names is None:
             return {}
         if isinstance(label_names, Mapping):
-            found = {str(name): self._class(str(name), value) for name, value in label_names.items()}
-        else:
-            if isinstance(label_names, str) or len(label_names) != len(self.class_names):
-                raise ValueError(
-                    f"Expected {len(self.class_names)} `label_names`, one for each class in order, got "
-                    f"{shown(label_names)}. Name them all, or give a mapping from the data's names to class names."
-                )
-            found = _unique((str(name), index) for index, name in enumerate(label_names))
-            if len(found) < len(label_names):
-                twice = [name for name, count in Counter(map(str, label_names)).items() if count > 1]
-                raise ValueError(
-                    f"Expected distinct `label_names`, got {twice[0]!r} more than once. Give each class one name, or "
-                    "a mapping from the data's names to class names."
-                )
+            return {str(name): self._class(str(name), value) for name, value in label_names.items()}
+        if isinstance(label_names, str) or len(label_names) != len(self.class_names):
+            raise ValueError(
+                f"Expected {len(self.class_names)} `label_names`, one for each class in order, got "
+                f"{shown(label_names)}. Name them all, or give a mapping from the data's names to class names."
+            )
+        found = _unique((str(name), index) for index, name in enumerate(label_names))
+        if len(found) < len(label_names):
+            twice = [name for name, count in Counter(map(str, label_names)).items() if count > 1]
+            raise ValueError(
+                f"Expected distinct `label_names`, got {twice[0]!r} more than once. Give each class one name, or "
+                "a mapping from the data's names to class names."
+            )
         return found
 
     def _class(self, name: str, value: Any) -> int:
@@ -269,16 +268,7 @@ def _unique(pairs: Any) -> dict[str, int]:
 
 
 def label_in_range(label: Any, num_labels: int, name: str, where: str) -> int:
-    """Return a whole number in range as a class index.
-
-    Args:
-        label: A number.
-        num_labels: Labels of the set.
-        name: Of the set.
-        where: In it.
-    Raises:
-        ValueError: If it is none.
-    """
+    """Return a whole number in ``[0, num_labels)`` as a class index, or raise a ValueError."""
     whole = isinstance(label, int | np.integer) or (isinstance(label, float | np.floating) and label == label // 1)
     if isinstance(label, bool) or not whole or not 0 <= label < num_labels:
         raise ValueError(

@@ -27,13 +27,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class WrongPixelsError(ValueError):
-    """What a transform has returned is not what the model takes.
-
-    Args:
-        expected: What is.
-        got: What came.
-        cure: A sentence.
-    """
+    """What a transform has returned is not what the model takes."""
 
     def __init__(self, expected: str, got: str, cure: str) -> None:
         super().__init__(f"Expected {expected} of `transform`, got {got}. {cure}")

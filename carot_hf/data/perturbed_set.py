@@ -28,11 +28,10 @@ class PerturbedRows:
         name: See :data:`~carot_hf.data.perturbations.PERTURBATIONS`.
         severity: 0 (mild) to 4 (strong).
         side: Short side in pixels that images are brought down to.
-        seed: Another seed gives other copies.
     """
 
-    def __init__(self, data: ShiftSet, name: str, severity: int, *, side: int, seed: int = SEED) -> None:
-        self.data, self.name, self.severity, self.side, self.seed = data, name, severity, side, seed
+    def __init__(self, data: ShiftSet, name: str, severity: int, *, side: int) -> None:
+        self.data, self.name, self.severity, self.side = data, name, severity, side
 
     def __len__(self) -> int:
         return len(self.data)
@@ -41,20 +40,14 @@ class PerturbedRows:
         index = range(len(self))[index]
         item = self.data.fetch(index)
         image = _brought_down(item["image"], self.side)
-        return {**item, "image": perturbed(image, self.name, self.severity, seed=self.seed, index=index)}
+        return {**item, "image": perturbed(image, self.name, self.severity, seed=SEED, index=index)}
 
 
-def perturbed_sets(data: ShiftSet, *, side: int, seed: int = SEED) -> dict[str, ShiftSet]:
-    """Return a set of copies for each kind and severity, by ``<kind> <severity>``.
-
-    Args:
-        data: Held-out images with labels.
-        side: See `PerturbedRows`.
-        seed: See there.
-    """
+def perturbed_sets(data: ShiftSet, *, side: int) -> dict[str, ShiftSet]:
+    """Return a set of copies of held-out images for each kind and severity, by ``<kind> <severity>``."""
     return {
         f"{name} {PERTURBATIONS[name][severity]:.2g}": ShiftSet(
-            PerturbedRows(data, name, severity, side=side, seed=seed),
+            PerturbedRows(data, name, severity, side=side),
             name=f"{data.name} ({name} {severity})",
             num_classes=data.num_classes,
             labels=data.labels,
@@ -63,17 +56,16 @@ def perturbed_sets(data: ShiftSet, *, side: int, seed: int = SEED) -> dict[str, 
     }
 
 
-def class_balanced(labels: NDArray[np.int64], size: int, seed: int = SEED) -> NDArray[np.int64]:
-    """Draw rows, of each class as many as of the others as far as there are; sorted.
+def class_balanced(labels: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Draw rows, of each class as many as of the others as far as there are, by its own rows alone; sorted.
 
     Args:
         labels: ``(N,)`` class indices.
         size: How many rows; all if there are fewer.
-        seed: Of the draw; a class's rows depend on nothing else.
     """
     ranks, ties = np.empty(len(labels), dtype=np.int64), np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels).tolist():
-        generator = np.random.default_rng((seed, label))
+        generator = np.random.default_rng((SEED, label))
         members = np.flatnonzero(labels == label)
         ranks[generator.permutation(members)] = np.arange(len(members))
         ties[members] = generator.integers(0, 2**62)  # which classes give one more, where not all can

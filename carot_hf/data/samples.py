@@ -55,11 +55,9 @@ def spread(size: int, count: int) -> list[int]:
 def draw(data: ShiftSet, count: int) -> Draw:
     """Read some items, spread over the classes that the set has; the same ones in every call.
 
-    In the place of an image that cannot be decoded comes the next one of its class, or of another one.
+    In the place of an image that cannot be decoded comes the next one of its class, or of another one. Of a set that is
+    smaller than ``count`` all are read.
 
-    Args:
-        data: The set.
-        count: Items; of a smaller set all.
     Raises:
         ValueError: If a label is none.
     """

@@ -71,7 +71,7 @@ class StreamedSet(ShiftSet):
         to_label: Callable[[Any], Any],
         **options: Any,
     ) -> None:
-        super().__init__(_Passing(size), name=name, num_classes=num_classes, **options)
+        super().__init__(range(size), name=name, num_classes=num_classes, **options)
         self.rows, self.to_label = rows, to_label
         self._left_out: dict[int, set[int]] = {}
 
@@ -87,7 +87,7 @@ class StreamedSet(ShiftSet):
     def leave_out(self, positions: Mapping[int, set[int]]) -> None:
         """Make rows no part of this set, in place: positions by file."""
         self._left_out = {int(file): set(places) for file, places in positions.items()}
-        self.data = _Passing(len(self.data) - sum(len(places) for places in self._left_out.values()))
+        self.data = range(len(self.data) - sum(len(places) for places in self._left_out.values()))
 
     def share(self, reader: int, readers: int, order: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
         """Yield number and undecoded item of the rows that fall to one reader of several.
@@ -146,12 +146,8 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
     """
 
     def __init__(self, data: StreamedSet, rank: int, world: int, *, skip: bool = False) -> None:
-        self.data, self.rank, self.world, self.skip = (
-            data,
-            rank,
-            world,
-            skip and data.right is None,
-        )  # as of a `ReadSet`
+        self.data, self.rank, self.world = data, rank, world
+        self.skip = skip and data.right is None  # as of a `ReadSet`
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row, item in self.data.decoded(self.data.share(*_reader(self.rank, self.world)), skip=self.skip):
@@ -203,8 +199,7 @@ class StreamedDraws(IterableDataset):  # type: ignore[type-arg]
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch, worker = int(self._epoch), get_worker_info()
-        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        epoch, (part, parts) = int(self._epoch), _reader(0, 1)  # among the workers of this process
         left = self.batch_size * (self.batches // parts + (part < self.batches % parts))
         reader, readers = _reader(self.rank, self.world)
         passes = 0
@@ -236,16 +231,6 @@ class RowCollator:
         """Return ``(b,)`` int64 and the batch."""
         rest = [{key: value for key, value in sample.items() if key != "row"} for sample in samples]
         return torch.tensor([sample["row"] for sample in samples]), self._collator(rest)
-
-
-class _Passing:
-    """Rows that only have a number."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
 
 
 def _reader(rank: int, world: int) -> tuple[int, int]:

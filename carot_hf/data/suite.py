@@ -166,11 +166,7 @@ class ShiftSuite:
 
 
 def check_set_names(names: Sequence[str]) -> None:
-    """Raise a ValueError unless sets, the test set and the shifts, can have metrics that are called so.
-
-    Args:
-        names: Of all of them.
-    """
+    """Raise a ValueError unless sets, the test set and the shifts, can have metrics that are called so."""
     taken = [f"teacher_{name}" for name in (*names, *RESERVED_NAMES)]  # what a teacher's metrics begin with
     for name in names:
         text = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_\-]+", name)

@@ -234,13 +234,7 @@ def _size_of(path: str) -> int:
 
 
 def say_positions(data: ShiftSet, class_names: Sequence[str], said: set[tuple[Any, ...]]) -> None:
-    """Say once how many rows each class is taken to have, where labels are numbers without names.
-
-    Args:
-        data: The set.
-        class_names: Of the suite.
-        said: What has been said; grows.
-    """
+    """Say once how many rows each class is taken to have, where labels are numbers without names; ``said`` grows."""
     if data.labels is None or data.has_names or data.columns is not None or data.right is not None:
         return
     counts = np.bincount(data.labels, minlength=data.num_classes).tolist()

@@ -126,6 +126,7 @@ class ImageTransform:
         return to_tensor(image.resize((width, height), self.resample, box=box))
 
 
+@dataclass(eq=False)
 class PatchTransform:
     """PIL image to patches for a model that takes images of any shape (SigLIP 2 NaFlex), by its image processor.
 
@@ -139,23 +140,23 @@ class PatchTransform:
         ValueError: If an option is one that cannot act here; the message names it.
     """
 
+    processor: Any
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     train_size = None  # how large an image must be decoded follows from its shape: at full size
 
-    def __init__(
-        self, processor: Any, scale: tuple[float, float] = (0.9, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    ) -> None:
-        self._processor = getattr(processor, "image_processor", processor)
-        _check_flags(self._processor)
-        self.scale, self.ratio = scale, ratio
+    def __post_init__(self) -> None:
+        self.processor = getattr(self.processor, "image_processor", self.processor)
+        _check_flags(self.processor)
 
     @property
     def patch_size(self) -> int:
         """Side of a patch, in pixels."""
-        return int(self._processor.patch_size)
+        return int(self.processor.patch_size)
 
     def evaluate(self, image: Image.Image) -> dict[str, Tensor]:
         """Resize to as many patches as the processor allows: what it returns, for one image."""
-        batch = self._processor(images=[image], return_tensors="pt")
+        batch = self.processor(images=[image], return_tensors="pt")
         return {name: values[0] for name, values in batch.items()}
 
     def train(self, image: Image.Image, generator: np.random.Generator) -> dict[str, Tensor]:
@@ -191,11 +192,8 @@ def short_side(transform: ImageTransform) -> int:
 
 
 def check_image_size(model: Any, transform: ImageTransform | PatchTransform) -> None:
-    """Refuse a processor that gives images of another size than the model takes.
+    """Refuse a processor that gives images of another size than a model with a ``vision_config`` takes.
 
-    Args:
-        model: With a ``vision_config``; any other passes.
-        transform: Of its processor.
     Raises:
         ValueError: If the sizes, or those of the patches, are not the same.
     """
@@ -227,21 +225,14 @@ def _can_be_fitted(model: Any, size: tuple[int, int]) -> bool:
 
 def _check_flags(images: Any) -> None:
     """Refuse what no transform here does."""
-    if not getattr(images, "do_resize", True):
-        raise ValueError(
-            "Expected an image processor with `do_resize` True, got False. Images come in any size: leave it True, and "
-            "set `size`."
-        )
-    if not getattr(images, "do_rescale", True):
-        raise ValueError(
-            "Expected an image processor with `do_rescale` True, got False. Images are decoded to values from 0 to 255 "
-            "here: leave it True, and set `rescale_factor` if the model takes another range than 0 to 1."
-        )
-    if getattr(images, "do_pad", False):
-        raise ValueError(
-            "Expected an image processor with `do_pad` False, got True. Images are resized and cropped to one size: "
-            "leave it out, and set `size` and `crop_size`."
-        )
+    for option, wanted, cure in (
+        ("do_resize", True, "Images come in any size: leave it True, and set `size`."),
+        ("do_rescale", True, "Images are decoded to values from 0 to 255 here: leave it True, and set `rescale_factor` "
+         "if the model takes another range than 0 to 1."),
+        ("do_pad", False, "Images are resized and cropped to one size: leave it out, and set `size` and `crop_size`."),
+    ):  # fmt: skip
+        if bool(getattr(images, option, wanted)) is not wanted:
+            raise ValueError(f"Expected an image processor with `{option}` {wanted}, got {not wanted}. {cure}")
 
 
 def _sides_of(size: Any) -> tuple[int, int] | None:
@@ -376,13 +367,9 @@ def _resized(image: Image.Image, target: tuple[int, int], resample: int) -> Imag
 def _resized_part(
     image: Image.Image, target: tuple[int, int], box: tuple[int, int, int, int], resample: int
 ) -> Image.Image:
-    """Return a part of an image, resized, and make no more than that part.
+    """A part of an image that is resized to a width and a height, and no more than that part.
 
-    Args:
-        image: Any.
-        target: Width and height of the resized image.
-        box: Left, top, right and bottom of the part in it.
-        resample: PIL's filter.
+    ``box`` has left, top, right and bottom of the part in the resized image.
     """
     cut, inner = [], []
     for axis in (0, 1):

@@ -23,13 +23,8 @@ def places_of(root: Path, hub_id: str, name: str) -> list[Path]:
 
 
 def copy_of(root: Path | None, hub_id: str, name: str, *, cure: str = "") -> str | Path:
-    """Return the local copy of a data set, or its id if it is read from the Hub.
+    """Return the local copy of a data set, or its id if there is no ``root`` of copies and it is read from the Hub.
 
-    Args:
-        root: Of the copies; ``None``: the Hub.
-        hub_id: Its id.
-        name: Its name here.
-        cure: What else helps, for the error.
     Raises:
         ValueError: If there is no copy in the folder.
     """

@@ -96,12 +96,7 @@ class Description(NamedTuple):
 
 
 def describe(look: Look, base: Path) -> Description:
-    """Write the sets of a folder down.
-
-    Args:
-        look: What it holds.
-        base: Folder of the file, to which its paths are relative.
-    """
+    """Write the sets of a folder down, with paths that are relative to ``base``, the folder of the file."""
     names = class_names_of(look)
     writer = _Writer(look, ClassNames(names), base)
     writer.top()

@@ -67,11 +67,8 @@ def suite_from_folder(path: str | Path, *, streaming: bool = False) -> ShiftSuit
 
 
 def describe(folder: Path, where: str) -> dict[str, Any]:
-    """Return what a YAML file would say of a folder.
+    """Return what a YAML file would say of a folder, which errors call ``where``.
 
-    Args:
-        folder: The folder.
-        where: As it is called, for errors.
     Raises:
         ValueError: If it has no test set, or does not say which folder is what.
     """

@@ -60,7 +60,6 @@ _SUITE_KEYS = {
     "allow_shared_files": (bool, "allow_shared_files: true"),
     "image_roots": (list, "image_roots: [/data/images]"),
 }
-_REQUIRED = {"suite": ("test",), "set": ("path",)}
 
 
 def suite_from_file(path: str | Path, *, streaming: bool = False) -> ShiftSuite:
@@ -115,7 +114,7 @@ def suite_from_description(
     Raises:
         ValueError: As `suite_from_file`.
     """
-    description = checked_keys(content, where, "", _SUITE_KEYS, _REQUIRED["suite"])
+    description = checked_keys(content, where, "", _SUITE_KEYS, ("test",))
     recommended = checked_arguments(description.get("recommended", {}), f"{where}: recommended")
     _check_home(description, where)
     reader = _Reader(where, base, description, streaming, hint)
@@ -127,8 +126,7 @@ def suite_from_description(
     if isinstance(description.get("validation"), dict):
         held = reader.read("validation", _SET_KEYS)
     elif train is not None:
-        train, held = _held_out(train, description["validation"], f"{where}: validation")
-        _say_held_out(train, held, description["validation"], reader.class_names)
+        train, held = _held_out(train, description["validation"], f"{where}: validation", reader.class_names)
     shifts = _shifts(reader, description.get("shifts", {}), where)
     suite = ShiftSuite(
         name=description.get("name", name),
@@ -198,7 +196,7 @@ class _Reader:
         """Open the set under a key such as ``shifts.sketch``."""
         first, _, second = key.partition(".")
         content = self._description[first][second] if second else self._description[first]
-        entry = checked_keys(content, self._where, key, keys, _REQUIRED["set"])
+        entry = checked_keys(content, self._where, key, keys, ("path",))
         name = entry.get("name", second or first)
         opened = self._open(key, entry, entry.get("split", first if not second else "test"))
         self._refuse_twice(key, entry, opened)
@@ -377,21 +375,15 @@ def _class_names_of(rows: Any, label: str, where: str, role: str) -> list[str]:
     )
 
 
-def _held_out(train: ShiftSet, share: float, where: str) -> tuple[ShiftSet, ShiftSet]:
+def _held_out(train: ShiftSet, share: float, where: str, names: Sequence[str]) -> tuple[ShiftSet, ShiftSet]:
+    """Hold a share out, of each class at least one and never the last, and say where that makes it another share."""
     if not 0.0 < share < 1.0:
         raise ValueError(
             f"{where}: expected a share of the training set in (0, 1), or a set, got {share}. Example: validation: 0.1"
         )
-    return split_off(train, share, HOLD_OUT_SEED)
-
-
-def _say_held_out(kept: ShiftSet, held: ShiftSet, share: float, names: Sequence[str]) -> None:
-    """Say of which classes another share than asked was held out: of each class at least one, and never the last."""
-    if kept.labels is None or held.labels is None:
-        return
-    parts = [
-        np.bincount(data.labels, minlength=len(names)).tolist() for data in (kept, held) if data.labels is not None
-    ]
+    kept, held = split_off(train, share, HOLD_OUT_SEED)
+    labels = [data.labels for data in (kept, held) if data.labels is not None]  # both have some
+    parts = [np.bincount(own, minlength=len(names)).tolist() for own in labels]
     given = [(name, part, rest + part) for name, rest, part in zip(names, *parts, strict=True)]
     others = [f"{part} of {whole} of {name!r}" for name, part, whole in given if part != round(share * whole)]
     if others:
@@ -403,6 +395,7 @@ def _say_held_out(kept: ShiftSet, held: ShiftSet, share: float, names: Sequence[
             ", ".join(others[:_SHOWN]),
             ", ..." if len(others) > _SHOWN else "",
         )
+    return kept, held
 
 
 def _lines(value: list[Any] | str, where: str, base: Path, key: str) -> list[str]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..basics.content_hash import sha256_of_array
 from ..data.shift_set import ShiftSet
-from ..data.suite import RESERVED_NAMES, ShiftSuite
+from ..data.suite import ShiftSuite
 from . import digits
-
-__all__ = ["RESERVED_NAMES", "ShiftSet", "ShiftSuite", "load_suite"]
 
 
 def load_suite(name_or_yaml: str | Path, **options: Any) -> ShiftSuite:
@@ -73,23 +68,10 @@ def _known(options: dict[str, Any], suite: str, names: tuple[str, ...]) -> dict[
     return options
 
 
-class _Arrays:
-    """Images and labels in memory, as items."""
-
-    def __init__(self, split: digits.DigitSplit) -> None:
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split.labels)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return {"image": Image.fromarray(self.split.images[index]), "label": int(self.split.labels[index])}
-
-
 def _digits_suite() -> ShiftSuite:
     def shift_set(name: str, split: digits.DigitSplit) -> ShiftSet:
         return ShiftSet(
-            _Arrays(split),
+            split,
             name=name,
             num_classes=len(digits.CLASS_NAMES),
             labels=split.labels,

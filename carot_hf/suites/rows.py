@@ -66,13 +66,6 @@ class Opened(NamedTuple):
         return {"image_root": self.root, "image_roots": self.roots}
 
 
-def open_rows(
-    source: str | Path, split: str, *, layout: str | None = None, streaming: bool = False, revision: str | None = None
-) -> Rows:
-    """Open one split: the rows of `open_source`."""
-    return open_source(source, split, layout=layout, streaming=streaming, revision=revision).rows
-
-
 def open_source(
     source: str | Path, split: str, *, layout: str | None = None, streaming: bool = False, revision: str | None = None
 ) -> Opened:

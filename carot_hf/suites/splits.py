@@ -24,7 +24,6 @@ from .rows import check_labels, hold_out
 logger = guarded(logging.getLogger(__name__))
 
 _SHOWN = 3  # missing files that an error names
-_PLACES = ("image_root", "image_roots")
 
 
 def as_set(
@@ -40,7 +39,7 @@ def as_set(
     label: str | None = None,
     **options: Any,
 ) -> ShiftSet:
-    """Make a set of what `open_rows` opened.
+    """Make a set of the rows that `open_source` opened.
 
     Args:
         rows: A ``datasets.Dataset`` or ``IterableDataset``, images undecoded.
@@ -60,7 +59,8 @@ def as_set(
         ValueError: If a column is missing, or rows and labels are not as published.
     """
     image, label = image or image_column(rows), label or label_column(rows)
-    for column in (image, label, *([options["caption_column"]] if options.get("caption_column") else [])):
+    captions = [options["caption_column"]] if options.get("caption_column") else []
+    for column in (image, label, *captions):
         if column not in rows.features:
             raise ValueError(
                 f"Expected a column {column!r} in '{name}', got {sorted(rows.features)}. Correct its name."
@@ -78,27 +78,28 @@ def as_set(
     if not hasattr(rows, "__len__"):
         size = count_rows(rows.select_columns([label])) if published is None else published[0]
         return StreamedSet(rows.select_columns([image, label]), size=size, to_label=table, label_column=label, **common)
-    _check_paths(rows, image, name, **{key: options.get(key) for key in _PLACES})
+    _check_paths(rows, image, name, options.get("image_root"), options.get("image_roots"))
     values = list(rows.with_format(None)[label])
     labels = table.all(values)
     if published is not None:
         check_labels(name, labels, *published)
-    kept = [image, *([options["caption_column"]] if options.get("caption_column") else [])]
-    made = ShiftSet(rows.select_columns(kept).add_column("label", labels), labels=labels, **common)
+    made = ShiftSet(rows.select_columns([image, *captions]).add_column("label", labels), labels=labels, **common)
     made.read_by_name = table.finds_names(values)
     return made
 
 
 def _check_paths(rows: Any, image: str, name: str, image_root: Any, image_roots: Any) -> None:
-    """Look after the files that a table names, if it does."""
+    """Look after the files that a table names, if it does, before anything is trained."""
     if image_root is not None and is_text(rows.features[image]):
         paths = list(rows.with_format(None)[image])
         _check_files(paths, image_root, name)
-        _check_places(paths, name, image_root, image_roots)
+        places = ShiftSet(paths, name=name, num_classes=1, image_root=image_root, image_roots=image_roots)
+        for row, path in enumerate(paths):
+            places.located(path, f"index {row}")  # refuses what lies elsewhere
 
 
 def _check_files(paths: Sequence[Any], root: Path, name: str) -> None:
-    """Refuse a table that names files which are not there, before anything is trained."""
+    """Refuse a table that names files which are not there."""
     missing = [row for row, path in enumerate(paths) if not (isinstance(path, str) and (root / path).is_file())]
     if missing:
         listed = ", ".join(f"row {row}: {root / str(paths[row])}" for row in missing[:_SHOWN])
@@ -109,21 +110,9 @@ def _check_files(paths: Sequence[Any], root: Path, name: str) -> None:
         )
 
 
-def _check_places(paths: Sequence[Any], name: str, image_root: Any, image_roots: Any) -> None:
-    """Refuse a table that names files elsewhere, before anything is trained."""
-    places = ShiftSet(paths, name=name, num_classes=1, image_root=image_root, image_roots=image_roots)
-    for row, path in enumerate(paths):
-        places.located(path, f"index {row}")
-
-
 def split_off(data: ShiftSet, share: float, seed: int, *, balanced: bool = False) -> tuple[ShiftSet, ShiftSet]:
-    """Split a set into one to train on and a share of each class, ``validation``.
+    """Split a set into one to train on and a share of each class, ``validation``, as `hold_out` does.
 
-    Args:
-        data: The set; its labels are known.
-        share: See :func:`~carot_hf.suites.rows.hold_out`.
-        seed: See there.
-        balanced: See there.
     Raises:
         ValueError: If the labels are not known, or no class has two rows.
     """
@@ -163,15 +152,8 @@ def hold_out_of_stream(data: StreamedSet, *, share: float, classes: int, seed: i
             data.name,
         )
         key = uuid.uuid4().hex
-    features = datasets.Features(
-        {
-            "image": datasets.Image(decode=False),
-            "label": datasets.Value("int64"),
-            "file": datasets.Value("int64"),
-            "position": datasets.Value("int64"),
-        }
-    )
-
+    numbers = {name: datasets.Value("int64") for name in ("label", "file", "position")}
+    features = datasets.Features({"image": datasets.Image(decode=False), **numbers})
     fingerprint = Hasher.hash([key, quota, classes, seed, data.rows.num_shards, image, label])
     try:
         held = datasets.Dataset.from_generator(

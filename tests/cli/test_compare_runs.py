@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from csv_rows import csv_rows
 from toys import noise_suite, tiny_clip, tiny_processor
 
 from carot_hf import Evaluator, compare
 from carot_hf.cli.main import main
+from carot_hf.cli.models import save
 from carot_hf.ece.binning import calibration_bins
 from carot_hf.evaluation import runs
 from carot_hf.evaluation.per_image import PerImage
@@ -48,19 +49,13 @@ def a_run(place, *, sets=("home", "far"), size=40, seed=0, shape="nested", endin
     return parts
 
 
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_two_models_measured_by_the_command(tmp_path, monkeypatch, capsys):
+def test_two_models_measured_by_the_command(tmp_path, monkeypatch, capsys, refused):
     suite, processor = noise_suite(), tiny_processor()
     monkeypatch.setattr("carot_hf.suites.load.load_suite", lambda name: suite)
     found = []
     for seed, name in enumerate("ab"):
         model = tiny_clip(processor.tokenizer, seed, logit_scale_init_value=3.5)
-        model.save_pretrained(tmp_path / "models" / name)
-        processor.save_pretrained(tmp_path / "models" / name)
+        save(tmp_path / "models" / name, model, processor)
         evaluate = ["evaluate", str(tmp_path / "models" / name), "--suite", "noise", "--device", "cpu"]
         assert main([*evaluate, "--output_dir", str(tmp_path / name)]) == 0
         found.append(Evaluator(model, processor, suite, batch_size=64).evaluate(n_bootstrap=0))
@@ -75,7 +70,7 @@ def test_two_models_measured_by_the_command(tmp_path, monkeypatch, capsys):
     names = ("validation", "home", "far")
     figures = [found[0].metrics[name][metric] for name in names for metric in ("accuracy", "ece")]
     assert shown == pytest.approx(figures, abs=6e-4)
-    rows = rows_of(tmp_path / "c" / "compare.csv")
+    rows = csv_rows(tmp_path / "c" / "compare.csv")
     assert [(row["set"], row["metric"]) for row in rows] == [(n, m) for n in names for m in ("accuracy", "ece")]
     for row in rows:
         values = expected.differences[row["set"]][row["metric"]]
@@ -85,8 +80,7 @@ def test_two_models_measured_by_the_command(tmp_path, monkeypatch, capsys):
         assert (row["run"], row["first"], row["why_not"]) == ("b", "a", "")
         assert int(row["images"]) == found[0].sizes[row["set"]]
     assert (tmp_path / "c" / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert main([*words, "--output_dir", str(tmp_path / "c")]) == 2
-    assert "with compare.csv. Add --overwrite_output_dir." in capsys.readouterr().err
+    assert "with compare.csv. Add --overwrite_output_dir." in refused(*words, "--output_dir", tmp_path / "c")
     assert main([*words, "--output_dir", str(tmp_path / "c"), "--overwrite_output_dir"]) == 0
 
 
@@ -94,7 +88,7 @@ def test_a_run_with_itself(tmp_path):
     a_run(tmp_path / "a")
     place = str(tmp_path / "a")
     assert main(["compare", place, place, f"{place}/metrics.json", "--output_dir", str(tmp_path / "c")]) == 0
-    rows = rows_of(tmp_path / "c" / "compare.csv")
+    rows = csv_rows(tmp_path / "c" / "compare.csv")
     assert {row["run"] for row in rows} == {"a (2)", "a (3)"}
     assert {float(row[key]) for row in rows for key in ("difference", "low", "high")} == {0.0}
 
@@ -130,7 +124,7 @@ def test_what_is_not_compared_and_why(tmp_path, capsys):
         main(["compare", str(tmp_path / "content"), str(tmp_path / "other"), "--output_dir", str(tmp_path / "c")]) == 0
     )
     assert "not compared: home, far: other images\n" in capsys.readouterr().out
-    rows = rows_of(tmp_path / "c" / "compare.csv")
+    rows = csv_rows(tmp_path / "c" / "compare.csv")
     assert {(row["why_not"], row["difference"], row["images"]) for row in rows} == {("other images", "", "")}
     assert all(0 < float(row["value"]) < 1 for row in rows), "figures of its own are there"
     assert not (tmp_path / "c" / "compare.png").exists()
@@ -171,15 +165,14 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     assert named("a\x1b[2J", "b") == ["a\\x1b[2J", "b"]
 
 
-def test_answers_of_another_evaluation_are_refused(tmp_path, capsys):
+def test_answers_of_another_evaluation_are_refused(tmp_path, refused):
     a_run(tmp_path / "a")
     parts = a_run(tmp_path / "b", seed=9)
     for ending in ("", "ts"):
         same = {name: PerImage({ending: part.confidences[""]}, part.predicted, part.labels, part.facts)
                 for name, part in (parts if ending == "" else a_run(tmp_path / f"c{ending}")).items()}  # fmt: skip
         write_answers(tmp_path / "a", same, ending)
-        assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-        assert "of the same evaluation as metrics.json beside it" in capsys.readouterr().err
+        assert "of the same evaluation as metrics.json beside it" in refused("compare", tmp_path / "a", tmp_path / "b")
 
 
 HOSTILE = {
@@ -210,15 +203,12 @@ def test_what_a_stranger_wrote_is_refused_in_a_line(tmp_path, capsys, kind):
     assert said[0].isprintable()
 
 
-def test_what_there_is_not(tmp_path, capsys, monkeypatch):
+def test_what_there_is_not(tmp_path, refused, monkeypatch):
     a_run(tmp_path / "a")
-    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "gone")]) == 2
-    assert "found none at" in capsys.readouterr().err
-    assert main(["compare", str(tmp_path / "a")]) == 2
-    assert "Expected two runs or more" in capsys.readouterr().err
+    assert "found none at" in refused("compare", tmp_path / "a", tmp_path / "gone")
+    assert "Expected two runs or more" in refused("compare", tmp_path / "a")
     for option in (["--n_bins", "0"], ["--n_bootstrap", "0"]):
-        assert main(["compare", str(tmp_path / "a"), str(tmp_path / "a"), *option]) == 2
-        assert "got 0" in capsys.readouterr().err
+        assert "got 0" in refused("compare", tmp_path / "a", tmp_path / "a", *option)
     monkeypatch.setattr(runs, "LARGEST", 10)
     with pytest.raises(ValueError, match="more than 10 bytes"):
         read_run(tmp_path / "a", "a")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import numpy as np
 import pytest
+from csv_rows import csv_rows
 from sklearn.metrics import precision_recall_fscore_support
 from toys import TEMPLATES, Noise, tiny_clip, tiny_processor
 
 from carot_hf import Evaluator, ShiftSet, ShiftSuite
 from carot_hf.cli.main import main
+from carot_hf.cli.models import save
 from carot_hf.ece.binning import calibration_bins
 from carot_hf.evaluation.per_image_file import read_per_image
 
@@ -49,10 +50,7 @@ def checkpoint(request, tmp_path_factory, suite):
     folder, processor = tmp_path_factory.mktemp(request.param), tiny_processor()
     evaluator = Evaluator(tiny_clip(processor.tokenizer, logit_scale_init_value=3.5), processor, suite)
     evaluator.calibrate(request.param)
-    evaluator.model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    if evaluator.calibrator is not None:
-        evaluator.calibrator.save_pretrained(folder)
+    save(folder, evaluator.model, processor, evaluator.calibrator)
     return folder, "dts" if request.param == "density" else ""
 
 
@@ -72,8 +70,7 @@ def test_figures_of_each_class(checkpoint, tmp_path, capsys):
         key = f"ece_{ending}" if ending else "ece"
         assert calibration_bins(*part.at(ending)).ece == pytest.approx(metrics["metrics"][name][key], abs=1e-7)
         assert part.hits.mean() == pytest.approx(metrics["metrics"][name]["accuracy"])
-    with (place / "per_class.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
+    table = csv_rows(place / "per_class.csv")
     by_set = {name: [row for row in table if row["set"] == name] for name in ("validation", "home", "part")}
     assert [row["class"] for row in by_set["home"]] == NAMES
     assert [row["class"] for row in by_set["part"]] == ["class 3", "class 0 / class 11", "class 5"]
@@ -97,7 +94,7 @@ def test_figures_of_each_class(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("known_suites")
-def test_nothing_is_overwritten(checkpoint, tmp_path, capsys):
+def test_nothing_is_overwritten(checkpoint, tmp_path, capsys, refused):
     words = ["evaluate", str(checkpoint[0]), "--suite", "twelve", "--device", "cpu", "--sets", "part"]
     assert main(words) == 0
     assert "classes of" not in capsys.readouterr().out, "no test set was measured"
@@ -105,8 +102,7 @@ def test_nothing_is_overwritten(checkpoint, tmp_path, capsys):
         place = tmp_path / name
         place.mkdir()
         (place / name).write_text("mine")
-        assert main([*words, "--output_dir", str(place)]) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
+        said = refused(*words, "--output_dir", place)
         assert said.endswith(f"{place}, with {name}. Add --overwrite_output_dir.")
         assert (place / name).read_text() == "mine"
     assert main([*words, "--output_dir", str(place), "--overwrite_output_dir"]) == 0

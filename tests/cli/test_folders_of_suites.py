@@ -9,14 +9,14 @@ from toys import CLASSES, noise_suite, tiny_clip, tiny_processor
 
 from carot_hf import Evaluator, load_suite
 from carot_hf.cli.main import main
+from carot_hf.cli.models import save
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A model, and the test set and the shift of the suite of noise as files; names of classes in another order."""
     root, processor, suite = tmp_path_factory.mktemp("places"), tiny_processor(), noise_suite()
-    tiny_clip(processor.tokenizer).save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
+    save(root / "model", tiny_clip(processor.tokenizer), processor)
     for name, data in (("test", suite.test), ("far", suite.shifts["far"])):
         for row in range(len(data)):
             place = root / "noise" / name / CLASSES[data[row]["label"]]
@@ -51,10 +51,9 @@ def _in_order_of_the_folders():
     return suite
 
 
-def test_what_needs_a_validation_set_says_so_before_a_model_is_there(places, tmp_path, capsys):
+def test_what_needs_a_validation_set_says_so_before_a_model_is_there(places, tmp_path, refused):
     words = ["calibrate", str(tmp_path / "no" / "model"), "--suite", str(places / "noise")]
-    assert main([*words, "--output_dir", str(tmp_path / "copy")]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    error = refused(*words, "--output_dir", tmp_path / "copy")
     assert error.startswith("carot_hf calibrate: Expected a validation set to calibrate on, got a suite without one")
     assert "folder validation/" in error
     assert not list(tmp_path.rglob("*.safetensors"))

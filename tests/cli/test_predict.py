@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import io
 import json
@@ -18,12 +17,14 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
+from csv_rows import csv_rows
 from PIL import Image
 from toys import CLASSES, ROOT, noise_suite, tiny_clip, tiny_processor
 
 import carot_hf.cli.predict
 from carot_hf import Evaluator
 from carot_hf.cli.main import main
+from carot_hf.cli.models import save
 from carot_hf.data.pictures import Picture, PictureRows
 from carot_hf.data.shift_set import ShiftSet
 from carot_hf.suites.pictures import pictures_in, pictures_of
@@ -47,8 +48,7 @@ def checkpoint(tmp_path_factory):
     folder, processor = tmp_path_factory.mktemp("model"), tiny_processor()
     evaluator = Evaluator(tiny_clip(processor.tokenizer), processor, noise_suite())
     evaluator.calibrate()
-    evaluator.model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save(folder, evaluator.model, processor)
     return folder
 
 
@@ -72,14 +72,9 @@ def photos(tmp_path):
 NAMES = ["0.png", "1.png", "2.png", "3.png", "sub/4.png", "sub/5.png"]
 
 
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def predicted(checkpoint, output, *words):
     assert main(["predict", str(checkpoint), *map(str, words), "--device", "cpu", "--output_file", str(output)]) == 0
-    return rows_of(output)
+    return csv_rows(output)
 
 
 def write_table(folder, kind, names):
@@ -143,7 +138,7 @@ def test_an_interrupted_table_goes_on(checkpoint, photos, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(carot_hf.cli.predict.Rows, "add", stopped)
         assert main([*words, str(tmp_path / "cut.csv")]) == 130
-    assert len(rows_of(tmp_path / "cut.csv")) == 6
+    assert len(csv_rows(tmp_path / "cut.csv")) == 6
     (tmp_path / "cut.csv.bad").write_text(f"{photos / 't.parquet'}#8")  # killed in a line
     assert main([*words, str(tmp_path / "cut.csv")]) == 0
     assert (tmp_path / "cut.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
@@ -180,7 +175,7 @@ def test_nothing_is_read_before_its_turn(photos):
     assert asked == [2]
 
 
-def test_a_table_names_nothing_that_lies_elsewhere(checkpoint, photos, tmp_path, capsys):
+def test_a_table_names_nothing_that_lies_elsewhere(checkpoint, photos, tmp_path, refused):
     (tmp_path / "secret.png").write_bytes(png(9))
     (photos / "link.png").symlink_to(tmp_path / "secret.png")
     (photos / "within.png").symlink_to(photos / "0.png")
@@ -188,9 +183,8 @@ def test_a_table_names_nothing_that_lies_elsewhere(checkpoint, photos, tmp_path,
     for name in ("/etc/passwd", "../secret.png", str(tmp_path / "secret.png"), "link.png", "sub/../../secret.png"):
         for kind in (".csv", ".parquet"):
             table = write_table(photos, kind, ["0.png", name])
-            assert main(["predict", str(checkpoint), str(table), "--output_file", output]) == 2
-            said = capsys.readouterr().err.strip().splitlines()[-1]
-            assert f"in row 1 of {table}, got {name!r}, which lies or leads elsewhere" in said
+            error = refused("predict", checkpoint, table, "--output_file", output)
+            assert f"in row 1 of {table}, got {name!r}, which lies or leads elsewhere" in error
     assert not os.path.exists(output)
     found = predicted(
         checkpoint, tmp_path / "p.csv", write_table(photos, ".csv", [str(photos / "0.png"), "within.png"])
@@ -226,13 +220,10 @@ def test_the_whole_line_of_names_is_kept_once(photos):
         ("t.parquet", "no parquet", [], "Expected a parquet table at"),
     ],
 )
-def test_tables_that_are_none(checkpoint, tmp_path, capsys, name, content, words, said):
+def test_tables_that_are_none(checkpoint, tmp_path, refused, name, content, words, said):
     (tmp_path / name).write_text(content)
     call = ["predict", str(checkpoint), str(tmp_path / name), "--output_file", str(tmp_path / "p.csv"), *words]
-    assert main(call) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("carot_hf predict: ")
-    assert said in error
+    assert said in refused(*call)
     assert not (tmp_path / "p.csv").exists()
 
 
@@ -299,12 +290,11 @@ def test_a_killed_call_and_one_without_room_go_on(checkpoint, tmp_path):
     assert Path(f"{cut}.json").read_bytes() == (tmp_path / "whole.csv.json").read_bytes()
 
 
-def test_a_full_disk_is_a_line(checkpoint, photos, tmp_path, capsys):
+def test_a_full_disk_is_a_line(checkpoint, photos, tmp_path, refused):
     (tmp_path / "p.csv").symlink_to("/dev/full")
     words = ["predict", str(checkpoint), str(photos), "--device", "cpu", "--output_file", str(tmp_path / "p.csv")]
-    assert main([*words, "--overwrite"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "p.csv, got OSError: [Errno 28] No space left on device. The rows that are there stay" in said
+    error = refused(*words, "--overwrite")
+    assert "p.csv, got OSError: [Errno 28] No space left on device. The rows that are there stay" in error
 
 
 @pytest.mark.parametrize(

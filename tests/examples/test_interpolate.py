@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 import json
 import math
@@ -10,6 +9,7 @@ import re
 
 import pytest
 import torch
+from csv_rows import csv_rows
 from tolerances import float32_bound
 from transformers import CLIPModel, CLIPProcessor
 
@@ -79,8 +79,7 @@ def test_rows_files_and_saved_model(ends, make_trainer, tmp_path, capsys):
     report = json.loads((tmp_path / "wise" / "sweep.json").read_text(), parse_constant=refuse)
     assert [row["alpha"] for row in report["rows"]] == [0.0, 0.3, 1.0]
     assert report["rows"][1]["eval_validation_nll"] == rows[1]["eval_validation_nll"]
-    with (tmp_path / "wise" / "sweep.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
+    table = csv_rows(tmp_path / "wise" / "sweep.csv")
     assert list(table[0]) == ["alpha", *(key for _, key in interpolate.TABLE)]
     assert [float(row["eval_ood_ece_ts"]) for row in table] == [row["eval_ood_ece_ts"] for row in rows]
     saved = tmp_path / "wise" / "model"
@@ -138,8 +137,7 @@ def test_model_stock_is_one_row_of_the_merged_model(ends, processor, make_traine
     for name, value in direct(make_trainer, merged).items():
         assert row[name] == pytest.approx(value, abs=float32_bound(14.3, 12), nan_ok=True), name
     assert json.loads((out / "sweep.json").read_text())["rows"][0]["eval_id_nll"] == row["eval_id_nll"]
-    with (out / "sweep.csv").open(newline="") as file:
-        (line,) = csv.DictReader(file)
+    (line,) = csv_rows(out / "sweep.csv")
     assert list(line) == [key for _, key in interpolate.TABLE]
     saved = CLIPModel.from_pretrained(out / "model")
     assert saved.config.calibration["temperature"] == pytest.approx(row["eval_temperature"], rel=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 import zlib
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from csv_rows import csv_rows
 from layouts import folders
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -140,8 +140,7 @@ def test_the_page_holds_every_figure_that_was_measured(tmp_path, of_imagenet, wr
     for picture in re.findall(r"\((\w+\.png)\)", page):
         with Image.open(tmp_path / picture) as image:
             assert min(image.size) > 100
-    with (tmp_path / "results.csv").open() as file:
-        table = list(csv.DictReader(file))
+    table = csv_rows(tmp_path / "results.csv")
     assert len(table) == 1 + 3 * len(reproduce_tables.TRAINED) + 3 * len(reproduce_tables.MERGED)
     check_against_flyp(page, runs, sweeps)
     check_words(page, written, of_imagenet)

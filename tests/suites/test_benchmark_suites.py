@@ -8,7 +8,7 @@ from collections import Counter
 import datasets
 import numpy as np
 import pytest
-from layouts import content, picture, tars
+from layouts import content, picture, table, tars
 from toys import ROOT
 
 from carot_hf import load_suite
@@ -17,27 +17,6 @@ from carot_hf.suites.benchmarks.table import Part, benchmark, benchmarks
 
 PACS = ("photo", "art_painting", "cartoon", "sketch")
 SIZES = dict(zip(PACS, (20, 6, 5, 4), strict=True))  # images a class
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def table(folder, split, labels, features, *, files=1, image="image", **columns):
-    """``<folder>/data/<split>-*.parquet`` with an image that says its label and row, and any other columns."""
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    kinds = datasets.Features({image: datasets.Image(), **features})
-    label = next(name for name in features if name not in columns)
-    for file, rows in enumerate(np.array_split(np.arange(len(labels)), files)):
-        images = [
-            {"bytes": picture(int(labels[row]), row, of=f"{folder.name} {split}"), "path": f"{row}.png"}
-            for row in rows.tolist()
-        ]
-        values = {image: images, label: [int(labels[row]) for row in rows]}
-        values |= {name: [column[row] for row in rows.tolist()] for name, column in columns.items()}
-        made = datasets.Dataset.from_dict(values, features=kinds)
-        made.to_parquet(folder / "data" / f"{split}-{file:05d}-of-{files:05d}.parquet")
 
 
 def domain_rows(sizes, classes, seed=0):
@@ -61,11 +40,6 @@ def pacs(tmp_path_factory):
 
 def rows_of(data):
     """The rows of a set, by what its images say."""
-    if isinstance(data, StreamedSet):
-        found = [data.decode(item, "x") for _, item in data.share(0, 1)]
-        return sorted(
-            (item["label"], item["image"].getpixel((5, 5))[0], item["image"].getpixel((5, 5))[1]) for item in found
-        )
     return sorted(content(data))
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import datasets
 import numpy as np
 import pytest
-from test_benchmark_suites import PACS, SIZES, domain_rows, table, waterbirds
+from csv_rows import csv_rows
+from layouts import table
+from test_benchmark_suites import PACS, SIZES, domain_rows, waterbirds
 
 from carot_hf import Evaluator, load_suite
 from carot_hf.calibration.metrics import METRICS
 from carot_hf.cli import calibrate, evaluate, training
+from carot_hf.cli.models import save
 from carot_hf.suites.benchmarks.table import benchmarks
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -33,8 +30,7 @@ def pacs(tmp_path):
 
 @pytest.fixture
 def saved(model, processor, tmp_path):
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "start")
+    save(tmp_path / "start", model, processor)
     return str(tmp_path / "start")
 
 
@@ -73,8 +69,7 @@ def test_evaluate_writes_the_groups(tmp_path, saved, capsys):
     evaluate.main([saved, *words, "--output_dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "The groups of waterbirds, the lowest accuracy first (of few images the ECE is high by chance):" in printed
-    with (tmp_path / "out/groups.csv").open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["set"] == "waterbirds"]
+    lines = [line for line in csv_rows(tmp_path / "out/groups.csv") if line["set"] == "waterbirds"]
     codes = [2 * label + place for label, place in zip(*rows["test"], strict=True)]
     assert [int(line["n"]) for line in lines] == [codes.count(group) for group in range(4)]
     assert [line["group"] for line in lines] == list(load_suite(
@@ -108,15 +103,8 @@ def test_the_command_that_calibrate_ends_with_names_the_same_data(pacs, saved, t
 @pytest.mark.parametrize("flags", [["--home", "cartoon"], ["--held_out", "sketch", "--streaming"]])
 def test_a_training_on_a_benchmark(pacs, saved, tmp_path, flags):
     command = ["--suite", "pacs", "--data_root", str(pacs), "--partial", *flags, "--use_cpu", "--max_steps", "2"]
-    command += [
-        "--model_name_or_path",
-        saved,
-        "--per_device_train_batch_size",
-        "4",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    report = training.main([*command, "--report_to", "none", "--reliability_diagrams", "False"])
+    command += ["--model_name_or_path", saved, "--per_device_train_batch_size", "4", "--report_to", "none"]
+    report = training.main([*command, "--output_dir", str(tmp_path / "out"), "--reliability_diagrams", "False"])
     assert {"eval_ood_ece_ts", "eval_ood_macro_f1", "eval_sketch_accuracy"} < set(report["metrics"])
     saved_run = json.loads((tmp_path / "out/metrics.json").read_text())
     assert (saved_run["suite"], saved_run["suite_version"]) == ("pacs", "1.0")

@@ -101,7 +101,8 @@ def test_the_order_of_the_sources(tmp_path, monkeypatch):
     found = resolve_names(5, templates=["my {}"])
     assert (found.source, found.templates, found.templates_source) == (f"files of {HUB}", ["my {}"], "user")
 
-    found = resolve_names(5, hub_id="clip-benchmark/wds_other")
+    monkeypatch.setattr(class_names, "HUB_ID", "clip-benchmark/wds_other")
+    found = resolve_names(5)
     assert (found.class_names, found.source) == (OPEN_CLIP_NAMES, "open_clip_torch 3.3.0")
 
     found = resolve_names(5, **everything, sources=("open_clip", "ClassLabel"))

@@ -5,24 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import yaml
-from layouts import content, folders, parquet, picture
+from layouts import content, folders, parquet, put
 from PIL import Image
 
 from carot_hf import load_suite
 from carot_hf.suites.folders import split_of, walk
 from carot_hf.suites.rows import hold_out, local_files, open_source
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def put(root, *names):
-    for row, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(0, row, of=name))
 
 
 def found(root, split):

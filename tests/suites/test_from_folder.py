@@ -11,17 +11,12 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from layouts import content, folders, parquet, picture, tars
+from layouts import content, folders, parquet, picture, put, tars
 
 from carot_hf import load_suite
 from carot_hf.suites.from_folder import describe
 
 NAMES = ["apple", "fig", "pear"]
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -31,13 +26,6 @@ def fruit(tmp_path):
     for name, labels in (("train", [0, 1, 2] * 20), ("test", [2, 0, 1, 1]), ("sketch", [1, 0, 2]), ("night", [0, 2])):
         folders(root / name, labels, NAMES)
     return root
-
-
-def put(root, *names):
-    for row, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(0, row, of=name))
 
 
 def as_yaml(root, **description):

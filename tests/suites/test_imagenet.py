@@ -101,7 +101,7 @@ def test_every_set_has_a_name_and_columns_for_each_label(name):
     facts = SETS[name]
     columns = facts.columns()
     assert facts.name == name
-    assert facts.largest_label == len(facts.label_names()) - 1 == facts.num_labels - 1
+    assert len(facts.label_names()) == facts.num_labels
     if columns is None:
         assert facts.num_labels == NUM_CLASSES
         assert facts.label_names() == wnids()

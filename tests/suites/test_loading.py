@@ -12,19 +12,14 @@ from carot_hf.data.columns import image_column, label_column
 from carot_hf.data.labels import LabelTable
 from carot_hf.data.stream import shard_rows
 from carot_hf.suites.imagenet.sets import SETS, wnids
-from carot_hf.suites.rows import check_labels, hold_out, local_files, open_rows
+from carot_hf.suites.rows import check_labels, hold_out, local_files, open_source
 from carot_hf.suites.splits import as_set
 
 LABELS = np.array([0, 3, 1, 2, 2, 1, 3, 0, 1])
 
 
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def opened(folder, split, *, names=(), classes=4, **options):
-    return as_set(open_rows(folder, split), name="far", num_classes=classes, label_names=names, **options)
+    return as_set(open_source(folder, split).rows, name="far", num_classes=classes, label_names=names, **options)
 
 
 # ---- layouts ----
@@ -137,13 +132,11 @@ def test_a_stream_has_the_rows_of_the_table(tmp_path):
     parquet(tmp_path / "parquet", "test", LABELS, files=2)
     folders(tmp_path / "folders", LABELS, [str(label) for label in range(4)])
     for name in ("wds", "parquet", "folders"):
-        rows = open_rows(tmp_path / name, "test", streaming=True)
+        rows = open_source(tmp_path / name, "test", streaming=True).rows
         data = as_set(rows, name="far", num_classes=4)
         assert len(data) == len(LABELS)
-        read = [(data.decode(item, "x"), number) for number, item in data.share(0, 1)]
-        found = [(item["label"], *item["image"].getpixel((0, 0))[:2]) for item, _ in read]
-        assert sorted(found) == sorted((label, label, row) for row, label in enumerate(LABELS))
-        assert len({number for _, number in read}) == len(LABELS)
+        assert sorted(content(data)) == sorted((label, label, row) for row, label in enumerate(LABELS))
+        assert len({number for number, _ in data.share(0, 1)}) == len(LABELS)
         assert sum(1 for file in range(rows.num_shards) for _ in shard_rows(data.rows, file)) == len(LABELS)
 
 
@@ -152,7 +145,7 @@ def test_a_stream_has_the_rows_of_the_table(tmp_path):
 
 def test_columns_are_found_by_kind_and_name(tmp_path):
     tars(tmp_path / "test", LABELS)
-    rows = open_rows(tmp_path, "test")
+    rows = open_source(tmp_path, "test").rows
     assert (image_column(rows), label_column(rows)) == ("jpg", "cls")
     with pytest.raises(ValueError, match=r"Expected one column of images, got \[\] among \['__key__', .*image_column"):
         image_column(rows.remove_columns("jpg"))
@@ -227,10 +220,10 @@ def test_the_hub_is_asked_in_the_layout_of_the_set(monkeypatch):
         return datasets.Dataset.from_dict({"cls": [0]})
 
     monkeypatch.setattr("datasets.load_dataset", fake)
-    open_rows("clip-benchmark/wds_imagenet-r", "test", layout="webdataset")
-    open_rows("ILSVRC/imagenet-1k", "train", layout="parquet", streaming=True)
-    open_rows("clip-benchmark/wds_imagenet-r", "test", layout="webdataset", revision="abc")
-    open_rows("ILSVRC/imagenet-1k", "train", layout="parquet", revision="abc")
+    open_source("clip-benchmark/wds_imagenet-r", "test", layout="webdataset")
+    open_source("ILSVRC/imagenet-1k", "train", layout="parquet", streaming=True)
+    open_source("clip-benchmark/wds_imagenet-r", "test", layout="webdataset", revision="abc")
+    open_source("ILSVRC/imagenet-1k", "train", layout="parquet", revision="abc")
     files = {"test": "hf://datasets/clip-benchmark/wds_imagenet-r/test/*.tar"}
     pinned = {"test": "hf://datasets/clip-benchmark/wds_imagenet-r@abc/test/*.tar"}
     assert calls[0] == (("webdataset",), {"data_files": files, "split": "test", "streaming": False})
@@ -247,22 +240,22 @@ def test_a_gated_set_names_its_page_and_the_login(monkeypatch):
     with pytest.raises(
         ValueError, match=r"gated dataset.*https://huggingface.co/datasets/ILSVRC/imagenet-1k and run `hf auth login`"
     ):
-        open_rows("ILSVRC/imagenet-1k", "train", layout="parquet")
+        open_source("ILSVRC/imagenet-1k", "train", layout="parquet")
 
 
 def test_without_network_the_message_says_what_to_do():
     with pytest.raises(ValueError, match=r"split 'test' of 'clip-benchmark/wds_imagenet-r' from the Hub.*as `root`"):
-        open_rows("clip-benchmark/wds_imagenet-r", "test", layout="webdataset")
+        open_source("clip-benchmark/wds_imagenet-r", "test", layout="webdataset")
 
 
 def test_folders_without_data(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="Expected no `revision` of a local copy, got 'abc'"):
-        open_rows(tmp_path, "test", revision="abc")
+        open_source(tmp_path, "test", revision="abc")
     with pytest.raises(ValueError, match=r"Expected parquet, arrow, CSV.*got \['notes\.txt'\] \.\.\. \(1 files\)"):
-        open_rows(tmp_path, "test")
+        open_source(tmp_path, "test")
     with pytest.raises(ValueError, match=r"Expected a \.parquet, .* or \.tar file or a folder, got .*notes\.txt"):
-        open_rows(tmp_path / "notes.txt", "test")
+        open_source(tmp_path / "notes.txt", "test")
     parquet(tmp_path, "train", LABELS)
     with pytest.raises(ValueError, match="of split 'test' in"):
-        open_rows(tmp_path, "test")
+        open_source(tmp_path, "test")

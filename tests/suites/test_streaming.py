@@ -12,21 +12,16 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from layouts import parquet, tars
+from layouts import content, parquet, tars
 from torch.utils.data import DataLoader
 from toys import CLASSES, ROOT, SUPPORT, TEMPLATES
 
 from carot_hf import ShiftSuite
 from carot_hf.data.stream import StreamedDraws, StreamedRows
-from carot_hf.suites.rows import open_rows
+from carot_hf.suites.rows import open_source
 from carot_hf.suites.splits import as_set, hold_out_of_stream
 
 LABELS = np.random.default_rng(0).integers(0, 4, 41)
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +36,7 @@ def root(tmp_path_factory):
 
 
 def load(root, name, split, streaming):
-    return as_set(open_rows(root / name, split, streaming=streaming), name=name, num_classes=4)
+    return as_set(open_source(root / name, split, streaming=streaming).rows, name=name, num_classes=4)
 
 
 def make_suite(root, streaming):
@@ -122,7 +117,7 @@ def test_the_order_is_drawn_anew_in_each_epoch_and_the_same_when_repeated(root):
 
 def test_a_reader_without_rows_is_an_error(tmp_path):
     tars(tmp_path / "test", np.array([0, 1, 2]))
-    data = as_set(open_rows(tmp_path, "test", streaming=True), name="far", num_classes=4)
+    data = as_set(open_source(tmp_path, "test", streaming=True).rows, name="far", num_classes=4)
     with pytest.raises(ValueError, match=r"Expected rows of set 'far' for each of 4 readers, got none for reader 3"):
         draws(data, world=4, batch=1, batches=1)
 
@@ -140,12 +135,8 @@ def test_what_is_held_out_of_a_stream_is_not_trained_on(root):
     held = hold_out_of_stream(data, share=0.2, classes=4, seed=0, key="home")
     assert np.bincount(held.labels).tolist() == [2] * 4  # 20 % of 41 rows over four classes
     assert len(data) == 41 - 8
-    kept = sorted(data.decode(item, "x")["image"].getpixel((0, 0))[1] for _, item in data.share(0, 1))
-    left = sorted(held[index]["image"].getpixel((0, 0))[1] for index in range(8))
-    assert sorted(kept + left) == list(range(41))
-    assert [held[index]["label"] for index in range(8)] == [
-        held[index]["image"].getpixel((0, 0))[0] for index in range(8)
-    ]
+    assert sorted(row for *_, row in content(data) + content(held)) == list(range(41))
+    assert all(label == painted for label, painted, _ in content(held))
     again = hold_out_of_stream(load(root, "home", "train", True), share=0.2, classes=4, seed=0, key="home")
     assert again.data[:] == held.data[:]
     other = hold_out_of_stream(load(root, "home", "train", True), share=0.2, classes=4, seed=1, key="home")
@@ -206,7 +197,7 @@ def test_a_stream_is_trained_on(root, make_trainer):
 
 def test_a_stream_with_fewer_rows_than_promised_is_refused(root, make_trainer):
     suite = make_suite(root, True)
-    short = as_set(open_rows(root / "far", "test", streaming=True), name="far", num_classes=4, published=(50, 4))
+    short = as_set(open_source(root / "far", "test", streaming=True).rows, name="far", num_classes=4, published=(50, 4))
     trainer = make_trainer(suite=dataclasses.replace(suite, shifts={"far": short}))
     with pytest.raises(ValueError, match="Expected 50 rows in set 'far', read 37"):
         trainer.evaluate()

@@ -19,11 +19,6 @@ NAMES = ["cat", "dog"]
 LABELS = [0, 1, 1, 0, 1]
 
 
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def images(tmp_path):
     """Five images, red by class and green by row, beside which tables are put."""
@@ -227,8 +222,7 @@ def test_a_table_in_yaml(images, tmp_path):
     assert suite.class_names == NAMES
     assert sorted(content(suite.train) + content(suite.validation), key=lambda row: row[2]) == RIGHT
     assert content(suite.test) == [(1, 1, 7)]
-    streamed = load_suite(tmp_path / "a.yaml", streaming=True).test
-    assert [streamed.decode(item, "x")["label"] for _, item in streamed.share(0, 1)] == [1]
+    assert content(load_suite(tmp_path / "a.yaml", streaming=True).test) == [(1, 1, 7)]
 
 
 # ---- captions ----

@@ -42,19 +42,25 @@ def tars(folder, labels, *, files=1, image="jpg", column="cls", names=None, per_
                     archive.addfile(entry, io.BytesIO(data))
 
 
-def parquet(folder, split, labels, *, files=1, feature=None):
-    """``<folder>/data/<split>-00000-of-0000n.parquet`` with ``image`` and ``label``, as ILSVRC/imagenet-1k has them."""
+def table(folder, split, labels, features, *, files=1, image="image", **columns):
+    """``<folder>/data/<split>-*.parquet`` with an image that says its label and row, and any other columns."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    features = datasets.Features({"image": datasets.Image(), "label": feature or datasets.Value("int64")})
+    kinds = datasets.Features({image: datasets.Image(), **features})
+    label = next(name for name in features if name not in columns)
     for file, rows in enumerate(np.array_split(np.arange(len(labels)), files)):
         images = [
             {"bytes": picture(int(labels[row]), row, of=f"{folder.name} {split}"), "path": f"{row}.png"}
             for row in rows.tolist()
         ]
-        table = datasets.Dataset.from_dict(
-            {"image": images, "label": [int(labels[row]) for row in rows]}, features=features
-        )
-        table.to_parquet(folder / "data" / f"{split}-{file:05d}-of-{files:05d}.parquet")
+        values = {image: images, label: [int(labels[row]) for row in rows]}
+        values |= {name: [column[row] for row in rows.tolist()] for name, column in columns.items()}
+        made = datasets.Dataset.from_dict(values, features=kinds)
+        made.to_parquet(folder / "data" / f"{split}-{file:05d}-of-{files:05d}.parquet")
+
+
+def parquet(folder, split, labels, *, files=1, feature=None):
+    """The same with a label alone, as ILSVRC/imagenet-1k has them."""
+    table(folder, split, labels, {"label": feature or datasets.Value("int64")}, files=files)
 
 
 def folders(folder, labels, names):
@@ -65,11 +71,22 @@ def folders(folder, labels, names):
         (place / f"{row}.png").write_bytes(picture(int(label), row, of=folder.name))
 
 
+def put(root, *names):
+    """Images of these names, and of class 0, below a folder."""
+    for row, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(0, row, of=name))
+
+
 def content(data, indices=None):
-    """Pairs of (label, label as the image says it, row as the image says it) of a set."""
+    """Pairs of (label, label as the image says it, row as the image says it) of a set, or of all rows of a stream."""
+    if hasattr(data, "share"):
+        items = [data.decode(item, "x") for _, item in data.share(0, 1)]
+    else:
+        items = [data[index] for index in (range(len(data)) if indices is None else indices)]
     result = []
-    for index in range(len(data)) if indices is None else indices:
-        item = data[index]
+    for item in items:
         red, green, blue = item["image"].getpixel((5, 5))
         result.append((item["label"], red + 256 * blue, green))
     return result

@@ -35,13 +35,9 @@ class Loader:
         self._whole: dict[tuple[str, str], _Whole] = {}
 
     def load(self, facts: Benchmark, part: Part, name: str, target: Benchmark, *, whole: bool = False) -> ShiftSet:
-        """Load a part of a benchmark.
+        """Load a part of a benchmark as a set with the labels of ``target``, that of the suite.
 
         Args:
-            facts: The benchmark whose rows they are.
-            part: Which.
-            name: Of the set.
-            target: The benchmark of the suite.
             whole: Not as a stream: it is cut into parts by the numbers of its rows.
         Raises:
             ValueError: If there is no copy, a column is missing, or rows, labels or domains are not as expected.
@@ -269,13 +265,8 @@ def _relabelled(to: _Translation, label: str, value: Any) -> dict[str, Any]:
 
 
 def groups_of(rows: Any, values: Sequence[Any], labels: NDArray[Any], facts: Benchmark) -> Groups:
-    """Make the groups of rows.
+    """Make the groups of rows of ``n`` values, of a ``ClassLabel`` by its names, with ``(n,)`` class indices.
 
-    Args:
-        rows: They stand in; of a ``ClassLabel`` the names count.
-        values: ``n``, of the column.
-        labels: ``(n,)`` class indices.
-        facts: Of the benchmark; it has groups.
     Raises:
         ValueError: If a value is none of the groups.
     """

@@ -123,7 +123,7 @@ class Group:
     with_label: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """What is known of a benchmark before it is loaded.
 
@@ -157,17 +157,17 @@ class Benchmark:
     layout: str
     image: tuple[str, ...]
     label: tuple[str, ...]
-    domain: str | None
-    domains: Mapping[str, str | int] = field(hash=False)
+    domain: str | None = None
+    domains: Mapping[str, str | int] = field(default_factory=dict, hash=False)
     rows: Mapping[str, Any] = field(hash=False)
     every_label: bool
     labels: tuple[str, ...]
-    readable: Mapping[str, str] = field(hash=False)
+    readable: Mapping[str, str] = field(default_factory=dict, hash=False)
     templates: tuple[str, ...]
     names_source: str
     licence: str
-    home: str | None
-    group: Group | None
+    home: str | None = None
+    group: Group | None = None
     parts: Mapping[str, Any] = field(hash=False)
     verified: str = ""
     not_verified: str = ""
@@ -238,45 +238,26 @@ def _part(content: Mapping[str, Any], chosen: Mapping[str, tuple[str, ...]]) -> 
 
 
 def benchmark(name: str, content: Any, where: str = "benchmarks") -> Benchmark:
-    """Read an entry of ``benchmarks.yaml``, or a mapping with the same keys.
+    """Read an entry of ``benchmarks.yaml``, or a mapping with the same keys; errors say ``where`` it stands.
 
-    Args:
-        name: The word.
-        content: The mapping.
-        where: What it stands in, for errors.
     Raises:
         ValueError: If a key is unknown, missing or of the wrong kind.
     """
     required = [key for key in _KEYS if key not in _OPTIONAL]
     entry = checked_keys(content, where, name, _KEYS, required)
-    parts: dict[str, Any] = {role: entry[role] for role in ("train", "validation", "test", "shifts") if role in entry}
+    parts: dict[str, Any] = {
+        role: entry.pop(role) for role in ("train", "validation", "test", "shifts") if role in entry
+    }
     for role, part in parts.items():
         many = part if role == "shifts" and "each" not in part else {role: part}
         for key, value in many.items():
             checked_keys(value, where, f"{name}.{key}", _PART, ())
-    group = entry.get("group")
-    return Benchmark(
-        name=name,
-        title=entry["title"],
-        hub_id=entry["id"],
-        layout=entry["layout"],
-        image=tuple(entry["image"]),
-        label=tuple(entry["label"]),
-        domain=entry.get("domain"),
-        domains=entry.get("domains", {}),
-        rows=entry["rows"],
-        every_label=entry["every_label"],
-        labels=tuple(map(str, entry["labels"])),
-        readable=entry.get("readable", {}),
-        templates=tuple(entry["templates"]),
-        names_source=entry["names_source"],
-        licence=entry["licence"],
-        home=entry.get("home"),
-        group=None if group is None else Group(group["column"], tuple(group["names"]), group.get("with_label", False)),
-        parts=parts,
-        verified=entry["verified"],
-        not_verified=entry["not_verified"],
-    )
+    if (group := entry.pop("group", None)) is not None:
+        entry["group"] = Group(group["column"], tuple(group["names"]), group.get("with_label", False))
+    entry["labels"] = list(map(str, entry["labels"]))
+    hub_id = entry.pop("id")
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Benchmark(name=name, hub_id=hub_id, parts=parts, **given)
 
 
 @lru_cache(maxsize=1)

@@ -20,7 +20,7 @@ import ast
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -32,8 +32,9 @@ logger = guarded(logging.getLogger(__name__))
 
 SOURCES = ("files", "open_clip", "ClassLabel")
 DEFAULT_TEMPLATE = "a photo of a {}."
-HUB_ID = "clip-benchmark/wds_imagenetv2"
+HUB_ID = "clip-benchmark/wds_imagenetv2"  # the files of ImageNet-R, -A and ObjectNet name the labels of those sets
 NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
+FILES = (NAMES_FILE, TEMPLATES_FILE)
 _IMAGENET_CLASSES = 1000
 _CLASS_LABEL = "ClassLabel"
 
@@ -71,7 +72,6 @@ def resolve_names(
     label_names: Sequence[str] | None = None,
     label_names_of: str = "the data set",
     folder: str | Path | None = None,
-    hub_id: str = HUB_ID,
     indices: Sequence[int] | None = None,
     sources: Sequence[str] = SOURCES,
 ) -> ResolvedNames:
@@ -86,8 +86,6 @@ def resolve_names(
         label_names_of: The data set they belong to.
         folder: Local folder with the two files, e.g. a copy of a ``clip-benchmark/wds_*`` data set. With a folder the
             Hub is not asked.
-        hub_id: Data set on the Hub with the two files. Its names must be those of the classes: the files of
-            ImageNet-R, -A and ObjectNet name the labels of those sets.
         indices: The ImageNet classes that the ``K`` classes are, if they are a part of the 1000; sources with 1000
             names are then cut down to these.
         sources: Sources to try behind the user's, in order; a part of ``SOURCES``.
@@ -101,7 +99,7 @@ def resolve_names(
     if unknown:
         raise ValueError(f"Expected `sources` out of {SOURCES}, got {unknown}. Leave these out.")
     found, found_templates, missing = None, None, []
-    for offer in _offers(class_names, templates, label_names, label_names_of, folder, hub_id, sources):
+    for offer in _offers(class_names, templates, label_names, label_names_of, folder, sources):
         if found is None and offer.names is not None:
             found = (_fit(offer.names, num_classes, indices, offer.source), offer.source)
         if found_templates is None and offer.templates is not None:
@@ -113,7 +111,7 @@ def resolve_names(
         raise ValueError(
             f"Expected the names of {num_classes} classes, got none ({'; '.join(missing) or 'no sources'}). Pass "
             f"`class_names`, use a data set whose ClassLabel has names, put {NAMES_FILE} and {TEMPLATES_FILE} into "
-            f"`folder` or go online once for those of '{hub_id}', or `pip install open_clip_torch`."
+            f"`folder` or go online once for those of '{HUB_ID}', or `pip install open_clip_torch`."
         )
     if found_templates is None:
         found_templates = ([DEFAULT_TEMPLATE], "default")
@@ -147,7 +145,6 @@ def _offers(
     label_names: Sequence[str] | None,
     label_names_of: str,
     folder: str | Path | None,
-    hub_id: str,
     sources: Sequence[str],
 ) -> Iterator[_Offer]:
     """Yield what each source has; a source is not touched before its turn."""
@@ -161,7 +158,7 @@ def _offers(
         if source == "ClassLabel":
             yield _from_class_label(label_names, label_names_of)
         elif source == "files":
-            yield _from_hub(hub_id) if folder is None else _from_folder(Path(folder))
+            yield _from_hub() if folder is None else _from_folder(Path(folder))
         else:
             yield _from_open_clip()
 
@@ -181,34 +178,34 @@ def _from_class_label(label_names: Sequence[str] | None, of: str) -> _Offer:
 
 
 def _from_folder(folder: Path) -> _Offer:
-    paths = {name: folder / name for name in (NAMES_FILE, TEMPLATES_FILE)}
-    lines = {name: _lines(path) if path.is_file() else None for name, path in paths.items()}
-    absent = [name for name, value in lines.items() if value is None]
+    lines = {name: _lines(folder / name) for name in FILES if (folder / name).is_file()}
+    absent = [name for name in FILES if name not in lines]
     missing = f"the folder {folder} has no {' and no '.join(absent)}" if absent else ""
-    return _offer_of_files(f"files in {folder.name}", lines[NAMES_FILE], lines[TEMPLATES_FILE], missing)
+    return _offer_of_files(f"files in {folder.name}", lines, missing)
 
 
-def _from_hub(hub_id: str) -> _Offer:
+def _from_hub() -> _Offer:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    lines: list[list[str] | None] = [None, None]
+    lines: dict[str, list[str]] = {}
     missing = ""
-    for position, name in enumerate((NAMES_FILE, TEMPLATES_FILE)):
+    for name in FILES:
         try:
-            file = hf_hub_download(hub_id, name, repo_type="dataset")  # nosec B615  # lines of text, shown as the source
-            lines[position] = _lines(Path(file))
+            file = hf_hub_download(HUB_ID, name, repo_type="dataset")  # nosec B615  # lines of text, shown as the source
+            lines[name] = _lines(Path(file))
         except (OSError, HfHubHTTPError) as error:
-            missing = f"{name} of '{hub_id}' cannot be had from the Hub or its cache ({type(error).__name__})"
-            if position == 0:
+            missing = f"{name} of '{HUB_ID}' cannot be had from the Hub or its cache ({type(error).__name__})"
+            if name == NAMES_FILE:
                 break  # without connection the second file would only cost the same time again
-    return _offer_of_files(f"files of {hub_id}", lines[0], lines[1], missing)
+    return _offer_of_files(f"files of {HUB_ID}", lines, missing)
 
 
-def _offer_of_files(source: str, names: list[str] | None, templates: list[str] | None, missing: str) -> _Offer:
+def _offer_of_files(source: str, lines: Mapping[str, list[str]], missing: str) -> _Offer:
+    templates = lines.get(TEMPLATES_FILE)
     if templates is not None:  # clip-benchmark marks the place of the name by {c}
         templates = [template.replace("{c}", PLACEHOLDER) for template in templates]
-    return _Offer(source, names, templates, missing)
+    return _Offer(source, lines.get(NAMES_FILE), templates, missing)
 
 
 def _lines(path: Path) -> list[str]:

@@ -52,11 +52,6 @@ class SetFacts:
         """Names on the Hub of the splits that have labels."""
         return tuple(self.rows)
 
-    @property
-    def largest_label(self) -> int:
-        """The largest label of every split."""
-        return self.num_labels - 1
-
     def columns(self) -> list[list[int]] | None:
         """Return for each label the ImageNet classes that it stands for; ``None``: all 1000, one to one.
 
