@@ -170,8 +170,7 @@ def two_dimensional(labels: NDArray[Any], name: str) -> str:
     if binary:
         return (
             f"rows of several or no labels (multi-label) of shape {labels.shape}. Each row is of one class here: "
-            "measure "
-            f'each label k by itself, with `predictions[:, k]`, `{name}[:, k]` and mode="positive".'
+            f'measure each label k by itself, with `predictions[:, k]`, `{name}[:, k]` and mode="positive".'
         )
     return f"{labels.shape}. Pass one class index for each row."
 
@@ -238,9 +237,8 @@ def _unmasked(values: Any, name: str) -> NDArray[Any]:
     if mask.any():
         row = int(np.argwhere(mask)[0][0])
         raise ValueError(
-            f"Expected `{name}` without masked values, got one in row {row}. Leave such rows out: take "
-            "`.compressed()` of "
-            "labels and the same rows of predictions, or give them a `sample_weight` of 0 and some value."
+            f"Expected `{name}` without masked values, got one in row {row}. Leave such rows out: take `.compressed()` "
+            "of labels and the same rows of predictions, or give them a `sample_weight` of 0 and some value."
         )
     return np.asarray(values.data)
 
