@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .conformal import SCORE_NAMES, ConformalSets, label_scores, sets_of_scores
+from .conformal import SCORE_NAMES, ConformalSets, check_score, label_scores, sets_of_scores
 from .links import at_scaling, check_link, chunk_of
 from .record import calibration_record, kept_sets
 from .rows import Logits, checked_shapes, row_chunks
@@ -90,8 +90,7 @@ def conformal_of(model: Any, score: str) -> ConformalSets:
         RuntimeError: If there are none.
         ValueError: If there is no such score, or the record is none of ours.
     """
-    if score not in SCORE_NAMES:
-        raise ValueError(f"Expected `score` to be one of {SCORE_NAMES}, got {score!r}. Pass one of these names.")
+    check_score(score)
     record = calibration_record(model)
     kept = {} if record is None else kept_sets(record)
     if score not in kept:
