@@ -43,7 +43,7 @@ def confusion_figure(sets: Mapping[str, tuple[PerImage, Sequence[str]]]) -> Figu
         raise ValueError("Expected at least one set, got none. Pass {name: (per_image, names)}.")
     columns = min(_COLUMNS, len(sets))
     rows = -(-len(sets) // columns)
-    widest = max(_shown(len(names)) for _, names in sets.values())
+    widest = max(len(names) if len(names) <= ALL else SOME for _, names in sets.values())
     side = max(3.2, 0.24 * widest) + 1.3
     figure = new_figure((side * columns + 0.8, side * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -88,10 +88,6 @@ def _cells(shares: Any) -> list[tuple[tuple[int, int], float]]:
     """Places and values of what is no less than a half percent."""
     places = zip(*(shares >= 0.005).nonzero(), strict=True)
     return [((int(row), int(column)), float(shares[row, column])) for row, column in places]
-
-
-def _shown(classes: int) -> int:
-    return SOME if classes > ALL else classes
 
 
 def _plain(name: str) -> str:
