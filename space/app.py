@@ -14,6 +14,7 @@ import io
 import json
 import warnings
 from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -287,18 +288,10 @@ def as_json(result: dict[str, Any]) -> dict[str, Any]:
 
 def _example(rows: list[list[float]], labels: list[int], **options: Any) -> tuple[Any, ...]:
     """What the inputs of the page are set to."""
-    defaults = {
-        "file": None,
-        "from_logits": False,
-        "n_bins": 10,
-        "strategy": "uniform",
-        "mode": "rows",
-        "temperature": "",
-        "n_bootstrap": 0,
-        "check_sums": True,
-    }
-    lines = [", ".join(f"{value:g}" for value in row) for row in rows]
-    return ("\n".join(lines), " ".join(map(str, labels)), *(defaults | options).values())
+    text = "\n".join(", ".join(f"{value:g}" for value in row) for row in rows)
+    given = signature(compute).bind(text, " ".join(map(str, labels)), **options)
+    given.apply_defaults()
+    return given.args
 
 
 def _levels(too_confident: int) -> tuple[list[list[float]], list[int]]:
