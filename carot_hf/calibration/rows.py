@@ -163,14 +163,6 @@ def every_row(logits: Tensor | LogitRows, step: int) -> Tensor | LogitRows:
     return logits[::step]
 
 
-def check_temperature(temperature: float) -> None:
-    """Raise a ValueError if a temperature is not finite or not above 0."""
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(
-            f"Expected a finite `temperature` above 0, got {temperature}. It divides the logits; 1.0 leaves them as is."
-        )
-
-
 def check_row_temperature(temperatures: Tensor, size: int) -> None:
     """Raise a ValueError unless there is a finite temperature above 0 for each row."""
     if tuple(temperatures.shape) != (size,) or not bool(((temperatures > 0) & temperatures.isfinite()).all()):

@@ -56,11 +56,8 @@ class Options:
                 f"Expected no `temperature` with probabilities, got {self.temperature}. It divides logits: "
                 "pass the logits and from_logits=True."
             )
-        if self.temperature is not None and not 0.0 < self.temperature < math.inf:
-            raise ValueError(
-                f"Expected a finite `temperature` above 0, got {self.temperature}. "
-                "It divides the logits; 1.0 leaves them as is."
-            )
+        if self.temperature is not None:
+            check_temperature(self.temperature)
         if isinstance(self.n_bootstrap, bool) or not isinstance(self.n_bootstrap, (int, np.integer)):
             raise ValueError(f"Expected `n_bootstrap` to be an integer, got {self.n_bootstrap!r}. Pass e.g. 1000.")
         if self.n_bootstrap < 0:
@@ -74,6 +71,14 @@ class Options:
             raise ValueError(
                 f"Expected `confidence_level` between 0 and 1, got {self.confidence_level}. Pass a fraction, e.g. 0.95."
             )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError if a temperature is not finite or not above 0."""
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(
+            f"Expected a finite `temperature` above 0, got {temperature}. It divides the logits; 1.0 leaves them as is."
+        )
 
 
 def check_probabilities(block: NDArray[Any], start: int, name: str, check_sums: bool) -> NDArray[np.int64]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..basics.escape import printable
 from ..basics.whole_file import whole_file
 from .per_class import confusion_shares, most_confused
@@ -78,16 +80,11 @@ def _draw(ax: Axes, name: str, part: PerImage, names: Sequence[str]) -> Any:
     ax.set_xticks(range(len(shown)), labels, rotation=90, fontsize="x-small")
     ax.set_yticks(range(len(shown)), labels, fontsize="x-small")
     if len(shown) <= _NUMBERED:
-        for (row, column), share in _cells(shares):
+        for row, column in np.argwhere(shares >= 0.005):
+            share = shares[row, column]
             color = "white" if share > 0.5 else "black"
             ax.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color=color)
     return image
-
-
-def _cells(shares: Any) -> list[tuple[tuple[int, int], float]]:
-    """Places and values of what is no less than a half percent."""
-    places = zip(*(shares >= 0.005).nonzero(), strict=True)
-    return [((int(row), int(column)), float(shares[row, column])) for row, column in places]
 
 
 def _plain(name: str) -> str:

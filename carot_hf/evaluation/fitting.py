@@ -138,12 +138,8 @@ class HomeFit:
 
 
 def check_home(validation: ShiftSet | None, train: ShiftSet | None, method: str) -> None:
-    """Refuse, before any work, what cannot be fitted.
+    """Refuse, before any work, what a method, of `METHODS` or "target", cannot be fitted on.
 
-    Args:
-        validation: The held-out set.
-        train: Images of the training.
-        method: Of `METHODS`, or "target".
     Raises:
         ValueError: If there is no validation set, or for "density" no training set that can be read by index.
     """

@@ -175,16 +175,7 @@ def compared(
     suite: ShiftSuite,
     marks: Mapping[str, str],
 ) -> Reported:
-    """Put the metrics without a temperature beside those with it, also where it is in the weights already.
-
-    Args:
-        model: That was measured.
-        found: By set.
-        record: Of the temperature that is in the weights; ``None``: there is none.
-        scalings: By ending.
-        suite: Of the sets.
-        marks: Of sets that are no evidence.
-    """
+    """Put the metrics without a temperature beside those with it; ``record``: of one that is in the weights already."""
     metrics: dict[str, Any] = {name: part.metrics for name, part in found.items()}
     bins: dict[str, Any] = {name: part.bins for name, part in found.items()}
     bins_ts = _bins_at("ts", found)

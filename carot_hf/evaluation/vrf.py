@@ -108,11 +108,7 @@ def _fitted(read: _Read, fits: Mapping[str, Any], **chosen: Any) -> tuple[VRF, d
 class Mixture(LogitRows):
     """The logarithms of the mixed probabilities of a set, computed when they are read: logits of temperature 1.
 
-    Args:
-        vrf: Mixes.
-        zero_shot: Logits of the set.
-        fine_tuned: Logits of the set.
-        distances: ``(N,)``, of the fine-tuned model's embeddings.
+    ``distances`` are those of the fine-tuned model's embeddings, ``(N,)``.
     """
 
     def __init__(self, vrf: VRF, zero_shot: LogitRows, fine_tuned: LogitRows, distances: Tensor) -> None:
