@@ -63,7 +63,8 @@ class Coverage:
         """Count rows ``(n, K)`` and their labels ``(n,)``."""
         self._rows += len(labels)
         for score, made in self._sets.items():
-            found = _of(made, probabilities).measure(probabilities.cpu(), labels.cpu())
+            made = replace(made, n_classes=probabilities.shape[1])
+            found = made.measure(probabilities.cpu(), labels.cpu())
             self._sums[score] += len(labels) * np.array([found["coverage"], found["mean_size"]])
 
     def metrics(self) -> dict[str, float]:
@@ -75,12 +76,8 @@ class Coverage:
 def sets_of(made: ConformalSets, logits: Logits, scaling: Mapping[str, Any], *, link: str) -> NDArray[np.bool_]:
     """Return which classes are in the set of each row: ``(N, K)`` bool; arguments as of `fit_sets`."""
     labels = torch.zeros(len(logits), dtype=torch.int64)  # no set depends on them
-    made = _of(made, logits)
+    made = replace(made, n_classes=int(logits.shape[1]))
     return np.concatenate([made.sets(rows) for rows, _ in _probabilities(logits, labels, scaling, link)])
-
-
-def _of(made: ConformalSets, logits: Logits) -> ConformalSets:
-    return replace(made, n_classes=int(logits.shape[1]))
 
 
 def conformal_of(model: Any, score: str) -> ConformalSets:

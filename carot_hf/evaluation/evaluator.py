@@ -244,12 +244,8 @@ class Evaluator:
         held = home.held_out("Validation")
         away = self.embed({"": data}, title)[""][0]
         own = getattr(base_model(self.model), "density", None)
-        return estimated(
-            held,
-            (SetLogits(away, home.head, data), away),
-            self.calibrator if own is None else own,
-            link=self.link,
-        )
+        calibrator = self.calibrator if own is None else own
+        return estimated(held, (SetLogits(away, home.head, data), away), calibrator, link=self.link)
 
     def sets(self, data: ShiftSet, score: str = "aps", title: str = "Prediction") -> NDArray[np.bool_]:
         """Return which classes are in the conformal set of each image: ``(n, labels)`` bool.

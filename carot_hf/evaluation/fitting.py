@@ -96,9 +96,7 @@ class HomeFit:
     def further(self, home: Mapping[str, float], method: str) -> dict[str, Any]:
         """What the methods after "temperature" find, up to one of them, by the ending of their metrics.
 
-        Args:
-            home: The temperature (and bias) of the validation set.
-            method: The last one.
+        ``home`` is the temperature (and bias) of the validation set.
         """
         if method == "temperature":
             return {}
