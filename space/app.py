@@ -14,6 +14,7 @@ import io
 import json
 import warnings
 from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 from reading import check_size, parse_labels, parse_predictions, parse_temperature, read_file
 
 from carot_hf import load_ece
-from carot_hf.evaluation.plots import reliability_diagram
+from carot_hf.evaluation.plots import CONFIDENCE, FORECAST, reliability_diagram
 
 MAX_FILE = "100mb"
 MAX_BINS, MAX_DRAWS = 100, 1000  # as the page offers them; the API is held to the same
@@ -255,16 +256,15 @@ def draw(result: dict[str, Any], temperature: float | None = None) -> Image.Imag
 def as_summary(result: dict[str, Any], source: str) -> str:
     """The ECE, the sign of the miscalibration and where the rows are from, in HTML."""
     gap = round(result["overconfidence"], 4)
-    confidence, hits, over, under = "confidence", "accuracy", "over-confident", "under-confident"
+    words, neither = CONFIDENCE, "neither over- nor under-confident"
     if "positive_rate" in result:
-        confidence, hits, over, under = "probability", "share of class 1", "forecasts too high", "forecasts too low"
-    neither = "as high as they should be" if "positive_rate" in result else "neither over- nor under-confident"
-    verdict = over if gap > 0 else under if gap < 0 else neither
+        words, neither = FORECAST, "as high as they should be"
+    verdict = words.over if gap > 0 else words.under if gap < 0 else neither
     notes = "".join(f'<p role="note">{html.escape(note)}</p>' for note in result.get("notes", []))
     return (
         f"<h2>ECE {result['ece']:.4f}</h2>"
-        f"<p>{result['n']:,} rows from {html.escape(source)}. Mean {confidence} {result['avg_confidence']:.4f}, "
-        f"{hits} {result['accuracy']:.4f}: on the whole {verdict}.</p>{notes}"
+        f"<p>{result['n']:,} rows from {html.escape(source)}. {words.mean.capitalize()} "
+        f"{result['avg_confidence']:.4f}, {words.accuracy} {result['accuracy']:.4f}: on the whole {verdict}.</p>{notes}"
     )
 
 
@@ -287,18 +287,10 @@ def as_json(result: dict[str, Any]) -> dict[str, Any]:
 
 def _example(rows: list[list[float]], labels: list[int], **options: Any) -> tuple[Any, ...]:
     """What the inputs of the page are set to."""
-    defaults = {
-        "file": None,
-        "from_logits": False,
-        "n_bins": 10,
-        "strategy": "uniform",
-        "mode": "rows",
-        "temperature": "",
-        "n_bootstrap": 0,
-        "check_sums": True,
-    }
-    lines = [", ".join(f"{value:g}" for value in row) for row in rows]
-    return ("\n".join(lines), " ".join(map(str, labels)), *(defaults | options).values())
+    text = "\n".join(", ".join(f"{value:g}" for value in row) for row in rows)
+    given = signature(compute).bind(text, " ".join(map(str, labels)), **options)
+    given.apply_defaults()
+    return given.args
 
 
 def _levels(too_confident: int) -> tuple[list[list[float]], list[int]]:

@@ -55,12 +55,7 @@ def read_csv(text: str) -> CsvRows:
     width = len(lines[0][1])
     header = None if all(is_number(cell) for cell in lines[0][1]) else [name.strip().lower() for name in lines[0][1]]
     rows = lines if header is None else lines[1:]
-    for number, cells in rows:
-        if len(cells) != width:
-            raise ValueError(
-                f"Expected {width} columns in line {number}, as in the first row, got {len(cells)}. Give each row one "
-                "number for each class."
-            )
+    check_width(rows, width)
     notes: list[str] = []
     label = _label_column(header, width, notes)
     dropped = _index_columns(header, rows, label, notes)
@@ -77,13 +72,10 @@ def read_csv(text: str) -> CsvRows:
 
 def cells_of(text: str) -> list[tuple[int, list[str]]]:
     """The cells of each line that is not blank, with its number from 1; decimal commas have become points."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        return []
-    separator = next((mark for mark in ";\t," if mark in lines[0]), None)
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    separator = next((mark for mark in ";\t," if lines and mark in lines[0][1]), None)
     if separator is None:
-        numbered = enumerate(text.splitlines(), 1)
-        return [(number, line.split()) for number, line in numbered if line.strip()]
+        return [(number, line.split()) for number, line in lines]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     found, cells = [], 0
     try:
@@ -102,6 +94,16 @@ def cells_of(text: str) -> list[tuple[int, list[str]]]:
             "text."
         ) from error
     return found
+
+
+def check_width(rows: list[tuple[int, list[str]]], width: int) -> None:
+    """Raise a ValueError at the first row that has another number of cells."""
+    for number, cells in rows:
+        if len(cells) != width:
+            raise ValueError(
+                f"Expected {width} columns in line {number}, as in the first row, got {len(cells)}. Give each row one "
+                "number for each class."
+            )
 
 
 def is_number(cell: str) -> bool:

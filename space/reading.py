@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from csv_rows import cells_of, is_number, label_of, number_of, read_csv
+from csv_rows import cells_of, check_width, is_number, label_of, number_of, read_csv
 from numpy.typing import NDArray
 
 MAX_ROWS, MAX_VALUES = 1_000_000, 20_000_000  # of one request
@@ -123,20 +123,12 @@ def _lines(text: str, what: str) -> list[tuple[int, list[str]]]:
     """The cells of each line that is not blank, with its number from 1."""
     if not text.strip():
         raise ValueError(f"Expected {what}, got none. Paste at least one row, click an example, or upload a file.")
-    if any(mark in text for mark in ",;\t"):
-        return cells_of(text)
-    return [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return cells_of(text)
 
 
 def _rows(lines: list[tuple[int, list[str]]]) -> NDArray[np.float64]:
     """``(N, K)`` numbers of equally long rows."""
-    width = len(lines[0][1])
-    for number, cells in lines:
-        if len(cells) != width:
-            raise ValueError(
-                f"Expected {width} columns in line {number}, as in the first row, got {len(cells)}. "
-                "Give each row one number for each class."
-            )
+    check_width(lines, len(lines[0][1]))
     return np.array([[number_of(cell, number) for cell in cells] for number, cells in lines])
 
 

@@ -46,7 +46,8 @@ class ConformalSets:
     check_sums: bool = True
 
     def __post_init__(self) -> None:
-        _check_options(self.alpha, self.score)
+        checked_alpha(self.alpha)
+        check_score(self.score)
         if not self.threshold >= 0.0:
             raise ValueError(f"Expected a `threshold` of at least 0, got {self.threshold}. Use `fit_conformal`.")
         if not self.n_classes >= 2:
@@ -136,7 +137,7 @@ def label_scores(
     probabilities: Tensor | NDArray[Any], labels: Tensor | NDArray[Any], *, score: str, check_sums: bool = True
 ) -> NDArray[np.float64]:
     """Return the score ``(n,)`` of each label; arguments and errors as of `fit_conformal`."""
-    _check_score(score)
+    check_score(score)
     rows = _matrix(probabilities)
     targets = _checked_labels(labels, *rows.shape)
     scores = np.empty(len(rows))
@@ -150,7 +151,8 @@ def sets_of_scores(
     scores: NDArray[np.float64], alpha: float, score: str, n_classes: int, *, check_sums: bool = True
 ) -> ConformalSets:
     """Return what `fit_conformal` does, of the scores of all labels."""
-    _check_options(alpha, score)
+    checked_alpha(alpha)
+    check_score(score)
     n = len(scores)
     rank = _ceil((n + 1) * (1.0 - alpha))
     if rank > n:
@@ -193,12 +195,8 @@ def checked_alpha(alpha: float) -> float:
     return alpha
 
 
-def _check_options(alpha: float, score: str) -> None:
-    checked_alpha(alpha)
-    _check_score(score)
-
-
-def _check_score(score: str) -> None:
+def check_score(score: str) -> None:
+    """Raise a ValueError unless there is such a score."""
     if score not in _SCORES:
         raise ValueError(f"Expected `score` to be one of {tuple(_SCORES)}, got {score!r}. Pass one of these names.")
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .conformal import SCORE_NAMES, ConformalSets, label_scores, sets_of_scores
+from .conformal import SCORE_NAMES, ConformalSets, check_score, label_scores, sets_of_scores
 from .links import at_scaling, check_link, chunk_of
 from .record import calibration_record, kept_sets
 from .rows import Logits, checked_shapes, row_chunks
@@ -63,7 +63,8 @@ class Coverage:
         """Count rows ``(n, K)`` and their labels ``(n,)``."""
         self._rows += len(labels)
         for score, made in self._sets.items():
-            found = _of(made, probabilities).measure(probabilities.cpu(), labels.cpu())
+            made = replace(made, n_classes=probabilities.shape[1])
+            found = made.measure(probabilities.cpu(), labels.cpu())
             self._sums[score] += len(labels) * np.array([found["coverage"], found["mean_size"]])
 
     def metrics(self) -> dict[str, float]:
@@ -75,12 +76,8 @@ class Coverage:
 def sets_of(made: ConformalSets, logits: Logits, scaling: Mapping[str, Any], *, link: str) -> NDArray[np.bool_]:
     """Return which classes are in the set of each row: ``(N, K)`` bool; arguments as of `fit_sets`."""
     labels = torch.zeros(len(logits), dtype=torch.int64)  # no set depends on them
-    made = _of(made, logits)
+    made = replace(made, n_classes=int(logits.shape[1]))
     return np.concatenate([made.sets(rows) for rows, _ in _probabilities(logits, labels, scaling, link)])
-
-
-def _of(made: ConformalSets, logits: Logits) -> ConformalSets:
-    return replace(made, n_classes=int(logits.shape[1]))
 
 
 def conformal_of(model: Any, score: str) -> ConformalSets:
@@ -90,8 +87,7 @@ def conformal_of(model: Any, score: str) -> ConformalSets:
         RuntimeError: If there are none.
         ValueError: If there is no such score, or the record is none of ours.
     """
-    if score not in SCORE_NAMES:
-        raise ValueError(f"Expected `score` to be one of {SCORE_NAMES}, got {score!r}. Pass one of these names.")
+    check_score(score)
     record = calibration_record(model)
     kept = {} if record is None else kept_sets(record)
     if score not in kept:

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ece.binning import checked_weights
+from ..ece.inputs import check_temperature
 from .density_file import read_calibrator, write_calibrator
 from .links import check_link
 from .nearest import checked_embeddings, checked_k, density, near_density
-from .rows import LogitRows, Logits, check_temperature, checked_rows, row_chunks
+from .rows import LogitRows, Logits, checked_rows, row_chunks
 
 K = 10  # nearest images of the bank
 _PENALTY = 1e-3  # of b^2

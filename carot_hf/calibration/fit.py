@@ -44,15 +44,9 @@ def fit_scaling(
     Raises:
         ValueError: If the link is the sigmoid and the criterion not "nll".
     """
-    options = {"bounds": scaling_bounds(bounds, link), "warn": warn, "sample_weight": sample_weight}
-    return _FITS[link](logits, labels, criterion, **options)
-
-
-def _temperature(logits: Any, labels: Tensor, criterion: str, **options: Any) -> dict[str, float]:
-    return {"temperature": fit_temperature(logits, labels, criterion=criterion, **options)}
-
-
-def _temperature_and_bias(logits: Any, labels: Tensor, criterion: str, **options: Any) -> dict[str, float]:
+    options: dict[str, Any] = {"bounds": scaling_bounds(bounds, link), "warn": warn, "sample_weight": sample_weight}
+    if link == "softmax":
+        return {"temperature": fit_temperature(logits, labels, criterion=criterion, **options)}
     if criterion != "nll":
         raise ValueError(
             f"Expected `calibration_criterion` 'nll' for a model with SigLIP's sigmoid, got {criterion!r}. Scale and "
@@ -60,6 +54,3 @@ def _temperature_and_bias(logits: Any, labels: Tensor, criterion: str, **options
         )
     temperature, bias = fit_sigmoid(logits, labels, **options)
     return {"temperature": temperature, "bias": bias}
-
-
-_FITS = {"softmax": _temperature, "sigmoid": _temperature_and_bias}

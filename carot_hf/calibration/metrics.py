@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ece.binning import CalibrationBins, calibration_bins, check_n_bins, classwise_sums
-from ..ece.inputs import looks_like_probabilities
+from ..ece.inputs import check_temperature, looks_like_probabilities
 from .f1 import macro_f1
 from .links import Chunk, Scaled, at_scaling, check_link, chunk_of
 from .rows import (
     Logits,
     check_finite,
     check_row_temperature,
-    check_temperature,
     checked_shapes,
     empty_like_rows,
     kept_rows,

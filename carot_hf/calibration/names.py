@@ -85,7 +85,10 @@ def check_selection(
     if not of and all_sets:
         of = {set_of(name, [*homes, *shifts])}
     if of & set(shifts):
-        raise_selection_on_shift(name)
+        raise ValueError(
+            f"Expected `metric_for_best_model` of the in-distribution or the validation set, got {name!r}. Choosing a "
+            f"model by shifted test sets spoils them as tests; use '{DEFAULT_BEST_METRIC}' or 'eval_id_accuracy'."
+        )
     known, bare = directions(), name.removeprefix("eval_")
     ways = {known[metric] for _, metric in found} | ({known[bare]} if bare in known else set())
     if "signed" in ways:
@@ -106,14 +109,6 @@ def chosen_by(name: str | None, test: str) -> bool:
         test: Name of the test set.
     """
     return name is not None and set_of(name, (SPLIT, HOME, test, SHIFTED)) in (HOME, test)
-
-
-def raise_selection_on_shift(metric: str) -> None:
-    """Refuse to choose a model by a metric of the shifted test sets."""
-    raise ValueError(
-        f"Expected `metric_for_best_model` of the in-distribution or the validation set, got {metric!r}. Choosing a "
-        f"model by shifted test sets spoils them as tests; use '{DEFAULT_BEST_METRIC}' or 'eval_id_accuracy'."
-    )
 
 
 def _raise_signed(metric: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ece.inputs import check_temperature
 from .conformal import ConformalSets
-from .rows import check_temperature
 
 _LARGEST = 1e30  # of a number in a record
 _KINDS: dict[str, type] = {

@@ -77,8 +77,8 @@ def warn_of_probabilities(above: int) -> None:
 def checked_shapes(logits: Logits, labels: Tensor | NDArray[Any]) -> tuple[Tensor | LogitRows, Tensor]:
     """Return both as tensors on the device of the logits, shapes and labels checked."""
     if not isinstance(logits, LogitRows):
-        logits = _as_logits(logits)
-    labels = _as_labels(labels)
+        logits = _as_tensor(logits, "logits")
+    labels = _as_tensor(labels, "labels")
     shape = tuple(logits.shape)
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not logits.dtype.is_floating_point:
         raise ValueError(
@@ -124,14 +124,14 @@ def kept_rows(
     """The rows that count, and their weights; None: 1 each."""
     if sample_weight is None and ignore_index is None:
         return logits, labels, None
-    labels = _as_labels(labels)
+    labels = _as_tensor(labels, "labels")
     if labels.ndim != 1:
         return logits, labels, None  # to be refused
     weights = checked_weights(sample_weight, len(labels))
     rows = rows_that_count(labels.cpu().numpy(), weights, ignore_index)
     if rows is None:
         return logits, labels, weights
-    whole = logits if isinstance(logits, LogitRows) else _as_logits(logits)
+    whole = logits if isinstance(logits, LogitRows) else _as_tensor(logits, "logits")
     if tuple(labels.shape) != (len(whole),):
         return whole, labels, weights  # to be refused
     weights = None if weights is None else weights[rows]
@@ -161,14 +161,6 @@ def every_row(logits: Tensor | LogitRows, step: int) -> Tensor | LogitRows:
     if isinstance(logits, LogitRows):
         return _EveryRow(logits, step)
     return logits[::step]
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise a ValueError if a temperature is not finite or not above 0."""
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(
-            f"Expected a finite `temperature` above 0, got {temperature}. It divides the logits; 1.0 leaves them as is."
-        )
 
 
 def check_row_temperature(temperatures: Tensor, size: int) -> None:
@@ -215,16 +207,10 @@ class _EveryRow(LogitRows):
         return self._logits[start * self._step : stop * self._step : step * self._step]
 
 
-def _as_logits(logits: Any) -> Tensor:
-    return logits.detach() if isinstance(logits, Tensor) else _from_numpy(logits, "logits")
-
-
-def _as_labels(labels: Any) -> Tensor:
-    return labels.detach() if isinstance(labels, Tensor) else _from_numpy(labels, "labels")
-
-
-def _from_numpy(values: Any, name: str) -> Tensor:
-    """A tensor that shares memory where torch allows it."""
+def _as_tensor(values: Any, name: str) -> Tensor:
+    """A tensor without its graph, or one that shares memory with an array where torch allows it."""
+    if isinstance(values, Tensor):
+        return values.detach()
     array = to_numpy(as_array(values, name))
     if array.dtype.kind not in "biuf":
         raise ValueError(

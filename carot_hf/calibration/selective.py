@@ -136,12 +136,7 @@ def checked_hits(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """``(N,)`` confidences as float64 clipped to [0, 1], and ``(N,)`` hits as booleans.
 
-    Args:
-        confidences: ``(N,)`` numbers in [0, 1] of any dtype.
-        correct: ``(N,)`` booleans or 0/1.
-        prefix: Of the names in the errors.
-    Raises:
-        ValueError: If there is no row, the lengths differ, or a value is out of range.
+    Arguments and errors as of `aurc`, these with a ``prefix`` of the names.
     """
     values = in_unit_interval(column(confidences, f"{prefix}confidences"), f"{prefix}confidences")
     hits = column(correct, f"{prefix}correct")

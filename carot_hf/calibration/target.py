@@ -39,17 +39,14 @@ def fit_to_accuracy(
     """
     _check_accuracy(accuracy)
     if check_link(link).name == "sigmoid":
-        shift = scaling["bias"]
 
-        def at_bias(x: float) -> float:
-            return mean_confidence(logits, {**scaling, "bias": shift + x}, link)
+        def shifted(x: float) -> dict[str, float]:
+            return {**scaling, "bias": scaling["bias"] + x}
 
-        return {**scaling, "bias": shift + _met(at_bias, accuracy, -_FARTHEST, _FARTHEST)}
-
-    def at_temperature(x: float) -> float:
-        return mean_confidence(logits, {"temperature": math.exp(x)}, link)
-
-    found = _met(at_temperature, accuracy, math.log(bounds[0]), math.log(bounds[1]))
+        return shifted(_met(lambda x: mean_confidence(logits, shifted(x), link), accuracy, -_FARTHEST, _FARTHEST))
+    found = _met(
+        lambda x: mean_confidence(logits, {"temperature": math.exp(x)}, link), accuracy, *map(math.log, bounds)
+    )
     return {"temperature": min(max(math.exp(found), bounds[0]), bounds[1])}
 
 

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..basics.precision import at_least_float32
+from ..ece.inputs import check_temperature
 from .metrics import top_label
 from .nearest import checked_embeddings, checked_k, squared_distance
-from .rows import Logits, check_temperature, checked_rows, chunk_rows
+from .rows import Logits, checked_rows, chunk_rows
 from .temperature import fit_temperature
 
 A, B = 1.5, 0.6  # published, CLIP ViT-B/16 on ImageNet

@@ -54,6 +54,7 @@ Example:
     >>> round(metric.compute(predictions=rows, references=[0, 1, 2])["ece"], 4)
     0.3833
 """
+_NAMES = [field.name for field in fields(Options)]
 
 
 class ECE(evaluate.Metric):
@@ -107,27 +108,13 @@ class ECE(evaluate.Metric):
         ignore_index: int | None = None,
         **evaluate_options: Any,
     ) -> None:
-        self.options = Options(
-            n_bins=n_bins,
-            strategy=strategy,
-            mode=mode,
-            from_logits=from_logits,
-            temperature=temperature,
-            bins=bins,
-            classwise=classwise,
-            check_sums=check_sums,
-            n_bootstrap=n_bootstrap,
-            confidence_level=confidence_level,
-            seed=seed,
-            ignore_index=ignore_index,
-        )
+        self.options = Options(**{name: value for name, value in locals().items() if name in _NAMES})
         # Workaround, evaluate 0.4.6: it swallows options that nobody knows, so that a misspelt one would be ignored.
         # Until: it refuses them.
         known = inspect.signature(evaluate.EvaluationModule.__init__).parameters
         for name in evaluate_options.keys() - known.keys():
             raise TypeError(
-                f"Expected options among {[field.name for field in fields(Options)]} or those of evaluate, "
-                f"got {name!r}. Correct the spelling."
+                f"Expected options among {_NAMES} or those of evaluate, got {name!r}. Correct the spelling."
             )
         # Workaround, evaluate 0.4.6: processes meet through Arrow files, which our rows never enter. Until: a metric
         # may say how its parts are joined.
@@ -221,8 +208,7 @@ class ECE(evaluate.Metric):
             ValueError: If an input or an option is not as described; rows added before are kept.
             RuntimeError: If an option comes too late for the rows that were added before.
         """
-        names = {item.name for item in fields(Options)}
-        given = {name: value for name, value in locals().items() if name in names and value is not None}
+        given = {name: value for name, value in locals().items() if name in _NAMES and value is not None}
         return self._result(predictions, references, sample_weight, replace(self.options, **given))
 
     def _result(self, predictions: Any, references: Any, sample_weight: Any, options: Options) -> dict[str, Any]:
@@ -298,7 +284,7 @@ def _measure_buffer(buffer: RowBuffer, options: Options) -> dict[str, Any]:
     if not buffer.folds():
         return _measure(buffer.rows(), options)
     sums = buffer.bins()
-    return _numbers(sums.bins(), sums.adaptive_ece(), buffer.totals(), options)
+    return _numbers(sums.bins(), sums.adaptive_ece(), buffer.totals, options)
 
 
 def _numbers(bins: CalibrationBins, adaptive_ece: float, rows: ReducedRows, options: Options) -> dict[str, Any]:

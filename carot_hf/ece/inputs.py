@@ -56,11 +56,8 @@ class Options:
                 f"Expected no `temperature` with probabilities, got {self.temperature}. It divides logits: "
                 "pass the logits and from_logits=True."
             )
-        if self.temperature is not None and not 0.0 < self.temperature < math.inf:
-            raise ValueError(
-                f"Expected a finite `temperature` above 0, got {self.temperature}. "
-                "It divides the logits; 1.0 leaves them as is."
-            )
+        if self.temperature is not None:
+            check_temperature(self.temperature)
         if isinstance(self.n_bootstrap, bool) or not isinstance(self.n_bootstrap, (int, np.integer)):
             raise ValueError(f"Expected `n_bootstrap` to be an integer, got {self.n_bootstrap!r}. Pass e.g. 1000.")
         if self.n_bootstrap < 0:
@@ -74,6 +71,14 @@ class Options:
             raise ValueError(
                 f"Expected `confidence_level` between 0 and 1, got {self.confidence_level}. Pass a fraction, e.g. 0.95."
             )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError if a temperature is not finite or not above 0."""
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(
+            f"Expected a finite `temperature` above 0, got {temperature}. It divides the logits; 1.0 leaves them as is."
+        )
 
 
 def check_probabilities(block: NDArray[Any], start: int, name: str, check_sums: bool) -> NDArray[np.int64]:
@@ -170,8 +175,7 @@ def two_dimensional(labels: NDArray[Any], name: str) -> str:
     if binary:
         return (
             f"rows of several or no labels (multi-label) of shape {labels.shape}. Each row is of one class here: "
-            "measure "
-            f'each label k by itself, with `predictions[:, k]`, `{name}[:, k]` and mode="positive".'
+            f'measure each label k by itself, with `predictions[:, k]`, `{name}[:, k]` and mode="positive".'
         )
     return f"{labels.shape}. Pass one class index for each row."
 
@@ -238,9 +242,8 @@ def _unmasked(values: Any, name: str) -> NDArray[Any]:
     if mask.any():
         row = int(np.argwhere(mask)[0][0])
         raise ValueError(
-            f"Expected `{name}` without masked values, got one in row {row}. Leave such rows out: take "
-            "`.compressed()` of "
-            "labels and the same rows of predictions, or give them a `sample_weight` of 0 and some value."
+            f"Expected `{name}` without masked values, got one in row {row}. Leave such rows out: take `.compressed()` "
+            "of labels and the same rows of predictions, or give them a `sample_weight` of 0 and some value."
         )
     return np.asarray(values.data)
 

@@ -72,6 +72,8 @@ class RowBuffer:
         first: The first rows.
         n_bins: Of the sums.
         limit: How many rows to keep before they are turned into sums; None: keep all, 5 bytes a row for float32.
+    Attributes:
+        totals: The sums beside the bins, without rows.
     """
 
     def __init__(self, first: ReducedRows, n_bins: int, limit: int | None) -> None:
@@ -79,16 +81,8 @@ class RowBuffer:
         self._weights: NDArray[np.float64] | None = None  # from the first row on that does not weigh 1
         self._length, self._limit = 0, limit
         self._bins = BinSums(n_bins, first.confidences.dtype)
-        self._sums = replace(
-            first,
-            confidences=self._confidences,
-            correct=self._correct,
-            nll=0.0,
-            brier=0.0,
-            weights=None,
-            mass=0.0,
-            class_sums=None if first.class_sums is None else np.zeros_like(first.class_sums),
-        )
+        sums = None if first.class_sums is None else np.zeros_like(first.class_sums)
+        self.totals = ReducedRows(self._confidences, self._correct, n_classes=first.n_classes, class_sums=sums)
         self.append(first)
 
     def append(self, rows: ReducedRows) -> None:
@@ -98,7 +92,7 @@ class RowBuffer:
             ValueError: If the number of classes or the dtype differs from the rows before.
         """
         for name, expected, got in (
-            ("number of classes", self._sums.n_classes, rows.n_classes),
+            ("number of classes", self.totals.n_classes, rows.n_classes),
             ("dtype", self._confidences.dtype, rows.confidences.dtype),
         ):
             if expected != got:
@@ -109,12 +103,12 @@ class RowBuffer:
         if self._limit is not None and self._length + rows.n > self._limit:
             self._fold()
         self._keep(rows)
-        sums = self._sums.class_sums
-        self._sums = replace(
-            self._sums,
-            nll=self._sums.nll + rows.nll,
-            brier=self._sums.brier + rows.brier,
-            mass=self._sums.mass + rows.mass,
+        sums = self.totals.class_sums
+        self.totals = replace(
+            self.totals,
+            nll=self.totals.nll + rows.nll,
+            brier=self.totals.brier + rows.brier,
+            mass=self.totals.mass + rows.mass,
             class_sums=None if sums is None or rows.class_sums is None else sums + rows.class_sums,
         )
 
@@ -129,16 +123,12 @@ class RowBuffer:
         """All rows so far, as views; before they were folded."""
         kept = slice(self._length)
         weights = None if self._weights is None else self._weights[kept]
-        return replace(self._sums, confidences=self._confidences[kept], correct=self._correct[kept], weights=weights)
+        return replace(self.totals, confidences=self._confidences[kept], correct=self._correct[kept], weights=weights)
 
     def bins(self) -> BinSums:
         """All rows so far as sums."""
         self._fold()
         return self._bins
-
-    def totals(self) -> ReducedRows:
-        """The sums beside the bins, without rows."""
-        return self._sums
 
     def _keep(self, rows: ReducedRows) -> None:
         end = self._length + rows.n
@@ -159,9 +149,8 @@ class RowBuffer:
 
     def _fold(self) -> None:
         if self._length:
-            kept = slice(self._length)
-            weights = None if self._weights is None else self._weights[kept]
-            self._bins.add(self._confidences[kept], self._correct[kept], weights)
+            rows = self.rows()
+            self._bins.add(rows.confidences, rows.correct, rows.weights)
             self._length = 0
 
 
@@ -228,8 +217,8 @@ def _check_binary(labels: NDArray[Any], options: Options) -> None:
         found = sorted(set(labels.tolist()))
         raise ValueError(
             f"Expected `references` of 0 and 1 for 1-D `predictions`, got names ({', '.join(map(repr, found[:4]))}). "
-            "Pass "
-            f"`[int(label == {found[-1]!r}) for label in references]`, with the name whose probability is predicted."
+            f"Pass `[int(label == {found[-1]!r}) for label in references]`, with the name whose probability is "
+            "predicted."
         )
     binary = np.isin(labels, (0, 1))
     if binary.all():
@@ -244,9 +233,9 @@ def _check_binary(labels: NDArray[Any], options: Options) -> None:
     raise ValueError(f"Expected `references` of 0 and 1 for 1-D `predictions`, got {labels[row]} in row {row}. {cure}")
 
 
-def _total(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> float:
-    """Sum by weight."""
-    return float(values.sum() if weights is None else weights @ values)
+def _total(values: NDArray[Any], weights: NDArray[np.float64] | None) -> float:
+    """Sum by weight, in float64."""
+    return float(values.sum(dtype=np.float64) if weights is None else weights @ values)
 
 
 def _reduce_full(
@@ -280,7 +269,7 @@ def _reduce_full(
             class_sums += classwise_sums(block.astype(kept, copy=False), targets, options.n_bins, own)
         block[rows, targets] -= 1.0
         squares = np.einsum("ij,ij->i", block, block)
-        brier += float(squares.sum(dtype=np.float64)) if own is None else float(own @ squares)
+        brier += _total(squares, own)
     if probable:
         warnings.warn(AS_LOGITS + "Leave from_logits out.", stacklevel=4)
     mass = float(n_rows) if weights is None else float(weights.sum())

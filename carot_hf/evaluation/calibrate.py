@@ -68,18 +68,9 @@ def calibrate(
     alpha: float,
     images: ShiftSet | None = None,
 ) -> dict[str, Any]:
-    """Calibrate a model; see :meth:`carot_hf.Evaluator.calibrate`.
+    """Calibrate a model, in place, and return the record; see :meth:`carot_hf.Evaluator.calibrate`.
 
-    Args:
-        home: Fits.
-        model: Its weights and its config are changed.
-        method: Of `METHODS`, or "target".
-        classes: Names, and ``templates`` captions, for the record.
-        n_bins: Confidence bins.
-        alpha: Of the conformal sets.
-        images: Of the target.
-    Returns:
-        The record.
+    The names of the classes and the templates are for the record, ``alpha`` is that of the conformal sets.
     """
     mark = {} if images is None else {"hash": sample_hash(images), "n": len(images)}
     logits, embeds, labels = home.held_out()

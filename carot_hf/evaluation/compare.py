@@ -14,6 +14,7 @@ from .evaluation import Evaluation, Rows
 
 _LEVEL = 0.95
 Interval = tuple[float, float, float]  # difference, lowest, highest
+_Sums = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_], int]
 
 
 @dataclass(frozen=True)
@@ -81,33 +82,30 @@ def _differences(
     a: Rows, b: Rows, bins: tuple[int, ...], n_bootstrap: int, generator: np.random.Generator
 ) -> dict[str, Interval]:
     """Differences on one set."""
-    size = len(a[0])
-    first, second = _sums(a, bins[0]), _sums(b, bins[1])
+    size, parts = len(a[0]), (_sums(a, bins[0]), _sums(b, bins[1]))
+
+    def difference(counts: NDArray[np.int64]) -> tuple[float, float]:
+        ours, theirs = (_measured(part, counts) for part in parts)
+        return ours[0] - theirs[0], ours[1] - theirs[1]
+
     drawn = np.empty((2, n_bootstrap))
     for draw in range(n_bootstrap):
-        counts = np.bincount(generator.integers(0, size, size), minlength=size)
-        ours, theirs = (_measured(part, counts) for part in (first, second))
-        drawn[:, draw] = ours[0] - theirs[0], ours[1] - theirs[1]
-    whole = np.ones(size, dtype=np.int64)
-    ours, theirs = (_measured(part, whole) for part in (first, second))
+        drawn[:, draw] = difference(np.bincount(generator.integers(0, size, size), minlength=size))
     found = {}
-    for row, metric in enumerate(("accuracy", "ece")):
-        difference = ours[row] - theirs[row]
-        low, high = np.quantile(drawn[row], ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2)).tolist()
-        found[metric] = (difference, min(2 * difference - high, difference), max(2 * difference - low, difference))
+    for metric, value, row in zip(("accuracy", "ece"), difference(np.ones(size, np.int64)), drawn, strict=True):
+        low, high = np.quantile(row, ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2)).tolist()
+        found[metric] = (value, min(2 * value - high, value), max(2 * value - low, value))
     return found
 
 
-def _sums(rows: Rows, n_bins: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_], int]:
+def _sums(rows: Rows, n_bins: int) -> _Sums:
     """Bin of each row, its gap and its hit."""
     confidences, hits = rows
     index = bin_index(confidences, uniform_edges(n_bins, confidences.dtype)[1:-1]).astype(np.int64)
     return index, confidences.astype(np.float64) - hits, hits, n_bins
 
 
-def _measured(
-    part: tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_], int], counts: NDArray[np.int64]
-) -> tuple[float, float]:
+def _measured(part: _Sums, counts: NDArray[np.int64]) -> tuple[float, float]:
     """Accuracy and ECE of rows that count so often."""
     index, gaps, hits, n_bins = part
     total = counts.sum()

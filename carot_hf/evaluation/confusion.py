@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..basics.escape import printable
 from ..basics.whole_file import whole_file
 from .per_class import confusion_shares, most_confused
@@ -43,7 +45,7 @@ def confusion_figure(sets: Mapping[str, tuple[PerImage, Sequence[str]]]) -> Figu
         raise ValueError("Expected at least one set, got none. Pass {name: (per_image, names)}.")
     columns = min(_COLUMNS, len(sets))
     rows = -(-len(sets) // columns)
-    widest = max(_shown(len(names)) for _, names in sets.values())
+    widest = max(len(names) if len(names) <= ALL else SOME for _, names in sets.values())
     side = max(3.2, 0.24 * widest) + 1.3
     figure = new_figure((side * columns + 0.8, side * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -78,20 +80,11 @@ def _draw(ax: Axes, name: str, part: PerImage, names: Sequence[str]) -> Any:
     ax.set_xticks(range(len(shown)), labels, rotation=90, fontsize="x-small")
     ax.set_yticks(range(len(shown)), labels, fontsize="x-small")
     if len(shown) <= _NUMBERED:
-        for (row, column), share in _cells(shares):
+        for row, column in np.argwhere(shares >= 0.005):
+            share = shares[row, column]
             color = "white" if share > 0.5 else "black"
             ax.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color=color)
     return image
-
-
-def _cells(shares: Any) -> list[tuple[tuple[int, int], float]]:
-    """Places and values of what is no less than a half percent."""
-    places = zip(*(shares >= 0.005).nonzero(), strict=True)
-    return [((int(row), int(column)), float(shares[row, column])) for row, column in places]
-
-
-def _shown(classes: int) -> int:
-    return SOME if classes > ALL else classes
 
 
 def _plain(name: str) -> str:

@@ -155,9 +155,5 @@ def font(pixels: int) -> Any:
 def _sheet_size(counts: Sequence[int], size: int) -> tuple[int, int]:
     columns = max(1, min(ACROSS, max(counts, default=1)))
     width = _GAP + columns * (max(size, _NARROWEST) + _GAP)
-    return max(width, 4 * _NARROWEST), _GAP + sum(_height(count, size) for count in counts)
-
-
-def _height(count: int, size: int) -> int:
-    """Of a set, heading included."""
-    return _HEADING + -(-count // ACROSS) * (_TITLE + size + _GAP)
+    lines = sum(-(-count // ACROSS) for count in counts)
+    return max(width, 4 * _NARROWEST), _GAP + len(counts) * _HEADING + lines * (_TITLE + size + _GAP)

@@ -50,12 +50,7 @@ def diagram_tables(
 
 
 def write_diagrams(path: Path, tables: Tables) -> None:
-    """Write one picture: a row for each set, a column for each title.
-
-    Args:
-        path: A PNG file; its folder is made.
-        tables: Of `diagram_tables`.
-    """
+    """Write one picture, a row for each set, a column for each title; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as beside:
         reliability_grid(tables).savefig(beside, dpi=100)
@@ -75,12 +70,6 @@ def send_diagrams(callbacks: Iterable[Any], tables: Tables, *, prefix: str, step
     As image ``<prefix>/<set>_reliability``, and with a temperature ``<prefix>/<set>_reliability_ts``. Reporters are the
     callbacks with an open ``tb_writer`` (TensorBoard), transformers' callbacks for W&B and trackio, and every other one
     with a method ``log_images(images, step)``, where ``images`` are ``(height, width, 3)`` uint8 arrays by tag.
-
-    Args:
-        callbacks: Those of the trainer.
-        tables: Of `diagram_tables`.
-        prefix: First part of the tag.
-        step: Training steps done.
     """
     senders = [sender for sender in map(_sender, callbacks) if sender is not None]
     if not senders or not tables:

@@ -18,10 +18,11 @@ from ..basics.modes import evaluating
 from ..basics.precision import at_least_float32, wide_dtype
 from ..basics.processes import gather_uneven, place
 from ..data.bad_images import BadImages
-from ..data.batches import ReadSet, ReplacedCollator
+from ..data.batches import CaRotCollator, ReadSet, ReplacedCollator
+from ..data.loaders import images_at_once
 from ..data.shift_set import ShiftSet
 from ..data.stream import RowCollator, StreamedRows, StreamedSet
-from ..data.transforms import float_pixels
+from ..data.transforms import check_image_size, float_pixels, image_transform
 from ..models.backbones import embedding_size, image_inputs
 from ..models.lora import base_model
 
@@ -144,6 +145,16 @@ class Embedder:
     def steps(self, rows: int) -> int:
         """Batches of one process for so many rows of all."""
         return math.ceil(rows / (self.batch_size * place()[1]))
+
+
+def embedder_of(model: Any, processor: Any, batch_size: int | None, *, most: int = 256, **options: Any) -> Embedder:
+    """Make the embedder of a model outside of training; ``batch_size`` None: 32 on a CPU, else ``most``."""
+    transform = image_transform(processor)
+    check_image_size(model, transform)
+    collator = CaRotCollator(transform, None, 0)  # type: ignore[arg-type]  # of training samples alone
+    device = next(model.parameters()).device
+    batch_size = images_at_once(device, most) if batch_size is None else batch_size
+    return Embedder(transform, collator, batch_size, device, **options)
 
 
 class _Numbered(Dataset):  # type: ignore[type-arg]

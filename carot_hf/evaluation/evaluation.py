@@ -121,10 +121,10 @@ class Evaluation:
             "metrics": self.metrics,
             "scaling": self.scaling,
             "sizes": self.sizes,
-            "bins": {name: table.to_dict() for name, table in self.bins.items()},
-            "bins_ts": {name: table.to_dict() for name, table in self.bins_ts.items()},
-            "bins_pts": {name: table.to_dict() for name, table in self.bins_pts.items()},
-            "bins_dts": {name: table.to_dict() for name, table in self.bins_dts.items()},
+            **{
+                kind: {name: table.to_dict() for name, table in getattr(self, kind).items()}
+                for kind in ("bins", "bins_ts", "bins_pts", "bins_dts")
+            },
             "intervals": self.intervals,
             "marks": self.marks,
         }

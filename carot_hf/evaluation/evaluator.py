@@ -22,27 +22,24 @@ from ..calibration.conformal_logits import conformal_of, sets_of
 from ..calibration.density import DensityCalibrator
 from ..calibration.fit import scaling_bounds
 from ..calibration.record import calibration_record, inverse_of
-from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.groups import groups_of
-from ..data.loaders import images_at_once
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite
-from ..data.transforms import check_image_size, image_transform
 from ..models.backbones import backbone_of, is_backbone
 from ..models.classifier import CLIPClassifier
 from ..models.lora import base_model
 from ..models.prepare import align_markers, captions_of
 from .calibrate import TARGET, calibrate, check_request, conformal_sets
-from .embed import Embedded, Embedder
+from .embed import Embedded, Embedder, embedder_of
 from .estimated import estimated
-from .evaluation import Evaluation, Reported, with_aggregates
+from .evaluation import Evaluation, Reported
 from .fitting import HomeFit, check_home
 from .home import METHODS, check_calibration_method
 from .kept_heads import kept_class_embeddings
 from .logits import Head, SetLogits, head_of
 from .marks import marks_of
-from .measure import Measured, bins_at, compared, given_scalings, intervals_by_set, measure_all, scaling_of
+from .measure import Measured, compared, evaluation_of, given_scalings, measure_all, scaling_of
 from .memory import Memory
 from .per_image import PerImage, facts_of_images
 from .right import settled
@@ -111,14 +108,7 @@ class Evaluator:
         if device is not None:
             model.to(device)
         self._captions = captions
-        if embedder is None:
-            transform = image_transform(processor)
-            check_image_size(model, transform)
-            collator = CaRotCollator(transform, captions, 0)  # type: ignore[arg-type]  # of training samples alone
-            at = next(model.parameters()).device
-            batch_size = images_at_once(at) if batch_size is None else batch_size
-            embedder = Embedder(transform, collator, batch_size, at, progress=True)
-        self.embedder = embedder
+        self.embedder = embedder_of(model, processor, batch_size, progress=True) if embedder is None else embedder
         self._memory = Memory() if memory is None else memory
 
     @property
@@ -175,16 +165,12 @@ class Evaluator:
             for name, part in found.items():
                 part.metrics.update(own_metrics(logits[name].whole(), labels[name]))
         marks = marks_of(chosen, scalings, record)
-        return Evaluation(
-            metrics=with_aggregates({name: part.metrics for name, part in found.items()}, self.suite, marks),
-            bins={name: part.bins for name, part in found.items()},
-            **{f"bins_{ending}": bins_at(ending, found) for ending in METHODS.values()},
-            scaling=scalings.get("ts", {}),
-            sizes={name: len(part) for name, part in labels.items()},
+        return evaluation_of(
+            found,
+            self.suite,
+            scalings.get("ts", {}),
+            marks,
             comparison=compared(self.model, found, record, scalings, self.suite, marks) if remember else Reported(),
-            intervals=intervals_by_set(found),
-            rows={name: part.per_image.at("") for name, part in found.items() if part.per_image},
-            marks=marks,
             per_image=self._with_facts(chosen, found) if remember else {},
         )
 
@@ -197,8 +183,7 @@ class Evaluator:
 
     def _with_facts(self, sets: Mapping[str, ShiftSet], found: Mapping[str, Measured]) -> dict[str, PerImage]:
         """What is said of each image, with what tells the images from others."""
-        names = self.suite.class_names
-        parts = {name: part.per_image for name, part in found.items() if part.per_image is not None}
+        names, parts = self.suite.class_names, {name: part.per_image for name, part in found.items()}
         return {
             name: replace(part, facts=facts_of_images(sets[name], part.labels, names)) for name, part in parts.items()
         }
@@ -259,12 +244,8 @@ class Evaluator:
         held = home.held_out("Validation")
         away = self.embed({"": data}, title)[""][0]
         own = getattr(base_model(self.model), "density", None)
-        return estimated(
-            held,
-            (SetLogits(away, home.head, data), away),
-            self.calibrator if own is None else own,
-            link=self.link,
-        )
+        calibrator = self.calibrator if own is None else own
+        return estimated(held, (SetLogits(away, home.head, data), away), calibrator, link=self.link)
 
     def sets(self, data: ShiftSet, score: str = "aps", title: str = "Prediction") -> NDArray[np.bool_]:
         """Return which classes are in the conformal set of each image: ``(n, labels)`` bool.

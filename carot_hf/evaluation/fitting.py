@@ -96,9 +96,7 @@ class HomeFit:
     def further(self, home: Mapping[str, float], method: str) -> dict[str, Any]:
         """What the methods after "temperature" find, up to one of them, by the ending of their metrics.
 
-        Args:
-            home: The temperature (and bias) of the validation set.
-            method: The last one.
+        ``home`` is the temperature (and bias) of the validation set.
         """
         if method == "temperature":
             return {}
@@ -138,12 +136,8 @@ class HomeFit:
 
 
 def check_home(validation: ShiftSet | None, train: ShiftSet | None, method: str) -> None:
-    """Refuse, before any work, what cannot be fitted.
+    """Refuse, before any work, what a method, of `METHODS` or "target", cannot be fitted on.
 
-    Args:
-        validation: The held-out set.
-        train: Images of the training.
-        method: Of `METHODS`, or "target".
     Raises:
         ValueError: If there is no validation set, or for "density" no training set that can be read by index.
     """

@@ -11,12 +11,7 @@ _Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
 def intervals_of(seen: Seen, n_bootstrap: int) -> dict[str, tuple[float, float]]:
-    """Return the intervals of "accuracy" and "ece".
-
-    Args:
-        seen: Of one set.
-        n_bootstrap: Draws of the ECE's; see :func:`~carot_hf.ece.uncertainty.ece_bounds`.
-    """
+    """Return the intervals of "accuracy" and, by so many draws (see `ece_bounds`), "ece" of a set."""
     return {
         "accuracy": accuracy_interval(int(seen.correct.sum()), len(seen.correct)),
         "ece": ece_bounds(seen.confidences, seen.correct, seen.bins, n_bootstrap),

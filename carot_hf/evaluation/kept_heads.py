@@ -75,10 +75,9 @@ def _read(path: Path, classes: int) -> Tensor | None:
 
 def _hash_of(model: Any, captions: CaptionTable) -> str:
     """SHA-256 of the weights of the text side, the tokens, the device's kind and the libraries that compute."""
-    first = captions.lookup(
-        torch.tensor([0]), torch.tensor([0])
-    )  # its shape says whether captions are padded, its names
-    tensors = {name: value for name, value in model.state_dict().items() if "text_" in name}  # whether there is a mask
+    # Of the first caption the shape says whether captions are padded, the names whether there is a mask.
+    first = captions.lookup(torch.tensor([0]), torch.tensor([0]))
+    tensors = {name: value for name, value in model.state_dict().items() if "text_" in name}
     versions = f"{torch.__version__} {transformers.__version__} {model.logit_scale.device.type}"
     said = hashlib.sha256(f"{type(model).__name__} {versions} {model.config.text_config}".encode())
     for name, value in {**tensors, "all": captions.input_ids, "lengths": captions.lengths, **first}.items():

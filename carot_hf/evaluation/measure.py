@@ -14,15 +14,14 @@ from ..basics.processes import place, said_by_all
 from ..calibration.conformal import ConformalSets
 from ..calibration.conformal_logits import Coverage
 from ..calibration.density import DensityCalibrator
-from ..calibration.metrics import Scaling, Seen, read_set, scaled_metrics
+from ..calibration.metrics import Scaling, read_set, scaled_metrics
 from ..calibration.rows import Logits
 from ..data.suite import ShiftSuite
 from ..ece.binning import CalibrationBins
-from .evaluation import Reported, flat_names, with_aggregates
+from .evaluation import Evaluation, Metrics, Reported, flat_names, with_aggregates
 from .intervals import intervals_of
 from .per_image import PerImage
 
-Metrics = dict[str, float]
 _KEPT = ("_pts", "_dts", "_coverage", "_size")
 
 
@@ -33,20 +32,20 @@ class Measured:
     Attributes:
         metrics: As the logits are, with ``<metric>_<ending>`` at each scaling.
         bins: As the logits are.
+        per_image: What is said of each row, as the logits are and at each scaling.
         scaled_bins: By the ending of a scaling.
         plain: With the temperature taken out that is in the weights.
         plain_bins: So, too.
         intervals: Of "accuracy" and "ece", and of ``ece_<ending>`` and "plain", where asked for.
-        per_image: What is said of each row, as the logits are and at each scaling.
     """
 
     metrics: Metrics
     bins: CalibrationBins
+    per_image: PerImage
     scaled_bins: dict[str, CalibrationBins] = field(default_factory=dict)
     plain: Metrics | None = None
     plain_bins: CalibrationBins | None = None
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    per_image: PerImage | None = None
 
 
 def measure(
@@ -84,19 +83,17 @@ def measure(
     coverage = Coverage(sets or {})
     also = {(list(made) or [""])[-1]: coverage.add} if sets else {}
     seen, _ = read_set(logits, labels, wanted, n_bins=n_bins, link=link, also=also, groups=groups)
-    found = {name: _found(seen[name], names) for name, (_, names) in wanted.items()}
-    metrics, bins = found[""]
+    found = {name: seen[name].metrics(names) for name, (_, names) in wanted.items()}
     confidences = {ending: seen[ending].confidences for ending in ("", *made)}
-    measured = Measured(dict(metrics), bins, per_image=PerImage(confidences, seen[""].predicted, seen[""].labels))
+    measured = Measured(found[""], seen[""].bins, PerImage(confidences, seen[""].predicted, seen[""].labels))
     for ending in made:
-        scaled, measured.scaled_bins[ending] = found[ending]
-        measured.metrics |= {f"{name}_{ending}": value for name, value in scaled.items()}
+        measured.scaled_bins[ending] = seen[ending].bins
+        measured.metrics |= {f"{name}_{ending}": value for name, value in found[ending].items()}
     if inverse is not None:
-        measured.plain, measured.plain_bins = found["plain"]
+        measured.plain, measured.plain_bins = found["plain"], seen["plain"].bins
     if n_bootstrap:
         measured.intervals = intervals_of(seen[""], n_bootstrap)
-        further = {f"ece_{end}": intervals_of(seen[end], n_bootstrap)["ece"] for end in wanted if end}
-        measured.intervals |= further
+        measured.intervals |= {f"ece_{end}": intervals_of(seen[end], n_bootstrap)["ece"] for end in wanted if end}
     measured.metrics |= coverage.metrics()
     return measured
 
@@ -126,10 +123,6 @@ def measure_all(
     return {name: every[name] for name in sets}
 
 
-def _found(seen: Seen, names: list[str] | None) -> tuple[Metrics, CalibrationBins]:
-    return seen.metrics(names), seen.bins
-
-
 def given_scalings(calibrator: Any, own: DensityCalibrator | None = None) -> dict[str, Any]:
     """What somebody passed as a calibrator, by ending; ``None``: the one in the model, if there is one."""
     calibrator = own if calibrator is None else calibrator
@@ -150,9 +143,28 @@ def scaling_of(item: Any, home: Mapping[str, float] | None, embeds: Tensor, link
     return {**(home or {}), "row_temperature": item.temperature(embeds)}
 
 
-def bins_at(ending: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Bin tables by set at a scaling."""
-    return {name: part.scaled_bins[ending] for name, part in found.items() if ending in part.scaled_bins}
+def evaluation_of(
+    found: Mapping[str, Measured],
+    suite: ShiftSuite,
+    scaling: Mapping[str, float],
+    marks: Mapping[str, str] | None = None,
+    **further: Any,
+) -> Evaluation:
+    """Put together what was measured of sets of a suite; arguments as the fields of `Evaluation` of these names."""
+    marks = marks or {}
+    return Evaluation(
+        metrics=with_aggregates({name: part.metrics for name, part in found.items()}, suite, marks),
+        bins={name: part.bins for name, part in found.items()},
+        bins_ts=_bins_at("ts", found),
+        bins_pts=_bins_at("pts", found),
+        bins_dts=_bins_at("dts", found),
+        scaling=scaling,
+        sizes={name: part.bins.n for name, part in found.items()},
+        intervals=_intervals_by_set(found),
+        rows={name: part.per_image.at("") for name, part in found.items()},
+        marks=marks,
+        **further,
+    )
 
 
 def compared(
@@ -163,30 +175,22 @@ def compared(
     suite: ShiftSuite,
     marks: Mapping[str, str],
 ) -> Reported:
-    """Put the metrics without a temperature beside those with it, also where it is in the weights already.
-
-    Args:
-        model: That was measured.
-        found: By set.
-        record: Of the temperature that is in the weights; ``None``: there is none.
-        scalings: By ending.
-        suite: Of the sets.
-        marks: Of sets that are no evidence.
-    """
+    """Put the metrics without a temperature beside those with it; ``record``: of one that is in the weights already."""
     metrics: dict[str, Any] = {name: part.metrics for name, part in found.items()}
     bins: dict[str, Any] = {name: part.bins for name, part in found.items()}
-    bins_ts = bins_at("ts", found)
+    bins_ts = _bins_at("ts", found)
     temperature = (scalings.get("ts") or {}).get("temperature")
-    intervals = intervals_by_set(found)
+    intervals = _intervals_by_set(found)
     if record is not None:
         temperature = float(record["temperature"])
         bins_ts = {name: table for name, table in bins.items() if name != "validation"}
         bins = {name: part.plain_bins for name, part in found.items()}
+        scaled = scaled_metrics(groups=True)
         metrics = {
             name: {
                 **(part.plain or {}),
-                **{f"{key}_ts": metrics[name][key] for key in _scaled_of(metrics[name]) if name in bins_ts},
-                **{key: value for key, value in metrics[name].items() if key.endswith(_KEPT)},
+                **{f"{key}_ts": part.metrics[key] for key in scaled if key in part.metrics and name in bins_ts},
+                **{key: value for key, value in part.metrics.items() if key.endswith(_KEPT)},
             }
             for name, part in found.items()
         }
@@ -199,11 +203,11 @@ def compared(
     return Reported(model, flat, temperature, bins, bins_ts, intervals, marks)
 
 
-def _scaled_of(metrics: Mapping[str, Any]) -> list[str]:
-    """The metrics of a set that are reported with a temperature as well."""
-    return [name for name in scaled_metrics(groups=True) if name in metrics]
+def _bins_at(ending: str, found: Mapping[str, Measured]) -> dict[str, CalibrationBins]:
+    """Bin tables by set at a scaling."""
+    return {name: part.scaled_bins[ending] for name, part in found.items() if ending in part.scaled_bins}
 
 
-def intervals_by_set(found: Mapping[str, Measured]) -> dict[str, dict[str, tuple[float, float]]]:
+def _intervals_by_set(found: Mapping[str, Measured]) -> dict[str, dict[str, tuple[float, float]]]:
     """The 95 % intervals by set and metric."""
     return {name: part.intervals for name, part in found.items() if part.intervals}

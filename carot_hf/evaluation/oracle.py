@@ -29,19 +29,11 @@ def oracle_metrics(evaluator: Evaluator, suite: ShiftSuite, left_out: Collection
     found = {data.name: _predicted(evaluator, data) for data in (suite.test, *suite.shifts.values())}
     counted = [name for name in suite.shifts if name not in left_out] or list(suite.shifts)
     shifted = [found[name] for name in counted]
-    width = max(logits.shape[1] for logits, _ in shifted)
-    rows = [
-        F.pad(logits, (0, width - logits.shape[1]), value=-1e4) for logits, _ in shifted
-    ]  # classes without a chance
-    labels, weights = [part[1] for part in shifted], [torch.full((len(part),), 1 / len(part)) for part in rows]
-    fitted = fit_scaling(
-        torch.cat(rows),
-        torch.cat(labels),
-        link=evaluator.link,
-        criterion="nll",
-        warn=False,
-        sample_weight=torch.cat(weights),
-    )
+    width = max(logits.shape[1] for logits, _ in shifted)  # classes that a set lacks have no chance in it
+    rows = torch.cat([F.pad(logits, (0, width - logits.shape[1]), value=-1e4) for logits, _ in shifted])
+    labels = torch.cat([part[1] for part in shifted])
+    weights = torch.cat([torch.full((len(part[1]),), 1 / len(part[1])) for part in shifted])
+    fitted = fit_scaling(rows, labels, link=evaluator.link, criterion="nll", warn=False, sample_weight=weights)
     seen = {name: read_set(*part, {"": (fitted, ["ece"])}, link=evaluator.link)[0][""] for name, part in found.items()}
     ece = {name: part.bins.ece for name, part in seen.items()}
     ece |= {"id": ece[suite.test.name], "ood": sum(ece[name] for name in counted) / len(counted)}

@@ -19,14 +19,11 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     Returns:
         In order of the first number.
     """
-    kept = [
-        name
-        for name, (cost, gain) in points.items()
-        if not any(
-            other != name and a <= cost and b >= gain and (a, b) != (cost, gain) for other, (a, b) in points.items()
-        )
-    ]
-    return sorted(kept, key=lambda name: points[name])
+
+    def beaten(cost: float, gain: float) -> bool:
+        return any(a <= cost and b >= gain and (a, b) != (cost, gain) for a, b in points.values())
+
+    return sorted((name for name, point in points.items() if not beaten(*point)), key=lambda name: points[name])
 
 
 def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]], gain: str) -> Figure:

@@ -24,6 +24,7 @@ OVER, UNDER = "#D55E00", "#0072B2"  # Okabe and Ito: told apart by colour-blind 
 OVER_HATCH, UNDER_HATCH = "//", "\\\\"
 BAR, OVER_FACE, UNDER_FACE = "#E8E8E8", "#F1BA8F", "#5E96BC"  # light, darker, darkest: told apart in grey print
 _EDGE = "#555555"
+_BARS: dict[str, Any] = {"align": "edge", "linewidth": 0.8}
 _LINES = ["-", "--", ":", "-."]
 MARKERS = "osD^vP*X<>h8pd"
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito
@@ -113,12 +114,11 @@ def confidence_histogram(
     Raises:
         ImportError: If matplotlib is missing.
     """
-    figure = new_figure((4.8, 3.0)) if ax is None else ax.figure.figure
-    target = figure.subplots() if ax is None else ax
-    _draw_histogram(target, _table(bins), _words(bins, mode))
+    ax = new_figure((4.8, 3.0)).subplots() if ax is None else ax
+    _draw_histogram(ax, _table(bins), _words(bins, mode))
     if title is not None:
-        target.set_title(title)
-    return figure
+        ax.set_title(title)
+    return ax.figure.figure
 
 
 def reliability_grid(tables: Mapping[str, Mapping[str, CalibrationBins]], *, title: str | None = None) -> Figure:
@@ -204,21 +204,20 @@ def id_ood_scatter(
     """
     if not points:
         raise ValueError("Expected at least one point, got none. Pass {method: (id_accuracy, ood_accuracy)}.")
-    figure = new_figure((6.4, 4.8)) if ax is None else ax.figure.figure
-    target = figure.subplots() if ax is None else ax
+    ax = new_figure((6.4, 4.8)).subplots() if ax is None else ax
     for line, (name, path) in zip(_LINES * len(curves or {}), (curves or {}).items(), strict=False):
         xs, ys = zip(*path, strict=True)
         label = f"{name}, sweep"
-        target.plot(xs, ys, color=_EDGE, linestyle=line, marker=".", markersize=4, zorder=1, label=label)
+        ax.plot(xs, ys, color=_EDGE, linestyle=line, marker=".", markersize=4, zorder=1, label=label)
     for i, (name, (home, shifted)) in enumerate(points.items()):
         color, marker = mark_of(i)
-        target.plot([home], [shifted], color=color, marker=marker, linestyle="none", markersize=8, label=name)
-    target.set(xlabel="accuracy at home", ylabel="accuracy under shift (mean)")
-    target.grid(alpha=0.3)
-    target.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.plot([home], [shifted], color=color, marker=marker, linestyle="none", markersize=8, label=name)
+    ax.set(xlabel="accuracy at home", ylabel="accuracy under shift (mean)")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     if title is not None:
-        target.set_title(title)
-    return figure
+        ax.set_title(title)
+    return ax.figure.figure
 
 
 def ece_by_set(
@@ -316,12 +315,11 @@ def _draw_bars(ax: Axes, bins: CalibrationBins, words: _Words) -> None:
                 heights[shown],
                 width[shown],
                 bottom=bottom[shown],
-                align="edge",
                 color=[(face, alpha) for alpha in faded[shown]],
                 edgecolor=[(color, alpha) for alpha in faded[shown]],
-                linewidth=0.8,
                 hatch=hatch,
                 label=name,
+                **_BARS,
             )
     low, high = accuracy_intervals(bins)
     # Workaround, matplotlib 3.8 and numpy 1.25: arrays of one error each make it warn; so lists. Until: 3.8 is no more.
@@ -360,16 +358,7 @@ def _draw_histogram(ax: Axes, bins: CalibrationBins, words: _Words) -> None:
     """Shares of rows with the numbers of rows, and the two lines."""
     left, width = _places(bins)
     shares = bins.mass / bins.mass.sum()
-    drawn = ax.bar(
-        left,
-        shares,
-        width,
-        align="edge",
-        color=BAR,
-        edgecolor=_EDGE,
-        linewidth=0.8,
-        label="rows",
-    )
+    drawn = ax.bar(left, shares, width, color=BAR, edgecolor=_EDGE, label="rows", **_BARS)
     if bins.n_bins <= _NUMBERED:
         numbers = [f"{count:,}" if count else "" for count in bins.count.tolist()]
         ax.bar_label(drawn, numbers, fontsize="xx-small", rotation=90, padding=2)
@@ -383,17 +372,8 @@ def _draw_histogram(ax: Axes, bins: CalibrationBins, words: _Words) -> None:
 
 def _write_box(ax: Axes, text: str, *, size: str) -> None:
     """Text in the upper left corner, where a diagram has no bars unless it is under-confident."""
-    ax.text(
-        0.03,
-        0.97,
-        text,
-        transform=ax.transAxes,
-        va="top",
-        ha="left",
-        fontsize=size,
-        family="monospace",
-        bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": _EDGE, "alpha": 0.9},
-    )
+    box = {"boxstyle": "round", "facecolor": "white", "edgecolor": _EDGE, "alpha": 0.9}
+    ax.text(0.03, 0.97, text, transform=ax.transAxes, va="top", fontsize=size, family="monospace", bbox=box)
 
 
 def _places(bins: CalibrationBins) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -13,16 +13,13 @@ from ..calibration.conformal import ConformalSets
 from ..calibration.density import DensityCalibrator
 from ..calibration.links import at_scaling, check_link, chunk_of
 from ..calibration.record import calibration_record, kept_sets
-from ..data.batches import CaRotCollator
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.images import BadImageError
-from ..data.loaders import images_at_once
 from ..data.pictures import Picture, PictureRows
 from ..data.shift_set import ShiftSet
-from ..data.transforms import check_image_size, image_transform
 from ..models.backbones import backbone_of, caption_options
 from ..models.classifier import CLIPClassifier
-from .embed import Embedder
+from .embed import embedder_of
 from .kept_heads import kept_class_embeddings
 from .logits import SetLogits, head_of
 
@@ -78,12 +75,7 @@ class Predictor:
         self.model, self.class_names = model, list(class_names)
         own = getattr(model, "density", None)
         self.calibrator = calibrator if own is None else own
-        transform = image_transform(processor)
-        check_image_size(model, transform)
-        collator = CaRotCollator(transform, None, 0)  # type: ignore[arg-type]  # of training samples alone
-        device = next(model.parameters()).device
-        batch_size = images_at_once(device, 64) if batch_size is None else batch_size
-        self._embedder = Embedder(transform, collator, batch_size, device, skip=True)
+        self._embedder = embedder_of(model, processor, batch_size, most=64, skip=True)
         if isinstance(model, CLIPClassifier):
             self._link, self._head = "softmax", head_of(model)
         else:

@@ -100,10 +100,8 @@ def read_runs(places: Sequence[Path]) -> list[Run]:
 
 def distinct_names(places: Sequence[Path]) -> list[str]:
     """Return the shortest ends of paths that tell them apart; what is there twice gets a number."""
-    parts = []
-    for place in places:
-        path = place.absolute()
-        parts.append(path.parent.parts if path.name == METRICS_NAME else path.parts)
+    paths = [place.absolute() for place in places]
+    parts = [(path.parent if path.name == METRICS_NAME else path).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = [printable("/".join(part[-length:])) for part in parts]
         if len(set(names)) == len(set(parts)):
@@ -139,15 +137,7 @@ def read_run(place: Path, name: str) -> Run:
 
 
 def differences(run: Run, first: Run, *, n_bins: int, n_bootstrap: int, seed: int) -> Differences:
-    """Subtract the first run from another one, over the images that both have seen.
-
-    Args:
-        run: The one.
-        first: The other.
-        n_bins: Of the ECE of both.
-        n_bootstrap: Draws; see :func:`~carot_hf.compare`.
-        seed: Of the draws.
-    """
+    """Subtract the first run from another one, over the images that both have seen; see :func:`~carot_hf.compare`."""
     names = [*first.figures, *(name for name in run.figures if name not in first.figures)]
     why = {name: reason for name in names if (reason := _why_not(name, run, first)) is not None}
     found: dict[str, Mapping[str, Interval]] = {}

@@ -16,10 +16,10 @@ from ..calibration.vrf import VRF, A, B, failures, fit_vrf
 from ..data.perturbed_set import MOST_IN_BANK, can_be_bank, drawn_rows
 from ..data.shift_set import ShiftSet
 from ..data.suite import ShiftSuite, needed
-from .evaluation import Evaluation, with_aggregates
+from .evaluation import Evaluation
 from .evaluator import Evaluator
 from .logits import SetLogits
-from .measure import Measured, bins_at, intervals_by_set, measure_all
+from .measure import evaluation_of, measure_all
 from .right import settled
 
 WEIGHT = "fine_tuned_weight"
@@ -70,20 +70,8 @@ def evaluate_vrf(
     found = measure_all({name: (mixed[name], labels[name]) for name in sets}, options)
     for name, part in found.items():
         part.metrics[WEIGHT] = float(vrf.weights(read.embeds[name]).mean())
-    return _evaluation(found, suite, scaling), vrf
-
-
-def _evaluation(found: Mapping[str, Measured], suite: ShiftSuite, scaling: Mapping[str, float]) -> Evaluation:
-    return Evaluation(
-        metrics=with_aggregates({name: part.metrics for name, part in found.items()}, suite),
-        bins={name: part.bins for name, part in found.items()},
-        bins_ts=bins_at("ts", found),
-        scaling=scaling,
-        sizes={name: int(part.bins.count.sum()) for name, part in found.items()},
-        intervals=intervals_by_set(found),
-        rows={name: part.per_image.at("") for name, part in found.items() if part.per_image},
-        per_image={name: part.per_image for name, part in found.items() if part.per_image},
-    )
+    per_image = {name: part.per_image for name, part in found.items()}
+    return evaluation_of(found, suite, scaling, per_image=per_image), vrf
 
 
 @dataclass(frozen=True)
@@ -120,11 +108,7 @@ def _fitted(read: _Read, fits: Mapping[str, Any], **chosen: Any) -> tuple[VRF, d
 class Mixture(LogitRows):
     """The logarithms of the mixed probabilities of a set, computed when they are read: logits of temperature 1.
 
-    Args:
-        vrf: Mixes.
-        zero_shot: Logits of the set.
-        fine_tuned: Logits of the set.
-        distances: ``(N,)``, of the fine-tuned model's embeddings.
+    ``distances`` are those of the fine-tuned model's embeddings, ``(N,)``.
     """
 
     def __init__(self, vrf: VRF, zero_shot: LogitRows, fine_tuned: LogitRows, distances: Tensor) -> None:

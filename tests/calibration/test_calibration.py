@@ -17,7 +17,7 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score, top_k_acc
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from carot_hf.calibration.metrics import calibration_metrics, top_label
+from carot_hf.calibration.metrics import METRICS, calibration_metrics, top_label
 from carot_hf.calibration.record import bake_temperature, unbake_temperature
 from carot_hf.calibration.rows import row_chunks
 from carot_hf.calibration.selective import smooth_ece
@@ -25,23 +25,6 @@ from carot_hf.calibration.sigmoid import fit_sigmoid
 from carot_hf.calibration.temperature import fit_temperature, temperature_interval
 from carot_hf.ece.binning import calibration_bins
 
-METRICS = {
-    "accuracy",
-    "top5_accuracy",
-    "ece",
-    "ece_batch_mean",
-    "adaptive_ece",
-    "classwise_ece",
-    "mce",
-    "nll",
-    "brier",
-    "auroc",
-    "augrc",
-    "aurc",
-    "smooth_ece",
-    "overconfidence",
-    "macro_f1",
-}
 CLOSED_FORMS = [(2, 2, 0.8, 1.4426950409), (10, 5, 0.7, 1.6422936938), (1000, 12, 0.8, 1.4469949228)]
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -74,7 +57,6 @@ def test_metrics_agree_with_slow_loops(rows, classes, n_bins, temperature):
     logits, labels = sample(rows, classes, seed=rows)
     metrics = calibration_metrics(logits, labels, n_bins=n_bins, temperature=temperature)
     expected = reference.metrics(logits, labels, n_bins, temperature)
-    assert set(metrics) == METRICS
     assert all(type(value) is float for value in metrics.values())
     assert metrics.pop("smooth_ece") == smooth_ece(*top_label(logits, labels, temperature))  # its own tests have a loop
     assert metrics == pytest.approx(expected, abs=1e-12, nan_ok=True)
@@ -122,7 +104,7 @@ def test_a_calibrated_model_has_a_small_ece_and_a_biased_batch_mean():
 def test_a_perfect_model():
     metrics = calibration_metrics(torch.eye(4) * 200, torch.arange(4))
     assert math.isnan(metrics.pop("auroc"))
-    expected = {**dict.fromkeys(METRICS - {"auroc"}, 0), "accuracy": 1, "top5_accuracy": 1, "macro_f1": 1}
+    expected = {**dict.fromkeys(METRICS.keys() - {"auroc"}, 0), "accuracy": 1, "top5_accuracy": 1, "macro_f1": 1}
     assert metrics == pytest.approx(expected, abs=1e-9)
 
 
@@ -186,9 +168,7 @@ def test_masked_classes_and_a_masked_label(value):
     logits = torch.tensor([[2.0, 0.0, value], [1.0, 3.0, value], [0.0, 2.0, value]])
     kept = calibration_metrics(logits[:, :2], torch.tensor([0, 0, 1]))
     masked = calibration_metrics(logits, torch.tensor([0, 0, 1]))
-    assert {k: masked[k] for k in METRICS - {"classwise_ece"}} == pytest.approx(
-        {k: kept[k] for k in METRICS - {"classwise_ece"}}, abs=1e-6
-    )
+    assert masked == pytest.approx({**kept, "classwise_ece": masked["classwise_ece"]}, abs=1e-6)
     wide = fit_temperature(logits, torch.tensor([0, 0, 1]), bounds=(0.1, 50))
     assert wide == pytest.approx(fit_temperature(logits[:, :2], torch.tensor([0, 0, 1]), bounds=(0.1, 50)), abs=1e-5)
     assert calibration_metrics(logits, torch.tensor([0, 0, 2]))["nll"] > 1e8
@@ -588,10 +568,7 @@ def test_the_interval_of_a_temperature_is_where_the_likelihood_falls_by_half_of_
     from scipy.optimize import brentq
     from scipy.stats import chi2
 
-    logits = torch.zeros(rows, classes, dtype=torch.float64)
-    logits[:, 0] = margin
-    hits = round(right * rows)
-    labels = torch.tensor([0] * hits + [1] * (rows - hits))
+    logits, labels = one_margin(classes, margin, right, rows)
     best = margin / math.log(right * (classes - 1) / (1 - right))
 
     def rise(temperature):

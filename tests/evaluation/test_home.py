@@ -100,7 +100,9 @@ def test_everything_against_a_slow_loop(counted, processor):
         expected = calibration_metrics((far @ weight.T) / temperatures[:, None], answers)
         for metric in ("ece", "nll"):
             assert found.metrics["far"][f"{metric}_{ending}"] == pytest.approx(expected[metric], abs=1e-4), ending
+        assert getattr(found, f"bins_{ending}")["far"].ece == found.metrics["far"][f"ece_{ending}"]
     assert found.bins_dts.keys() == found.bins_pts.keys() == {"home", "far"}
+    assert len({id(tables["far"]) for tables in (found.bins_ts, found.bins_pts, found.bins_dts)}) == 3
     assert json.loads(found.to_json())["bins_dts"].keys() == {"home", "far"}
 
 
