@@ -269,7 +269,9 @@ def test_bars_stay_and_other_callbacks_are_left_alone(make_trainer, monkeypatch,
 def test_only_the_first_process_writes(make_trainer, capsys):
     for options in ({"disable_tqdm": True}, {"disable_tqdm": False}):
         trainer = make_trainer(**options)
-        callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "_log"))
+        callback = next(
+            c for c in trainer.callback_handler.callbacks if isinstance(c, PrinterForPeople | ProgressForPeople)
+        )
         trainer.state.is_world_process_zero = False
         callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(ENTRY))
         assert capsys.readouterr().out == ""
