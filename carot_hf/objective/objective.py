@@ -98,7 +98,7 @@ class Objective:
         self, logits: Tensor, labels: Tensor, image: Tensor | None = None, start: Started | None = None
     ) -> dict[str, Tensor]:
         """The terms of a linear head's logits ``(b, K)`` and, where one needs them, of image embeddings ``(b, D)``."""
-        embeds = None if image is None else (image,)
+        embeds = () if image is None else (image,)
         step = Step(self.args.label_smoothing_factor, embeds, logits=(logits,), targets=labels, start=start)
         return self._of_rows(step, len(logits))
 
@@ -126,8 +126,7 @@ class Objective:
         counts = self._row_counts(embeds[0])
         logits = self._pairing.logits(*embeds, head, counts, with_grad=True)
         targets, ignore = self._targets(labels, logits[0], counts)
-        step = Step(self.args.label_smoothing_factor, embeds, logits, targets, ignore, taught)
-        step.start = start
+        step = Step(self.args.label_smoothing_factor, embeds, logits, targets, ignore, taught or (), start=start)
         if taught is not None and self.needs(TEACHER_LOGITS):
             step.teacher_logits = self._pairing.logits(*taught, teacher_head, counts, with_grad=False)
         return self._of_rows(step, len(embeds[0]), counts)
