@@ -30,8 +30,7 @@ class _ForPeople(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch the time."""
         super().on_train_begin(args, state, control, **kwargs)
-        self._pace.begin()
-        self._columns = Columns(terminal_width())
+        self._pace, self._columns = Pace(), Columns(terminal_width())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note when a step ended."""

@@ -92,7 +92,6 @@ def test_numbers_and_times():
 
 def test_the_pace_is_that_of_the_steps_alone():
     pace = Pace()
-    pace.begin()
     pace.pause(5.0)  # e.g. of `eval_on_start`
     pace.step(100.0)  # the first one compiles, or skips what was seen
     assert pace.left(10) is None
@@ -105,8 +104,6 @@ def test_the_pace_is_that_of_the_steps_alone():
     for now in range(60):
         pace.step(186.0 + 3 * (now + 1))
     assert pace.left(10) == 30.0  # the latest count
-    pace.begin()
-    assert pace.left(10) is None
 
 
 def metrics_of(prefix, rows):
