@@ -15,9 +15,9 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launching import noise_trainer
 from layouts import folders
 from PIL import Image
-from toys import noise_suite, tiny_clip, tiny_processor
 from transformers import TrainerState
 
 from carot_hf import load_suite, unbake_temperature
@@ -146,16 +146,8 @@ def test_texts_in_the_place_of_suites(place, content):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """One that a run has written."""
-    from carot_hf import CaRotTrainer, CaRotTrainingArguments
-
-    processor = tiny_processor()
     out = tmp_path_factory.mktemp("run")
-    args = CaRotTrainingArguments.from_preset(
-        "carot", output_dir=str(out), max_steps=2, save_steps=2, per_device_train_batch_size=4, report_to="none",
-        use_cpu=True, disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    model = tiny_clip(processor.tokenizer)
-    CaRotTrainer(model=model, args=args, suite=noise_suite(), processing_class=processor).train()
+    noise_trainer(out, max_steps=2, save_steps=2, logging_steps=1).train()
     return out / "checkpoint-2"
 
 
