@@ -227,7 +227,8 @@ def check_twins(one: nn.Module, other: nn.Module, titles: tuple[str, str]) -> No
                 f"Expected two models with the same tensors, got a difference at `{name}`: {difference[0]} in "
                 f"{titles[0]}, {difference[1]} in {titles[1]}. {difference[2]}"
             )
-    mine, theirs = (_settings(getattr(model, "config", None)) for model in (one, other))
+    configs: list[Any] = [getattr(model, "config", None) for model in (one, other)]
+    mine, theirs = (_settings(config.to_dict() if hasattr(config, "to_dict") else {}) for config in configs)
     for path in {**mine, **theirs}:
         if mine.get(path) != theirs.get(path):
             raise ValueError(
@@ -264,11 +265,10 @@ def _twin(name: str, tensors: Mapping[str, Tensor]) -> str:
     return next(other for other, tensor in tensors.items() if tensor is tensors[name])
 
 
-def _settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """By path each setting of a config that decides what the weights mean; none of what is no config."""
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By path each setting of a config that decides what the weights mean."""
     found: dict[str, Any] = {}
-    values = config.to_dict() if hasattr(config, "to_dict") else config
-    for key, value in values.items() if isinstance(values, Mapping) else ():
+    for key, value in config.items():
         if key in _SETTINGS:
             found[prefix + key] = value
         elif isinstance(value, Mapping):

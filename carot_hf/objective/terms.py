@@ -236,5 +236,5 @@ def penalties() -> dict[str, list[str]]:
 
 
 def needed(args: Any, *needs: str) -> bool:
-    """Tell whether a term that is on needs one of these: ``START`` what the model of the start says, for instance."""
+    """Tell whether a term that is on needs one of these, by the names above."""
     return any(getattr(args, name) > 0 for name in fields_with(*needs))
