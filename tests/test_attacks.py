@@ -32,7 +32,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from launching import noise_trainer
-from layouts import folders, picture
+from layouts import empty_png, folders, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toys import noise_suite, tiny_clip, tiny_processor
@@ -96,16 +96,6 @@ def with_yaml(pets, text):
 
 
 # ---- images ----
-
-
-def png(width, height, depth=8, kind=2):
-    """A PNG of some bytes that claims a size."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_postscript_starts_no_ghostscript(tmp_path):
@@ -180,7 +170,7 @@ def test_one_limit_of_memory_for_all_modes_before_decoding(monkeypatch, size, de
     decoded = []
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: decoded.append(self.size))
     with pytest.raises(BadImageError, match=f"{reason}; shrink it"):
-        read_image(png(size, size, depth, kind))
+        read_image(empty_png(size, size, depth, kind))
     assert decoded == []
 
 
@@ -232,7 +222,7 @@ def test_the_memory_that_an_image_takes_is_what_the_limit_counts(tmp_path):
 
 def test_a_picture_in_an_icon_is_as_large_as_it_says():
     """An icon of 16 x 16 by its header holds a PNG of 10,000 x 10,000."""
-    inside = png(10_000, 10_000)
+    inside = empty_png(10_000, 10_000)
     icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22) + inside
     with pytest.raises(BadImageError, match=r"an image of 100,000,000 pixels, more than"):
         read_image(icon)
