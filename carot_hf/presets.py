@@ -15,31 +15,20 @@ class Preset:
     source: str
 
 
+_FT = {"objective": "cross_entropy", "distillation_weight": 0.0, "learning_rate": 3e-5, "max_grad_norm": 1.0}
 PRESETS: dict[str, Preset] = {
     "ft": Preset(
-        {"objective": "cross_entropy", "distillation_weight": 0.0, "learning_rate": 3e-5, "max_grad_norm": 1.0},
+        _FT,
         "Cross-entropy of a linear head that starts as the zero-shot classes; the text tower is left behind. CaRot "
         "2023, A.1; WiSE-FT (arXiv 2109.01903).",
     ),
     "ft-ls": Preset(
-        {
-            "objective": "cross_entropy",
-            "distillation_weight": 0.0,
-            "learning_rate": 3e-5,
-            "max_grad_norm": 1.0,
-            "label_smoothing_factor": 0.1,
-        },
+        {**_FT, "label_smoothing_factor": 0.1},
         "ft with smoothed targets. CaRot 2023, Table 1; the paper picks epsilon from {0.01, 0.03, 0.05, 0.1, 0.2} on "
         "the validation split.",
     ),
     "lp-ft": Preset(
-        {
-            "objective": "cross_entropy",
-            "linear_probe": True,
-            "distillation_weight": 0.0,
-            "learning_rate": 3e-5,
-            "max_grad_norm": 1.0,
-        },
+        {**_FT, "linear_probe": True},
         "A linear probe on the frozen tower first, then ft from that head. Kumar et al. 2022 (arXiv 2202.10054).",
     ),
     "flyp": Preset(
@@ -111,13 +100,7 @@ PRESETS: dict[str, Preset] = {
         "exp(logit_scale) apart from the head that is trained.",
     ),
     "car-ft": Preset(
-        {
-            "objective": "cross_entropy",
-            "distillation_weight": 0.0,
-            "context_distillation_weight": 1.0,
-            "learning_rate": 3e-5,
-            "max_grad_norm": 1.0,
-        },
+        {**_FT, "context_distillation_weight": 1.0},
         "ft + the divergence from the start model's distribution over the templates. CAR-FT (arXiv 2211.16175); "
         "weight, direction and scale are not in what could be read of it: 1, that of distillation, the start model's.",
     ),

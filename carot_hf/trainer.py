@@ -46,8 +46,7 @@ from .run.checks import check_optimizer, check_options, check_training_set
 from .run.lock import refuse_file
 from .run.method import CompanionMaker, Companions, teacher_words
 from .run.parts import CheckpointParts
-from .run.resume import used_arguments
-from .run.resumption import facts_of_run
+from .run.resume import run_facts, used_arguments
 from .run.search import search_goal
 from .run.step import LossStep
 from .run.trainer import RunTrainer
@@ -383,7 +382,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
     def facts(self) -> dict[str, Any]:
         """What this run is."""
         train, own = self._training_set(self.train_dataset), name_of(self._own_transform)
-        return facts_of_run(self.args, self.suite, train, self._student, self._link, own)
+        return run_facts(self.args, self.suite, train, self._student, self._link, own)
 
     def before_run(self) -> None:
         """Refuse a test set that is trained on."""

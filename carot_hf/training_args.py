@@ -22,7 +22,7 @@ from .data.augment import AUGMENTATIONS
 from .data.loaders import images_at_once
 from .models.lora import check_lora_options, check_penalties
 from .objective.losses import SAME_CLASS
-from .objective.terms import needs_start, needs_teacher, weight_fields
+from .objective.terms import MOVED, START, TEACHER, needed, weight_fields
 from .presets import loss_preset, preset_arguments
 
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
@@ -366,12 +366,12 @@ class CaRotTrainingArguments(TrainingArguments):
     @property
     def needs_teacher(self) -> bool:
         """Whether a term of the loss reads a teacher."""
-        return needs_teacher(self)
+        return needed(self, TEACHER)
 
     @property
     def needs_start(self) -> bool:
         """Whether a term of the loss reads the model that the run started from."""
-        return needs_start(self)
+        return needed(self, START, MOVED)
 
     @property
     def loss_preset(self) -> str | None:

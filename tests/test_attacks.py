@@ -31,12 +31,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from layouts import folders, picture
+from launching import noise_trainer
+from layouts import empty_png, folders, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toys import noise_suite, tiny_clip, tiny_processor
+from transformers import CLIPModel
 
-from carot_hf import CaRotTrainer, CaRotTrainingArguments, ShiftSet, bake_temperature, load_suite, unbake_temperature
+from carot_hf import CaRotTrainingArguments, ShiftSet, bake_temperature, load_suite, unbake_temperature
 from carot_hf.basics.escape import code, markdown, printable
 from carot_hf.basics.manifest import damage_of, write_manifest
 from carot_hf.basics.redaction import public, public_words
@@ -94,16 +96,6 @@ def with_yaml(pets, text):
 
 
 # ---- images ----
-
-
-def png(width, height, depth=8, kind=2):
-    """A PNG of some bytes that claims a size."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_postscript_starts_no_ghostscript(tmp_path):
@@ -178,7 +170,7 @@ def test_one_limit_of_memory_for_all_modes_before_decoding(monkeypatch, size, de
     decoded = []
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: decoded.append(self.size))
     with pytest.raises(BadImageError, match=f"{reason}; shrink it"):
-        read_image(png(size, size, depth, kind))
+        read_image(empty_png(size, size, depth, kind))
     assert decoded == []
 
 
@@ -230,7 +222,7 @@ def test_the_memory_that_an_image_takes_is_what_the_limit_counts(tmp_path):
 
 def test_a_picture_in_an_icon_is_as_large_as_it_says():
     """An icon of 16 x 16 by its header holds a PNG of 10,000 x 10,000."""
-    inside = png(10_000, 10_000)
+    inside = empty_png(10_000, 10_000)
     icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22) + inside
     with pytest.raises(BadImageError, match=r"an image of 100,000,000 pixels, more than"):
         read_image(icon)
@@ -473,14 +465,8 @@ def whole_run(tmp_path_factory):
 
 
 def made_trainer(out, model=None, **options):
-    processor = tiny_processor()
-    settings = {
-        "output_dir": str(out), "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0,
-        "teacher_update_every": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1,
-    }  # fmt: skip
-    args = CaRotTrainingArguments.from_preset("carot", **{**settings, **options})
-    model = tiny_clip(processor.tokenizer) if model is None else model
-    return CaRotTrainer(model=model, args=args, suite=noise_suite(), processing_class=processor)
+    settings = {"max_steps": 4, "save_steps": 2, "warmup_steps": 0, "teacher_update_every": 1, "logging_steps": 1}
+    return noise_trainer(out, model=model, **{**settings, **options})
 
 
 @pytest.fixture
@@ -555,66 +541,40 @@ def moments(change):
     return harm
 
 
+STATES = {  # fields of trainer_state.json, and what it is said to have
+    "step of 10^9": ({"global_step": 10**9}, "1000000000 as `global_step` in place of a"),
+    "step of 7": ({"global_step": 7}, "7 as `global_step` in the folder of step 4"),
+    "step of -3": ({"global_step": -3}, "-3 as `global_step` in place of a number of s"),
+    "step a text": ({"global_step": "4"}, "4 as `global_step` in place of a number"),
+    "step true": ({"global_step": True}, "True as `global_step`"),
+    "no step": ({"global_step": None}, "None as `global_step`"),
+    "steps beyond the end": ({"max_steps": 3}, "3 as `max_steps` after 4 steps"),
+    "epoch nan": ({"epoch": math.nan}, "nan as `epoch`"),
+    "epochs of 10^400": ({"num_train_epochs": 10**400}, r"10+\.\.\. as `num_train_epochs`"),
+    "best a list": ({"best_model_checkpoint": ["x"]}, "list as `best_model_checkpoint`"),
+    "history": ({"log_history": [3]}, "entries in `log_history` that are no mappings"),
+    "field unknown": ({"evil": 1}, "the field 'evil', which the installed"),
+}
+TENSORS = {  # of the student and of the teacher
+    "lacks": (drop, r"lacks 1 of \d+ tensors, e\.g\. `logit"),
+    "half": (halve, r"has `logit_scale` in torch\.float16 in"),
+    "nan": (spoil, r"has nan or inf in `visual_projection\.w"),
+    "shape": (reshape, r"has `visual_.*of shape \(\d+, \d+\)"),
+    "more": (add, "has `stranger`, which the model does"),
+}
 HARM = {
-    "step of 10^9": (
-        state_with(global_step=10**9),
-        r"trainer_state\.json has 1000000000 as `global_step` in place of a",
-    ),
-    "step of 7": (state_with(global_step=7), r"trainer_state\.json has 7 as `global_step` in the folder of step 4"),
-    "step of -3": (
-        state_with(global_step=-3),
-        r"trainer_state\.json has -3 as `global_step` in place of a number of s",
-    ),
-    "step a text": (state_with(global_step="4"), r"trainer_state\.json has 4 as `global_step` in place of a number"),
-    "step true": (state_with(global_step=True), r"trainer_state\.json has True as `global_step`"),
-    "no step": (state_with(global_step=None), r"trainer_state\.json has None as `global_step`"),
-    "steps beyond the end": (state_with(max_steps=3), r"trainer_state\.json has 3 as `max_steps` after 4 steps"),
-    "epoch nan": (state_with(epoch=math.nan), r"trainer_state\.json has nan as `epoch`"),
-    "epochs of 10^400": (
-        state_with(num_train_epochs=10**400),
-        r"trainer_state\.json has 10+\.\.\. as `num_train_epochs`",
-    ),
-    "best a list": (
-        state_with(best_model_checkpoint=["x"]),
-        r"trainer_state\.json has list as `best_model_checkpoint`",
-    ),
-    "history": (state_with(log_history=[3]), r"trainer_state\.json has entries in `log_history` that are no mappings"),
-    "field unknown": (state_with(evil=1), r"trainer_state\.json has the field 'evil', which the installed"),
+    **{name: (state_with(**fields), rf"trainer_state\.json has {said}") for name, (fields, said) in STATES.items()},
+    **{
+        f"{of} {name}": (tensors_of(file, change), f"{re.escape(file)} {said}")
+        for of, file in (("student", "model.safetensors"), ("teacher", "teacher.safetensors"))
+        for name, (change, said) in TENSORS.items()
+    },
     "state a list": (file_of("trainer_state.json", "[1]"), r"trainer_state\.json holds list, no mapping"),
     "state deep": (file_of("trainer_state.json", "[" * 100_000), r"trainer_state\.json cannot be read \(RecursionErr"),
     "state binary": (file_of("trainer_state.json", "\0\1"), r"trainer_state\.json cannot be read \(JSONDecodeError"),
     "run a list": (file_of("run.json", "[]"), r"run\.json holds list, no mapping"),
     "run empty": (file_of("run.json", "{}"), r"run\.json has None as `format`"),
-    "student lacks": (
-        tensors_of("model.safetensors", drop),
-        r"model\.safetensors lacks 1 of \d+ tensors, e\.g\. `logit",
-    ),
-    "student half": (
-        tensors_of("model.safetensors", halve),
-        r"model\.safetensors has `logit_scale` in torch\.float16 in",
-    ),
-    "student nan": (
-        tensors_of("model.safetensors", spoil),
-        r"model\.safetensors has nan or inf in `visual_projection\.w",
-    ),
-    "student shape": (
-        tensors_of("model.safetensors", reshape),
-        r"model\.safetensors has `visual_.*of shape \(\d+, \d+\)",
-    ),
-    "student more": (tensors_of("model.safetensors", add), r"model\.safetensors has `stranger`, which the model does"),
     "student no file": (file_of("model.safetensors", "x"), r"model\.safetensors cannot be read \(SafetensorError\)"),
-    "teacher lacks": (
-        tensors_of("teacher.safetensors", drop),
-        r"teacher\.safetensors lacks 1 of \d+ tensors, e\.g\. `log",
-    ),
-    "teacher half": (
-        tensors_of("teacher.safetensors", halve),
-        r"teacher\.safetensors has `logit_scale` in torch\.float16",
-    ),
-    "teacher nan": (
-        tensors_of("teacher.safetensors", spoil),
-        r"teacher\.safetensors has nan or inf in `visual_project",
-    ),
     "teacher gone": (gone("teacher.safetensors"), r"teacher\.safetensors is missing"),
     "optimizer gone": (gone("optimizer.pt"), r"it has no optimizer\.pt: it was saved with `save_only_model`"),
     "schedule gone": (gone("scheduler.pt"), r"it has no scheduler\.pt"),
@@ -908,16 +868,12 @@ class OwnArguments(CaRotTrainingArguments):
 
 def test_event_files_hold_no_key_and_no_place(tmp_path):
     pytest.importorskip("tensorboard")
-    processor = tiny_processor()
-    args = OwnArguments.from_preset(
-        "carot", output_dir=str(tmp_path / "run"), my_folder=str(tmp_path / "data"), max_steps=1, use_cpu=True,
-        per_device_train_batch_size=4, report_to="tensorboard", hub_token="hf_" + "x" * 30, disable_tqdm=True,
-        save_strategy="no", logging_steps=1,
+    tiny_clip(tiny_processor().tokenizer).save_pretrained(tmp_path / "start")
+    trainer = noise_trainer(
+        tmp_path / "run", model=CLIPModel.from_pretrained(tmp_path / "start"), arguments=OwnArguments, max_steps=1,
+        my_folder=str(tmp_path / "data"), report_to="tensorboard", hub_token="hf_" + "x" * 30, save_strategy="no",
+        logging_steps=1,
     )  # fmt: skip
-    model = tiny_clip(processor.tokenizer)
-    model.save_pretrained(tmp_path / "start")
-    model = type(model).from_pretrained(tmp_path / "start")
-    trainer = CaRotTrainer(model=model, args=args, suite=noise_suite(), processing_class=processor)
     trainer.train()
     content = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*tfevents*"))
     assert b"per_device_train_batch_size" in content
@@ -1004,12 +960,8 @@ def test_names_of_strangers_are_no_orders_in_the_terminal(tmp_path, capfd, caplo
     suite.class_names[0] = f"zero{evil}"
     suite = dataclasses.replace(suite, name=f"noise{evil}", version=f"1{evil}")
     suite.train.name = printable(f"train{evil}")
-    processor = tiny_processor()
-    args = CaRotTrainingArguments.from_preset(
-        "carot", output_dir=str(tmp_path / "run\x1b[2J"), max_steps=1, per_device_train_batch_size=4, use_cpu=True,
-        report_to="none", save_strategy="no", logging_steps=1,
-    )  # fmt: skip
-    made = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor)
+    options = {"max_steps": 1, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": False}
+    made = noise_trainer(tmp_path / "run\x1b[2J", suite=suite, **options)
     made.train()
     made.evaluate()
     logging.getLogger("carot_hf.data.shift_set").warning("A set called %s of %d, in %s.", evil, 3, tmp_path / "a\x1bb")

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +15,13 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launching import noise_trainer
 from layouts import folders
 from PIL import Image
-from toys import noise_suite, tiny_clip, tiny_processor
 from transformers import TrainerState
 
 from carot_hf import load_suite, unbake_temperature
-from carot_hf.basics.manifest import damage_of, write_manifest
+from carot_hf.basics.manifest import damage_of
 from carot_hf.calibration.record import calibration_record
 from carot_hf.data.images import BadImageError, read_image
 from carot_hf.run.checkpoint_files import run_flaw, state_flaw
@@ -145,17 +146,24 @@ def test_texts_in_the_place_of_suites(place, content):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """One that a run has written."""
-    from carot_hf import CaRotTrainer, CaRotTrainingArguments
-
-    processor = tiny_processor()
     out = tmp_path_factory.mktemp("run")
-    args = CaRotTrainingArguments.from_preset(
-        "carot", output_dir=str(out), max_steps=2, save_steps=2, per_device_train_batch_size=4, report_to="none",
-        use_cpu=True, disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    model = tiny_clip(processor.tokenizer)
-    CaRotTrainer(model=model, args=args, suite=noise_suite(), processing_class=processor).train()
+    noise_trainer(out, max_steps=2, save_steps=2, logging_steps=1).train()
     return out / "checkpoint-2"
+
+
+@contextmanager
+def harmed(file, value, merge=True):
+    """A file with another value, other fields or damage in place of what it holds, for a while."""
+    whole = file.read_bytes()
+    try:
+        if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
+            file.write_bytes(mutated(whole, value))
+        else:
+            merged = {**json.loads(whole), **value} if merge and isinstance(value, dict) else value
+            file.write_text(json.dumps(merged), encoding="utf-8")
+        yield
+    finally:
+        file.write_bytes(whole)
 
 
 def assert_a_sentence_or_none(found):
@@ -167,26 +175,16 @@ def assert_a_sentence_or_none(found):
     st.one_of(st.text(max_size=20), st.sampled_from(["model.safetensors", "../x", "/etc/passwd", "a\0b", ".", ""])),
     st.one_of(VALUES, st.fixed_dictionaries({"bytes": SCALARS, "blake2b": SCALARS})), max_size=3))})))  # fmt: skip
 def test_manifests(checkpoint, value):
-    file = checkpoint / "manifest.json"
-    whole = file.read_bytes()
-    try:
-        file.write_text(json.dumps(value), encoding="utf-8")
+    with harmed(checkpoint / "manifest.json", value, merge=False):
         assert damage_of(checkpoint) is not None
         assert_a_sentence_or_none(damage_of(checkpoint))
-    finally:
-        file.write_bytes(whole)
 
 
 @FUZZ
 @given(HARM)
 def test_damaged_manifests(checkpoint, harm):
-    file = checkpoint / "manifest.json"
-    whole = file.read_bytes()
-    try:
-        file.write_bytes(mutated(whole, harm))
+    with harmed(checkpoint / "manifest.json", harm):
         assert_a_sentence_or_none(damage_of(checkpoint, checksums=False))
-    finally:
-        file.write_bytes(whole)
     assert damage_of(checkpoint, checksums=False) is None
 
 
@@ -200,20 +198,12 @@ FIELDS = st.dictionaries(
 def test_states_of_trainers(checkpoint, value):
     """What passes is read by transformers and by us without a word."""
     file = checkpoint / "trainer_state.json"
-    whole = file.read_bytes()
-    try:
-        if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
-            file.write_bytes(mutated(whole, value))
-        else:
-            merged = {**json.loads(whole), **value} if isinstance(value, dict) else value
-            file.write_text(json.dumps(merged), encoding="utf-8")
+    with harmed(file, value):
         flaw = state_flaw(checkpoint)
         assert_a_sentence_or_none(flaw)
         if flaw is None:
             assert TrainerState.load_from_json(str(file)).global_step == 2
             assert read_run(checkpoint).step == 2
-    finally:
-        file.write_bytes(whole)
 
 
 @FUZZ
@@ -222,22 +212,13 @@ def test_states_of_trainers(checkpoint, value):
                                          max_size=3), HARM))  # fmt: skip
 def test_facts_of_runs(checkpoint, value):
     file = checkpoint / "run.json"
-    whole = file.read_bytes()
-    try:
-        if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
-            file.write_bytes(mutated(whole, value))
-        else:
-            merged = {**json.loads(whole), **value} if isinstance(value, dict) else value
-            file.write_text(json.dumps(merged), encoding="utf-8")
+    with harmed(file, value):
         flaw = run_flaw(file)
         assert_a_sentence_or_none(flaw)
         if flaw is None:
             saved = read_run(checkpoint)
             assert saved.changes == saved.changes
             assert saved.epochs is None or saved.epochs.steps > 0
-    finally:
-        file.write_bytes(whole)
-        write_manifest(checkpoint)
 
 
 # ---- calibration ----

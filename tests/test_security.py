@@ -6,11 +6,10 @@ import ast
 import io
 import json
 import logging
-import struct
-import zlib
 
 import pytest
 import torch
+from layouts import empty_png
 from PIL import Image
 from toys import ROOT
 
@@ -119,22 +118,12 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
 # ---- images ----
 
 
-def bomb(width, height):
-    """A PNG of some bytes that claims to be large; decoded, it would fill the memory."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("size", [(MAX_PIXELS // 1000 + 1, 1000), (10_000, 17_000), (65_000, 65_000)])
 def test_an_image_that_claims_too_many_pixels_is_refused_by_its_header(monkeypatch, size):
     """The three are below PIL's warning, between its warning and its error, and above both."""
     decoded = []
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: decoded.append(self.size))
-    data = bomb(*size)
+    data = empty_png(*size)
     for value in (data, {"bytes": data, "path": None}):
         with pytest.raises(BadImageError, match=r"pixels, more than 89,478,485; shrink it"):
             read_image(value)

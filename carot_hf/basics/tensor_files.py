@@ -28,10 +28,8 @@ def tensors_flaw(path: str | Path, own: Mapping[str, Tensor] | None, extra: Iter
         with safe_open(str(file), framework="pt") as opened:
             keys = set(opened.keys())
             if own is not None:
-                twins: dict[tuple[int, torch.Size], list[str]] = {}
-                for name, tensor in own.items():
-                    twins.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), []).append(name)
-                if missing := [names[0] for names in twins.values() if keys.isdisjoint(names)]:
+                twins = names_by_storage(own)
+                if missing := [names[0] for names in twins if keys.isdisjoint(names)]:
                     return f"{file.name} lacks {len(missing)} of {len(twins)} tensors, e.g. `{missing[0]}`"
                 if unknown := sorted(keys - own.keys() - set(extra)):
                     return f"{file.name} has `{shortened(unknown[0])}`, which the model does not know"
@@ -46,6 +44,14 @@ def tensors_flaw(path: str | Path, own: Mapping[str, Tensor] | None, extra: Iter
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         return f"{file.name} cannot be read ({type(error).__name__})"
     return None
+
+
+def names_by_storage(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the names of tensors, those together that are one tensor."""
+    found: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), []).append(name)
+    return list(found.values())
 
 
 def _sizes(tensor: Tensor) -> tuple[int, ...]:

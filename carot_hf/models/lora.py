@@ -246,7 +246,7 @@ def adapter_products(model: Any) -> list[Product]:
 def save_beside(model: nn.Module, folder: str | Path) -> None:
     """Write what peft's adapter files lack: ``logit_scale``, and whatever else is trained beside adapters."""
     with whole_file(Path(folder, BESIDE_NAME)) as beside:
-        save_file(_beside(model), str(beside), metadata={"format": "pt"})
+        save_file(beside_tensors(model), str(beside), metadata={"format": "pt"})
 
 
 def load_beside(model: Any, folder: str | Path) -> None:
@@ -270,7 +270,7 @@ def load_beside(model: Any, folder: str | Path) -> None:
                 f"Expected adapters with `{name}` {getattr(own, name)} in {folder}, got {getattr(saved, name)}. "
                 "Resume with the LoRA that the run began with."
             )
-    given, here = load_file(str(path)), _beside(model)
+    given, here = load_file(str(path)), beside_tensors(model)
     if given.keys() != here.keys():
         raise ValueError(
             f"Expected {sorted(here)} in {path}, got {sorted(given)}. Make the same parameters trainable as before."
@@ -290,10 +290,6 @@ def adapter_tensors(model: Any) -> dict[str, Tensor]:
 
 def beside_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What :func:`save_beside` writes."""
-    return _beside(model)
-
-
-def _beside(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters()

@@ -227,11 +227,13 @@ def check_twins(one: nn.Module, other: nn.Module, titles: tuple[str, str]) -> No
                 f"Expected two models with the same tensors, got a difference at `{name}`: {difference[0]} in "
                 f"{titles[0]}, {difference[1]} in {titles[1]}. {difference[2]}"
             )
-    for path, mine, theirs in _setting_pairs(one, other):
-        if mine != theirs:
+    configs: list[Any] = [getattr(model, "config", None) for model in (one, other)]
+    mine, theirs = (_settings(config.to_dict() if hasattr(config, "to_dict") else {}) for config in configs)
+    for path in {**mine, **theirs}:
+        if mine.get(path) != theirs.get(path):
             raise ValueError(
-                f"Expected two models with the same settings, got a difference at `config.{path}`: {mine!r} in "
-                f"{titles[0]}, {theirs!r} in {titles[1]}. The same weights mean something else under each."
+                f"Expected two models with the same settings, got a difference at `config.{path}`: {mine.get(path)!r} "
+                f"in {titles[0]}, {theirs.get(path)!r} in {titles[1]}. The same weights mean something else under each."
             )
 
 
@@ -263,19 +265,8 @@ def _twin(name: str, tensors: Mapping[str, Tensor]) -> str:
     return next(other for other, tensor in tensors.items() if tensor is tensors[name])
 
 
-def _setting_pairs(one: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Path and both values of each setting in the configs that decides what the weights mean."""
-    mine, theirs = _settings(_config_dict(one)), _settings(_config_dict(other))
-    for path in {**mine, **theirs}:
-        yield path, mine.get(path), theirs.get(path)
-
-
-def _config_dict(model: nn.Module) -> Mapping[str, Any]:
-    config: Any = getattr(model, "config", None)
-    return config.to_dict() if hasattr(config, "to_dict") else {}
-
-
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By path each setting of a config that decides what the weights mean."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if key in _SETTINGS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -61,20 +60,15 @@ def model_stock(start: Model, models: Iterable[Model]) -> Model:
     return model_with(first, _merged(layers, tensors, count))
 
 
-@dataclass
 class _Layer:
     """Sums over the task vectors of one tensor, float64 on the CPU.
 
     The lengths of the sums say all: of unit vectors :math:`|\\sum u_i|^2 = n + 2 \\sum_{i<j} \\cos(d_i, d_j)`.
     """
 
-    start: Tensor
-    total: Tensor = field(init=False)
-    units: Tensor = field(init=False)
-    moved: int = 0
-
-    def __post_init__(self) -> None:
-        self.total, self.units = torch.zeros_like(self.start), torch.zeros_like(self.start)
+    def __init__(self, start: Tensor) -> None:
+        self.start, self.moved = start, 0
+        self.total, self.units = torch.zeros_like(start), torch.zeros_like(start)
 
     def add(self, tensor: Tensor) -> None:
         """Take in the tensor of one more fine-tuned model; one that is equal counts as a task vector of length 0."""

@@ -16,7 +16,7 @@ from ..basics.precision import not_finite
 from ..calibration.record import calibration_record
 from ..data.captions import CaptionTable, class_embeddings
 from ..data.suite import ShiftSuite
-from ..objective.terms import needs_start_texts
+from ..objective.terms import CONTEXTS, RANDOM_TEXTS, needed
 from .backbones import TABLE, backbone_of, caption_options, check_method, has_text_dropout, is_backbone
 from .classifier import CLIPClassifier, export_classifier
 from .lora import add_lora, base_model, cast_frozen, check_adapters, is_adapted, merged, refuse_own_adapters
@@ -94,7 +94,7 @@ def prepare_model(model: Any, args: Any, suite: ShiftSuite, processor: Any) -> P
     if model is network and args.lora_rank:
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
     elif args.objective == "cross_entropy":
-        clip = _with_texts(network) if needs_start_texts(args) else None
+        clip = _with_texts(network) if needed(args, RANDOM_TEXTS, CONTEXTS) else None
         model = zero_shot_classifier(model, suite, captions) if is_backbone(network) else model
     _freeze(model, args.freeze)
     if suite.sources:  # saved with the model

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -72,20 +72,20 @@ class Step:
         taught: Of the teacher, as ``embeds``.
         teacher_logits: Of the teacher, as ``logits``.
         weights: Weights of modules of the student, by name.
-        start: Of the model that the run started from.
+        start: Of the model that the run started from, a `Started`.
         moved: Squared distance of the trained weights to that model's, 0-dimensional.
     """
 
     label_smoothing: float = 0.0
-    embeds: tuple[Tensor, ...] | None = None
+    embeds: tuple[Tensor, ...] = ()
     logits: tuple[Tensor, ...] = ()
-    targets: Tensor | None = None
+    targets: Any = None
     ignore: Tensor | None = None
-    taught: tuple[Tensor, Tensor] | None = None
+    taught: tuple[Tensor, ...] = ()
     teacher_logits: tuple[Tensor, ...] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    start: Started | None = None
-    moved: Tensor | None = None
+    start: Any = None
+    moved: Any = None
 
 
 @dataclass(frozen=True)
@@ -135,38 +135,20 @@ def _sigmoid(step: Step) -> Tensor:
 
 
 def _cross_entropy(step: Step) -> Tensor:
-    targets: Any = step.targets
-    return cross_entropy_loss(step.logits[0], targets, label_smoothing=step.label_smoothing)
-
-
-def _features(step: Step) -> Tensor:
-    embeds: Any = step.embeds
-    taught: Any = step.taught
-    return feature_distillation_loss(*embeds, *taught)
+    return cross_entropy_loss(step.logits[0], step.targets, label_smoothing=step.label_smoothing)
 
 
 def _energy_gap(step: Step) -> Tensor:
-    embeds: Any = step.embeds
-    start: Any = step.start
-    return energy_gap_loss(embeds[0], start.embeds[0], start.random_texts, start.scale)
+    return energy_gap_loss(step.embeds[0], step.start.embeds[0], step.start.random_texts, step.start.scale)
 
 
-def _context_distillation(step: Step) -> Tensor:
-    embeds: Any = step.embeds
-    start: Any = step.start
-    return context_distillation_loss(embeds[0], start.embeds[0], start.contexts, start.scale)
+def _contexts(step: Step) -> Tensor:
+    return context_distillation_loss(step.embeds[0], step.start.embeds[0], step.start.contexts, step.start.scale)
 
 
 def _difference_vectors(step: Step) -> Tensor:
-    image, text = step.embeds or ()
-    start: Any = step.start
-    image_then, text_then = start.embeds
-    return difference_vector_loss(image, text, image_then, text_then, start.mean)
-
-
-def _moved(step: Step) -> Tensor:
-    moved: Any = step.moved
-    return cast(Tensor, moved)
+    (image, text), (start_image, start_text) = step.embeds, step.start.embeds
+    return difference_vector_loss(image, text, start_image, start_text, step.start.mean)
 
 
 _ROWS = (
@@ -193,7 +175,7 @@ _ROWS = (
         "feature_distillation",
         "feature_distillation_weight",
         (PAIRS, TEACHER),
-        _features,
+        lambda step: feature_distillation_loss(*step.embeds, *step.taught),
         source="TRACER (arXiv 2605.29380)",
     ),
     Term(
@@ -207,7 +189,7 @@ _ROWS = (
         "context_distillation",
         "context_distillation_weight",
         (IMAGES, START, CONTEXTS),
-        _context_distillation,
+        _contexts,
         source="CAR-FT (arXiv 2211.16175)",
     ),
     Term(
@@ -217,7 +199,7 @@ _ROWS = (
         _difference_vectors,
         source="DiVE (arXiv 2511.09973)",
     ),
-    Term("l2_sp", "l2_sp_weight", (MOVED,), _moved, source="L2-SP (arXiv 1802.01483)"),
+    Term("l2_sp", "l2_sp_weight", (MOVED,), lambda step: step.moved, source="L2-SP (arXiv 1802.01483)"),
     Term(
         "orthogonality",
         "orthogonality_weight",
@@ -253,25 +235,6 @@ def penalties() -> dict[str, list[str]]:
     return {str(name): modules for name, modules in rows.items() if modules}
 
 
-def needs_teacher(args: Any) -> bool:
-    """Tell whether a term that is on looks at a teacher."""
-    return _on(args, TEACHER)
-
-
-def needs_start(args: Any) -> bool:
-    """Tell whether a term that is on looks at the model that the run started from."""
-    return _on(args, START, MOVED)
-
-
-def needs_start_texts(args: Any) -> bool:
-    """Tell whether one embeds texts with that model, which a classifier cannot."""
-    return _on(args, RANDOM_TEXTS, CONTEXTS)
-
-
-def keeps_mean(args: Any) -> bool:
-    """Tell whether one reads the moving mean of the moves since the start."""
-    return _on(args, MEAN)
-
-
-def _on(args: Any, *needs: str) -> bool:
+def needed(args: Any, *needs: str) -> bool:
+    """Tell whether a term that is on needs one of these, by the names above."""
     return any(getattr(args, name) > 0 for name in fields_with(*needs))

@@ -16,10 +16,6 @@ logger = guarded(logging.getLogger(__name__))
 Flaw = Callable[[Path], str | None]
 
 
-def _none(folder: Path) -> None:
-    return None
-
-
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     """Return the folders ``checkpoint-<step>`` in a run's folder, by step, complete or not."""
     found = [(step_of(path), path) for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
@@ -62,7 +58,7 @@ def rotate_checkpoints(
         shutil.rmtree(folder)
 
 
-def check_checkpoint(checkpoint: str | Path, flaw: Flaw = _none) -> None:
+def check_checkpoint(checkpoint: str | Path, flaw: Flaw = lambda _: None) -> None:
     """Raise a ValueError if a checkpoint is incomplete or damaged.
 
     Args:
@@ -78,7 +74,7 @@ def check_checkpoint(checkpoint: str | Path, flaw: Flaw = _none) -> None:
         )
 
 
-def newest_complete_checkpoint(output_dir: str | Path, flaw: Flaw = _none) -> str:
+def newest_complete_checkpoint(output_dir: str | Path, flaw: Flaw = lambda _: None) -> str:
     """Return the newest checkpoint that is complete and undamaged; log those that are passed over.
 
     Args:

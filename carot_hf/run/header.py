@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..basics.escape import printable_lines
 
-FINISHED = (
+FINISHED = (  # what an earlier run or its user would lose if another one wrote into the folder
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "adapter_model.safetensors"),
     *("metrics.json", "README.md", "sweep.json"),
 )
@@ -185,15 +185,9 @@ def shared_class_share(counts: NDArray[np.int64], pairs: int) -> float:
     return share
 
 
-def finished_files(folder: str | Path) -> list[str]:
-    """Names of what an earlier run or its user would lose if another one wrote into a folder."""
-    return [name for name in FINISHED if Path(folder, name).is_file()]
-
-
 def refuse_finished(folder: str | Path) -> None:
     """Raise a ValueError if a folder holds a finished model, its metrics or its card."""
-    found = finished_files(folder)
-    if found:
+    if found := [name for name in FINISHED if Path(folder, name).is_file()]:
         raise ValueError(
             f"Expected an `output_dir` without a finished model, got {folder} with {', '.join(found)}. Choose another "
             "folder, or add --overwrite_output_dir (overwrite_output_dir=True) to replace what is there."

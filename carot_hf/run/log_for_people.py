@@ -9,39 +9,55 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .log_lines import WIDTH, Columns, Pace, end_line, evaluation_lines, other_line, training_cells
 
 Names = Callable[[], Collection[str]]  # says which sets are evaluated
 
 
-class _Log:
-    """Turns what Trainer logs into lines.
+class _ForPeople(TrainerCallback):
+    """Writes lines in place of dicts.
 
     Args:
         names: Says which sets are evaluated.
     """
 
-    def __init__(self, names: Names) -> None:
-        self._names, self.pace, self._columns = names, Pace(), Columns()
+    def __init__(self, names: Names = tuple) -> None:
+        super().__init__()
+        self._names, self._pace, self._columns = names, Pace(), Columns()
 
-    def begin(self) -> None:
-        """A training begins."""
-        self.pace.begin()
-        self._columns = Columns(terminal_width())
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to watch the time."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._pace, self._columns = Pace(), Columns(terminal_width())
 
-    def write(self, args: Any, state: Any, logs: Mapping[str, Any]) -> None:
-        """Write an entry, above the bars."""
-        self._columns.width = terminal_width()
-        tqdm.write("\n".join(self.lines(args, state, logs)))
-        sys.stdout.flush()  # a file that is watched
-        self.pace.pause(time.monotonic())
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when a step ended."""
+        super().on_step_end(args, state, control, **kwargs)
+        self._pace.step(time.monotonic())
 
-    def lines(self, args: Any, state: Any, logs: Mapping[str, Any]) -> list[str]:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write an entry, and leave it as it is."""
+        if state.is_world_process_zero and logs:
+            self._columns.width = terminal_width()
+            tqdm.write("\n".join(self._lines(args, state, logs)))
+            sys.stdout.flush()  # a file that is watched
+            self._pace.pause(time.monotonic())
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when an evaluation ended."""
+        super().on_evaluate(args, state, control, **kwargs)
+        self._pace.pause(time.monotonic())
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when a checkpoint was saved."""
+        self._pace.pause(time.monotonic())
+
+    def _lines(self, args: Any, state: Any, logs: Mapping[str, Any]) -> list[str]:
         """Return the lines of an entry."""
         if "loss" in logs:
-            left = self.pace.left(state.max_steps - state.global_step)
+            left = self._pace.left(state.max_steps - state.global_step)
             return self._columns.lines(training_cells(logs, state.global_step, state.max_steps, left))
         self._columns.interrupted()
         if "train_runtime" in logs:
@@ -55,72 +71,17 @@ class _Log:
         return evaluation_lines(logs, prefix, names, also=_metric_of(args.metric_for_best_model, names), where=where)
 
 
-class PrinterForPeople(PrinterCallback):
-    """Writes lines in place of dicts, where there are no bars.
-
-    Args:
-        names: Says which sets are evaluated.
-    """
-
-    def __init__(self, names: Names = tuple) -> None:
-        self._log = _Log(names)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to watch the time."""
-        self._log.begin()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note when a step ended."""
-        self._log.pace.step(time.monotonic())
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write an entry, and leave it as it is."""
-        if state.is_world_process_zero and logs:
-            self._log.write(args, state, logs)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note when an evaluation ended."""
-        self._log.pace.pause(time.monotonic())
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note when a checkpoint was saved."""
-        self._log.pace.pause(time.monotonic())
+class PrinterForPeople(_ForPeople, PrinterCallback):
+    """Writes lines where there are no bars."""
 
 
-class ProgressForPeople(ProgressCallback):
-    """Keeps the bars, and writes lines in place of dicts above them.
-
-    Args:
-        names: Says which sets are evaluated.
-    """
-
-    def __init__(self, names: Names = tuple) -> None:
-        super().__init__()
-        self._log = _Log(names)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the bar, begin to watch the time."""
-        super().on_train_begin(args, state, control, **kwargs)
-        self._log.begin()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar, note when a step ended."""
-        super().on_step_end(args, state, control, **kwargs)
-        self._log.pace.step(time.monotonic())
+class ProgressForPeople(_ForPeople, ProgressCallback):
+    """Keeps the bars, and writes lines above them."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write an entry above the bar; outside of a training there is none, and nothing is written."""
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            self._log.write(args, state, logs)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the bar of the evaluation, note when it ended."""
-        super().on_evaluate(args, state, control, **kwargs)
-        self._log.pace.pause(time.monotonic())
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note when a checkpoint was saved."""
-        self._log.pace.pause(time.monotonic())
+        if self.training_bar is not None:
+            super().on_log(args, state, control, logs, **kwargs)
 
 
 def speak_to_people(handler: Any, names: Names) -> None:

@@ -19,16 +19,14 @@ _LONGEST = 32  # characters of a name
 
 
 class Pace:
-    """How long a step takes, by the median of the latest ones: evaluations, savings and the first step do not count."""
+    """How long a step of a training takes, by the median of the latest ones.
+
+    Evaluations, savings and the first step, which loads, compiles and skips what was seen, do not count.
+    """
 
     def __init__(self, keep: int = 50) -> None:
         self._durations: deque[float] = deque(maxlen=keep)
         self._since: float | None = None
-
-    def begin(self) -> None:
-        """A training begins: its first step loads, compiles and, of a resumed run, skips what was seen."""
-        self._durations.clear()
-        self._since = None
 
     def step(self, now: float) -> None:
         """A step has ended, at a time in seconds."""

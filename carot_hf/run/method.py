@@ -10,7 +10,7 @@ from ..basics.precision import wide_dtype
 from ..models.backbones import embedding_size
 from ..models.lora import base_model, is_adapted
 from ..models.prepare import Prepared
-from ..objective.terms import keeps_mean
+from ..objective.terms import MEAN, needed
 from ..teacher.average import Teacher, beta_momentum, ema_momentum
 from ..teacher.callback import Schedule, TeacherCallback
 from ..teacher.start import Start
@@ -64,10 +64,10 @@ class CompanionMaker:
         """
         teacher, start, callbacks = None, None, []
         name = str(getattr(student.config, "_name_or_path", "") or "")
-        size = embedding_size(base_model(student)) if keeps_mean(args) else None
+        size = embedding_size(base_model(student)) if needed(args, MEAN) else None
         if args.needs_teacher:
             teacher = self._teachers.make(model, student, compile_options)
-            callbacks.append(teacher_callback(teacher, args))
+            callbacks.append(TeacherCallback(teacher, schedule(args), args.moves_every, save_as=None))
             start = None if args.moves_every else Start(teacher.model, name, size)
         else:
             self._teachers = TeacherMaker()
@@ -112,11 +112,6 @@ class TeacherMaker:
             teacher.model.compile(**compile_options)
         self._made = student, names, teacher
         return teacher
-
-
-def teacher_callback(teacher: Teacher, args: CaRotTrainingArguments) -> TeacherCallback:
-    """Return what moves a teacher as the arguments say; it neither saves nor loads."""
-    return TeacherCallback(teacher, schedule(args), args.moves_every, save_as=None)
 
 
 def teacher_words(args: CaRotTrainingArguments) -> str | None:

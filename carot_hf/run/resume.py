@@ -14,8 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
+from ..basics.content_hash import sha256_of_facts
+from ..basics.installed import versions
 from ..basics.redaction import SECRET
 from ..basics.whole_file import write_whole
+from ..models.lora import adapter_facts, base_model
 from ..training_args import CaRotTrainingArguments
 from .checkpoint_files import STATE_NAME
 from .early_stopping import waited
@@ -134,37 +137,45 @@ class SavedRun:
 
 
 def run_facts(
-    args: CaRotTrainingArguments,
-    *,
-    suite: Mapping[str, Any],
-    model: Mapping[str, Any],
-    versions: Mapping[str, str],
+    args: CaRotTrainingArguments, suite: Any, train: Any, student: Any, link: str, transform: str | None = None
 ) -> dict[str, Any]:
-    """Say what a run is, in values that JSON keeps.
+    """Say what a run is, by the arguments and the model of this moment, in values that JSON keeps.
 
     Args:
-        args: Its arguments.
-        suite: Its ``name``, ``class_names``, ``templates``, ``content_hash``, ``training_set``, a hash of its own:
-            another one than that of the suite may have been passed, and ``transform``, which varies its images.
-        model: Class, link, LoRA, and how many parameters it has and trains.
-        versions: Of the packages.
+        args: Of the run.
+        suite: Its suite.
+        train: The set that is trained on, which may be another one than the suite's; ``None``: none.
+        student: Unwrapped.
+        link: From logits to probabilities.
+        transform: What varies the training images in place of ``augment``, in words; ``None``: nothing.
     """
-    method = [
-        name for name in (*_names(CaRotTrainingArguments), *_REFUSED) if name not in (*_OF_EVALUATION, *_ELSEWHERE)
-    ]
     ours = _names(CaRotTrainingArguments)
+    method = [name for name in (*ours, *_REFUSED) if name not in (*_OF_EVALUATION, *_ELSEWHERE)]
     own = [name for name in _names(type(args)) if name not in ours and not SECRET.search(name)]
     at_once = args.per_device_train_batch_size * args.world_size
     contrastive = args.objective == "contrastive"
+    parameters, known = list(student.parameters()), versions()
     facts = {
         "format": _FORMAT,
-        "suite": {name: value for name, value in suite.items() if name != "name"},
-        "model": dict(model),
+        "suite": {
+            "class_names": suite.class_names,
+            "templates": suite.templates,
+            "content_hash": suite.content_hash,
+            "training_set": None if train is None else sha256_of_facts(train.facts),
+            "transform": transform,
+        },
+        "model": {
+            "class": type(base_model(student)).__name__,
+            "link": link,
+            **adapter_facts(student),
+            "parameters": sum(value.numel() for value in parameters),
+            "trained parameters": sum(value.numel() for value in parameters if value.requires_grad),
+        },
         "method": {name: getattr(args, name) for name in method},
         "options": {name: getattr(args, name, None) for name in (*_SAID, *own)},
         "optimizer": {name: getattr(args, name, None) for name in _OF_THE_OPTIMIZER},
         "about": {  # for readers: nothing is compared with it
-            "suite": suite["name"],
+            "suite": suite.name,
             **{name: getattr(args, name) for name in _BATCH},
         },
         "best": args.metric_for_best_model,
@@ -175,7 +186,7 @@ def run_facts(
             "data_seed": args.order_seed,
             "train_sampling_strategy": args.train_sampling_strategy,
         },
-        "versions": dict(versions),
+        "versions": {name: known[name] for name in ("carot_hf", "torch", "transformers", "accelerate")},
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=_plain))
     return plain
@@ -314,7 +325,8 @@ def apply_hyperparameters(
                 _put(group, name, value)
     if movable:
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        rates = [base * rate(scheduler.last_epoch) for base, rate in _pairs(scheduler)]
+        shapes = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        rates = [base * shape(scheduler.last_epoch) for base, shape in shapes]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             _put(group, "lr", rate)
         scheduler._last_lr = rates
@@ -325,10 +337,6 @@ def used_arguments(arguments: Mapping[str, Any], changes: Iterable[Change]) -> d
     """The arguments by which a run really went: those that were asked for too late keep their old values."""
     late = {change.name: change.old for change in changes if not change.applied}
     return {name: late.get(name, value) for name, value in arguments.items()}
-
-
-def _pairs(scheduler: Any) -> Iterable[tuple[Any, Any]]:
-    return zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
 
 
 def _order_changes(saved: SavedRun, order: Mapping[str, Any]) -> list[Change]:

@@ -8,10 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..basics.content_hash import sha256_of_facts
 from ..basics.escape import guarded
-from ..basics.installed import versions
-from ..models.lora import adapter_facts, base_model
 from ..training_args import CaRotTrainingArguments
 from .checkpoint import check_checkpoint, newest_complete_checkpoint
 from .resume import (
@@ -22,7 +19,6 @@ from .resume import (
     check_resumed,
     continued,
     read_run,
-    run_facts,
 )
 
 logger = guarded(logging.getLogger(__name__))
@@ -144,38 +140,3 @@ class Resumption:
         """Set the hyperparameters that are asked for, in place of those that came with the optimizer's state."""
         if self.saved is not None:
             self.say(apply_hyperparameters(optimizer, scheduler, wanted, self.saved.step), first=first)
-
-
-def facts_of_run(
-    args: CaRotTrainingArguments, suite: Any, train: Any, student: Any, link: str, transform: str | None = None
-) -> dict[str, Any]:
-    """Say what a run is, by the arguments and the model of this moment.
-
-    Args:
-        args: Of the run.
-        suite: Its suite.
-        train: The set that is trained on; ``None``: none.
-        student: Unwrapped.
-        link: From logits to probabilities.
-        transform: What varies the training images in place of ``augment``, in words; ``None``: nothing.
-    """
-    parameters, known = list(student.parameters()), versions()
-    return run_facts(
-        args,
-        suite={
-            "name": suite.name,
-            "class_names": suite.class_names,
-            "templates": suite.templates,
-            "content_hash": suite.content_hash,
-            "training_set": None if train is None else sha256_of_facts(train.facts),
-            "transform": transform,
-        },
-        model={
-            "class": type(base_model(student)).__name__,
-            "link": link,
-            **adapter_facts(student),
-            "parameters": sum(value.numel() for value in parameters),
-            "trained parameters": sum(value.numel() for value in parameters if value.requires_grad),
-        },
-        versions={name: known[name] for name in ("carot_hf", "torch", "transformers", "accelerate")},
-    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,15 +112,3 @@ class StartViews:
                 whole = caption_embeddings(self.start.network, self._captions)
             self._contexts = context_embeddings(whole.view(*self._captions.lengths.shape, -1))
         return self._contexts
-
-
-def joined_start(
-    parts: Sequence[Started], join: Callable[[Sequence[tuple[Tensor, ...]]], tuple[Tensor, ...]]
-) -> Started | None:
-    """Join what the start model says of the micro-batches of one contrastive batch; ``None``: it says nothing.
-
-    Args:
-        parts: Of each micro-batch.
-        join: From the embeddings of the micro-batches to those of all samples.
-    """
-    return replace(parts[0], embeds=join([part.embeds for part in parts])) if parts else None

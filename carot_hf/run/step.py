@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..objective.terms import MOVED
 from ..teacher.start import Start
 from .embeds import Embeds, embeds_of
 from .moved import squared_distance
-from .start import StartViews, joined_start
+from .start import StartViews
 from .taught import Taught
 
 
@@ -192,7 +193,7 @@ class LossStep:
             labels += [inputs["labels"]] if "labels" in inputs else []
         whole = torch.cat(labels) if labels else None
         joined = self._of_samples(taught) if taught else None
-        start = joined_start(starts, self._of_samples)
+        start = replace(starts[0], embeds=self._of_samples([said.embeds for said in starts])) if starts else None
         terms: dict[str, Tensor] = {}
 
         def loss_of(images: Tensor, texts: Tensor, *head: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basics.precision import at_least_float32
+from ..basics.tensor_files import names_by_storage
 
 
 def ema_momentum(step: int, total_steps: int, *, start: float = 0.05, end: float = 0.9, ramp: float = 0.2) -> float:
@@ -174,18 +175,15 @@ class Teacher:
             ValueError: If a name is missing, unknown or has another shape.
         """
         own = self.state_dict()
-        twins = _aliases(own)
         own_and_shared = self.model.state_dict()
         given = {
             name: tensor
             for name, tensor in state_dict.items()
             if name not in self.shared or not _is_rounding(tensor, own_and_shared[name])
         }
-        for name in own:
-            if name not in given:
-                twin = next((other for other in twins[name] if other in given), None)
-                if twin is not None:
-                    given[name] = given[twin]
+        for names in names_by_storage(own):
+            if there := [name for name in names if name in given]:
+                given |= {name: given[there[0]] for name in names if name not in given}
         _check_names(own, given, "tensor")
         self.model.load_state_dict(given, strict=not self.shared)
 
@@ -304,14 +302,6 @@ def _frozen_copy(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
         tensor.requires_grad_(False)
         tensor.grad = None
     return teacher.eval()
-
-
-def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return for each name the other names of the same storage."""
-    by_storage: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for name, tensor in tensors.items():
-        by_storage.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
-    return {name: [other for other in names if other != name] for names in by_storage.values() for name in names}
 
 
 def _is_rounding(one: Tensor, other: Tensor) -> bool:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..basics.tensor_files import tensors_flaw
+from ..basics.tensor_files import names_by_storage, tensors_flaw
 from ..basics.whole_file import whole_file
 from .average import Teacher, unwrapped
 
@@ -74,11 +74,8 @@ def student_mark(student: nn.Module) -> str:
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One name for each storage, as safetensors has it; views of a part become tensors of their own."""
-    kept: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name, tensor in tensors.items():
-        kept.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
     whole = {}
-    for name in kept.values():
+    for name, *_ in names_by_storage(tensors):
         tensor = tensors[name].detach()
         alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         whole[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)

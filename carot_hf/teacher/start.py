@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -61,16 +61,12 @@ class Start:
         """
         if (flaw := tensors_flaw(path, {} if self.mean is None else {_MEAN: self.mean})) is not None:
             return flaw
-        file = Path(path)
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                said = opened.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            return f"{file.name} cannot be read ({type(error).__name__})"
+        with safe_open(str(path), framework="pt") as opened:
+            said = opened.metadata() or {}
         if said.get(_HASH) != self.checksum:
             started = f" ({said[_NAME][:200]!r})" if said.get(_NAME) else ""
             return (
-                f"{file.name} is of a run that started from another model{started}; make the trainer with the model "
-                "that the run began with"
+                f"{Path(path).name} is of a run that started from another model{started}; make the trainer with the "
+                "model that the run began with"
             )
         return None

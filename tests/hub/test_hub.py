@@ -22,24 +22,11 @@ AGAIN = """
 import sys, urllib.request
 sys.path.insert(0, {tests!r})
 import huggingface_hub.utils._http as http
-from toys import noise_suite, tiny_clip, tiny_processor
-from carot_hf import CaRotTrainer, CaRotTrainingArguments
+from launching import noise_trainer
 
 http.time.sleep = lambda seconds: None  # between attempts
-processor = tiny_processor()
-
-
-def make(out, **options):
-    args = CaRotTrainingArguments.from_preset(
-        "carot", output_dir=out, max_steps=2, per_device_train_batch_size=4, report_to="none", disable_tqdm=True,
-        use_cpu=True, save_strategy="steps", save_steps=1, teacher_update_every=1, hub_token={token!r}, **options,
-    )
-    return CaRotTrainer(
-        model=tiny_clip(processor.tokenizer), args=args, suite=noise_suite(), processing_class=processor
-    )
-
-
-trainer = make({out!r}, hub_private_repo=True)
+options = dict(max_steps=2, save_strategy="steps", save_steps=1, teacher_update_every=1, hub_token={token!r})
+trainer = noise_trainer({out!r}, **options, hub_private_repo=True)
 trainer.train()
 try:
     trainer.push_to_hub()
@@ -50,7 +37,8 @@ trainer.push_to_hub(license="mit")
 trainer.evaluate()
 trainer.calibrate()
 trainer.push_to_hub(teacher=True)
-early = make({out!r} + "/../early", push_to_hub=True, hub_strategy="every_save", hub_model_id="tester/early")
+hub = dict(push_to_hub=True, hub_strategy="every_save", hub_model_id="tester/early")
+early = noise_trainer({out!r} + "/../early", **options, **hub)
 early.train()
 """
 
@@ -58,17 +46,13 @@ early.train()
 GO_ON = """
 import os, sys
 sys.path.insert(0, {tests!r})
-from toys import noise_suite, tiny_clip, tiny_processor
-from carot_hf import CaRotTrainer, CaRotTrainingArguments
+from launching import noise_trainer
 
-processor, processes = tiny_processor(), int(os.environ.get("WORLD_SIZE", "1"))
-args = CaRotTrainingArguments.from_preset(
-    "carot", output_dir={out!r}, max_steps=3, per_device_train_batch_size=4 // processes, save_strategy="steps",
-    save_steps=1, save_total_limit=1, report_to="none", disable_tqdm=True, use_cpu=True, warmup_steps=0,
-    teacher_update_every=1, push_to_hub={push!r}, hub_model_id="tester/tiny", hub_strategy="checkpoint",
-    hub_always_push=True, ddp_backend="gloo" if processes > 1 else None,
+trainer = noise_trainer(
+    {out!r}, max_steps=3, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", "1")), warmup_steps=0,
+    save_strategy="steps", save_steps=1, save_total_limit=1, teacher_update_every=1, push_to_hub={push!r},
+    hub_model_id="tester/tiny", hub_strategy="checkpoint", hub_always_push=True,
 )
-trainer = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=noise_suite(), processing_class=processor)
 trainer.train(resume_from_checkpoint={resume!r})
 trainer.accelerator.end_training()
 os._exit(0)  # a thread of gloo that asks for the interpreter's lock while it ends aborts the process

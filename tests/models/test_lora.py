@@ -590,22 +590,18 @@ WITHOUT_PEFT = """
 import sys
 sys.modules["peft"] = None
 sys.path.insert(0, {tests!r})
-from toys import noise_suite, tiny_clip, tiny_processor
+from launching import noise_trainer
+from toys import tiny_clip
 from transformers import CLIPModel
-from carot_hf import CaRotTrainer, CaRotTrainingArguments, interpolate
+from carot_hf import CaRotTrainingArguments, interpolate
 
-processor = tiny_processor()
-options = dict(output_dir={out!r}, max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none")
 CLIPModel.from_pretrained({saved!r})
-trainer = CaRotTrainer(
-    model=tiny_clip(processor.tokenizer), args=CaRotTrainingArguments(**options), suite=noise_suite(),
-    processing_class=processor,
-)
+trainer = noise_trainer({out!r}, max_steps=2)
 trainer.train()
 trainer.save_model()
-interpolate(trainer.model, tiny_clip(processor.tokenizer))
+interpolate(trainer.model, tiny_clip(trainer.processing_class.tokenizer))
 try:
-    CaRotTrainingArguments(**options, lora_rank=4)
+    CaRotTrainingArguments(output_dir={out!r}, use_cpu=True, lora_rank=4)
 except ImportError as error:
     print(error)
 """

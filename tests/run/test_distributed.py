@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from launching import launch
+from launching import in_processes, launch
 from tolerances import EXACT, LOGGED
 from toys import SUPPORT
 
@@ -23,9 +20,8 @@ TERMS = (
 STOPPED = """
 import sys
 sys.path.insert(0, {tests!r})
-from toys import Noise, noise_suite, tiny_clip, tiny_processor
-from carot_hf.calibration.metrics import scaled_metrics
-from carot_hf import CaRotTrainer, CaRotTrainingArguments
+from launching import noise_trainer
+from toys import Noise, noise_suite
 
 
 class Spoiled(Noise):
@@ -33,24 +29,14 @@ class Spoiled(Noise):
         return {{"image": b"", "label": 0}} if index == 30 else super().__getitem__(index)
 
 
-processor = tiny_processor()
-suite = noise_suite(Spoiled)
-args = CaRotTrainingArguments.from_preset(
-    "flyp", output_dir={out!r}, max_steps=12, per_device_train_batch_size=4, save_strategy="no", report_to="none",
-    disable_tqdm=True, use_cpu=True, ddp_backend="gloo",
-)
-CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor).train()
+noise_trainer({out!r}, "flyp", suite=noise_suite(Spoiled), max_steps=12, save_strategy="no").train()
 """
 
 
 @pytest.mark.slow
 def test_a_bad_image_on_one_process_ends_both(tmp_path):
     """It must not wait for the other one, which waits for its gradients."""
-    script = tmp_path / "worker.py"
-    script.write_text(STOPPED.format(tests=SUPPORT, out=str(tmp_path / "run")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    result = in_processes(tmp_path, STOPPED.format(tests=SUPPORT, out=str(tmp_path / "run")))
     assert result.returncode != 0
     assert "in set 'train' at index 30, got no bytes" in result.stderr
 
@@ -131,21 +117,20 @@ import os, sys
 sys.path.insert(0, {tests!r})
 import numpy as np
 import torch
+from launching import noise_trainer
 from runs import Recorder
-from toys import CLASSES, Noise, noise_suite, tiny_clip, tiny_processor
-from carot_hf import CaRotTrainingArguments, ShiftSet
+from toys import CLASSES, Noise, noise_suite
+from carot_hf import ShiftSet
 from carot_hf.basics.processes import place
 
 data = Noise(29, 0)
 data.labels = np.repeat(np.arange(4), [19, 7, 2, 1])
-processor, suite = tiny_processor(), noise_suite()
+suite = noise_suite()
 suite.train = ShiftSet(data, name="train", num_classes=len(CLASSES), labels=data.labels)
-args = CaRotTrainingArguments.from_preset(
-    "flyp", output_dir={out!r}, class_balanced=True, max_steps=12, per_device_train_batch_size={batch},
-    report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
-    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+trainer = noise_trainer(
+    {out!r}, "flyp", suite=suite, kind=Recorder, class_balanced=True, max_steps=12, save_strategy="no",
+    per_device_train_batch_size={batch},
 )
-trainer = Recorder(model=tiny_clip(processor.tokenizer), args=args, suite=suite, processing_class=processor)
 trainer.train()
 torch.save(trainer.seen, {out!r} + "/seen-" + str(place()[0]) + ".pt")
 trainer.accelerator.end_training()
@@ -156,11 +141,7 @@ os._exit(0)  # as in launching.py
 def balanced(folder, processes, batch):
     """The batches that each process sees of 12 steps, four epochs of 3 batches of 8."""
     folder.mkdir()
-    (folder / "worker.py").write_text(BALANCED.format(tests=SUPPORT, out=str(folder), batch=batch))
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    command = [sys.executable, *several, str(folder / "worker.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    result = in_processes(folder, BALANCED.format(tests=SUPPORT, out=str(folder), batch=batch), processes)
     assert result.returncode == 0, result.stderr[-4000:]
     return [torch.load(folder / f"seen-{rank}.pt", weights_only=False) for rank in range(processes)]
 
@@ -229,9 +210,7 @@ dist.destroy_process_group()
 
 def test_what_the_first_process_is_refused_all_are(tmp_path):
     """With the error in the first alone the others would wait for its answer."""
-    script = tmp_path / "asked.py"
-    script.write_text(ASKED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    subprocess.run([*command, str(tmp_path)], capture_output=True, timeout=600, check=True)
+    result = in_processes(tmp_path, ASKED, 2, str(tmp_path))
+    assert result.returncode == 0, result.stderr[-4000:]
     # Lines of two processes on one pipe can run into each other, so each wrote a file.
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["no room", "no room"]

@@ -10,18 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 import transformers
+from launching import TORCHRUN, finished, noise_trainer
 from ports import reserved_port
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
-from toys import ROOT, SUPPORT, Noise, noise_suite, tiny_clip, tiny_processor
+from toys import ROOT, SUPPORT, Noise, noise_suite
 
 import carot_hf.run.parts
 import carot_hf.run.trainer
-from carot_hf import CaRotTrainer, CaRotTrainingArguments
+from carot_hf import CaRotTrainer
 from carot_hf.basics.processes import lost_process
 from carot_hf.run.checkpoint import newest_complete_checkpoint
 from carot_hf.run.lock import locked
@@ -61,24 +63,9 @@ class Faulty(CaRotTrainer):
 
 def train(out, resume=None, data=Noise, trainer=CaRotTrainer, **options):
     """Train eight steps, saving every second one."""
-    processor = tiny_processor()
-    settings = {
-        "output_dir": str(out),
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "warmup_steps": 0,
-        "learning_rate": 3e-3,
-        "save_steps": 2,
-        "teacher_update_every": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    args = CaRotTrainingArguments.from_preset("carot", **{**settings, **options})
-    model = tiny_clip(processor.tokenizer)
-    trainer(model=model, args=args, suite=noise_suite(data), processing_class=processor).train(
-        resume_from_checkpoint=resume
-    )
+    settings = {"max_steps": 8, "warmup_steps": 0, "learning_rate": 3e-3, "save_steps": 2, "teacher_update_every": 1}
+    made = noise_trainer(out, suite=noise_suite(data), kind=trainer, **{**settings, **options})
+    made.train(resume_from_checkpoint=resume)
 
 
 def at_second_call(moment, harm):
@@ -117,9 +104,17 @@ def command(call):
 
 def finish(call):
     """Run such a process to its end: exit status and what it said."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    result = subprocess.run(command(call), capture_output=True, text=True, timeout=600, env=environment)
+    result = finished(command(call))
     return result.returncode, result.stderr
+
+
+def refused_by_the_script(*options):
+    """What the script says last, which ends with status 2."""
+    script = [sys.executable, str(ROOT / "examples" / "finetune_imagenet.py"), "--suite", "digits", "--use_cpu"]
+    result = finished([*script, *options])
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
 
 
 def assert_same_end(run, unbroken):
@@ -190,14 +185,21 @@ def port():
         yield str(found)
 
 
-def start_ranks(tmp_path, call, port):
+@contextmanager
+def started_ranks(tmp_path, call, port):
+    """Two processes that call a function of this file; they live no longer than the block."""
     place = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     ranks = []
     for rank in "01":
         with (tmp_path / f"{rank}.log").open("w") as log:
             own = {**place, "RANK": rank, "LOCAL_RANK": rank}
             ranks.append(subprocess.Popen(command(call), env=own, stdout=log, stderr=log))
-    return ranks
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.slow
@@ -205,16 +207,10 @@ def start_ranks(tmp_path, call, port):
 def test_a_rank_that_is_lost_ends_the_other(tmp_path, fault, port):
     """One that is killed breaks the connection; one that hangs is given up after ``ddp_timeout``."""
     out = tmp_path / "run"
-    options = "trainer=Faulty, save_steps=3, ddp_backend='gloo', ddp_timeout=15"
-    ranks = start_ranks(
-        tmp_path, f"Faulty.fault, Faulty.rank = signal.{fault}, '1'; train({str(out)!r}, {options})", port
-    )
-    try:
+    options = "trainer=Faulty, save_steps=3, ddp_timeout=15"
+    call = f"Faulty.fault, Faulty.rank = signal.{fault}, '1'; train({str(out)!r}, {options})"
+    with started_ranks(tmp_path, call, port) as ranks:
         ranks[0].wait(timeout=300)  # the start takes a part of it, on a busy machine a large one
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
     errors = (tmp_path / "0.log").read_text()
     assert ranks[0].returncode not in (0, None)
     assert "Expected all processes to answer, but one was lost or is late by more than `ddp_timeout`" in errors
@@ -227,10 +223,10 @@ def test_sigterm_to_torchrun_saves_and_ends_all(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(
         f"import sys\nsys.path[:0] = {[SUPPORT, str(ROOT / 'tests' / 'run')]}\nfrom test_faults import *\n"
-        f"train({str(out)!r}, trainer=Faulty, max_steps=10_000, save_steps=5_000, ddp_backend='gloo')\n"
+        f"train({str(out)!r}, trainer=Faulty, max_steps=10_000, save_steps=5_000)\n"
     )
     log = tmp_path / "log.txt"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(script)]
     with log.open("w") as file:
         process = subprocess.Popen(torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
     try:
@@ -331,12 +327,8 @@ def test_of_two_runs_in_a_folder_the_second_is_refused_until_the_first_is_gone(t
             assert first.poll() is None, log.read_text()
             time.sleep(0.1)
         before = sorted(out.rglob("*"))
-        script = [sys.executable, str(ROOT / "examples" / "finetune_imagenet.py"), "--suite", "digits", "--use_cpu"]
-        second = subprocess.run([*script, "--output_dir", str(out)], capture_output=True, text=True, check=False)
-        assert second.returncode == 2
-        last = second.stderr.strip().splitlines()[-1]
+        last = refused_by_the_script("--output_dir", str(out))
         assert f"of this run alone, got {out}, in which process {first.pid} on host" in last
-        assert "Traceback" not in second.stderr
         status, said = finish(f"train({str(out)!r}, overwrite_output_dir=True)")
         assert status == 1
         assert f"process {first.pid} on host" in said.strip().splitlines()[-1]
@@ -355,14 +347,9 @@ def test_of_two_runs_in_a_folder_the_second_is_refused_until_the_first_is_gone(t
 @pytest.mark.slow
 def test_of_two_ranks_both_are_told_that_a_folder_is_taken(tmp_path, port):
     out = tmp_path / "run"
-    with locked(out):
-        ranks = start_ranks(tmp_path, f"train({str(out)!r}, ddp_backend='gloo', ddp_timeout=60)", port)
-        try:
-            statuses = [process.wait(timeout=600) for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+    call = f"train({str(out)!r}, ddp_timeout=60)"
+    with locked(out), started_ranks(tmp_path, call, port) as ranks:
+        statuses = [process.wait(timeout=600) for process in ranks]
     assert statuses == [1, 1]
     for rank in "01":
         last = (tmp_path / f"{rank}.log").read_text().strip().splitlines()[-1]
@@ -374,12 +361,8 @@ def test_of_two_ranks_both_are_told_that_a_folder_is_taken(tmp_path, port):
 def test_an_output_dir_that_cannot_be_used_is_said_before_anything_is_loaded(tmp_path, kind):
     (tmp_path / "file").write_text("mine")
     place = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "run", "read-only": "/proc/self/run"}[kind]
-    script = [sys.executable, str(ROOT / "examples" / "finetune_imagenet.py"), "--suite", "digits", "--use_cpu"]
-    script += ["--model_name_or_path", str(tmp_path / "no-model")]  # which nobody looks for
-    result = subprocess.run([*script, "--output_dir", str(place)], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("finetune_imagenet.py: Expected a"), result.stderr
+    nowhere = str(tmp_path / "no-model")  # which nobody looks for
+    last = refused_by_the_script("--model_name_or_path", nowhere, "--output_dir", str(place))
+    assert last.startswith("finetune_imagenet.py: Expected a")
     assert "`output_dir`" in last
-    assert "Traceback" not in result.stderr
     assert (tmp_path / "file").read_text() == "mine"

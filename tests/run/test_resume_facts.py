@@ -68,6 +68,19 @@ def said(monkeypatch):
     return lines
 
 
+@pytest.fixture
+def resumed(make_trainer):
+    """Go on from a checkpoint; return the trainer, which keeps its batches."""
+
+    def resume(checkpoint, **options):
+        trainer = make_trainer(**{**SAVE, **options})
+        trainer.__class__ = Recorder
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    return resume
+
+
 def rates(trainer):
     return {entry["step"]: entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry}
 
@@ -127,15 +140,14 @@ def test_what_would_be_another_run_is_refused_by_name(make_trainer, saved, monke
         (with_train, "`content_hash` .*`training_set`"),
     ],
 )
-def test_another_suite_is_refused(make_trainer, suite, saved, change, message):
+def test_another_suite_is_refused(resumed, suite, saved, change, message):
     checkpoint = saved()
     with pytest.raises(ValueError, match=message):
-        make_trainer(suite=change(suite), **SAVE).train(resume_from_checkpoint=checkpoint)
+        resumed(checkpoint, suite=change(suite))
 
 
-def test_the_suite_itself_may_be_called_otherwise(make_trainer, suite, saved, said):
-    checkpoint = saved()
-    make_trainer(suite=replace(suite, name="other", version="2"), **SAVE).train(resume_from_checkpoint=checkpoint)
+def test_the_suite_itself_may_be_called_otherwise(resumed, suite, saved, said):
+    resumed(saved(), suite=replace(suite, name="other", version="2"))
     assert not said
 
 
@@ -168,9 +180,8 @@ def test_a_checkpoint_says_what_its_run_is(suite, saved):
     assert not facts["method"].keys() & {"n_bins", "output_dir", "hub_token"}
 
 
-def test_the_same_run_is_said_nothing_of(make_trainer, saved, said):
-    checkpoint = saved()
-    make_trainer(**SAVE).train(resume_from_checkpoint=checkpoint)
+def test_the_same_run_is_said_nothing_of(resumed, saved, said):
+    resumed(saved())
     assert not said
 
 
@@ -183,13 +194,12 @@ def test_the_same_run_is_said_nothing_of(make_trainer, saved, said):
         ({"warmup_steps": 3}, "`warmup_steps` 0 -> 3: applied, the learning rate follows"),
     ],
 )
-def test_another_learning_rate_or_length_is_said_and_applied(make_trainer, saved, said, tmp_path, change, message):
+def test_another_learning_rate_or_length_is_said_and_applied(make_trainer, resumed, saved, said, change, message):
     """From the first step on the rates are those of a run that had the new argument from the start."""
     checkpoint = saved()
     fresh = make_trainer(**{**SAVE, "save_strategy": "no", **change})
     fresh.train()
-    again = make_trainer(**{**SAVE, **change})
-    again.train(resume_from_checkpoint=checkpoint)
+    again = resumed(checkpoint, **change)
     (line,) = said
     assert line.startswith(f"Resumed after step 2 with {message}")
     assert {step: rate for step, rate in rates(fresh).items() if step > 2} == {
@@ -198,40 +208,35 @@ def test_another_learning_rate_or_length_is_said_and_applied(make_trainer, saved
     assert again.state.global_step == again.args.max_steps
 
 
-def test_a_learning_rate_of_zero_moves_nothing(make_trainer, saved):
+def test_a_learning_rate_of_zero_moves_nothing(resumed, saved):
     """The rate of the very next step, too: Trainer's own is that of the checkpoint."""
     checkpoint = saved()
-    again = make_trainer(**{**SAVE, "learning_rate": 0.0})
-    again.train(resume_from_checkpoint=checkpoint)
+    again = resumed(checkpoint, learning_rate=0.0)
     before = CLIPModel.from_pretrained(checkpoint).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in again.model.state_dict().items())
 
 
-def test_another_weight_decay_and_betas_are_said_and_applied(make_trainer, saved, said):
+def test_another_weight_decay_and_betas_are_said_and_applied(resumed, saved, said):
     checkpoint = saved()
-    again = make_trainer(**SAVE, weight_decay=0.5, adam_beta2=0.9)
-    again.train(resume_from_checkpoint=checkpoint)
+    again = resumed(checkpoint, weight_decay=0.5, adam_beta2=0.9)
     assert [group["weight_decay"] for group in again.optimizer.param_groups] == [0.5, 0.0]
     assert {tuple(group["betas"]) for group in again.optimizer.param_groups} == {(0.9, 0.9)}
     assert sorted(said) == [
         "Resumed after step 2 with `betas` [0.9, 0.999] -> [0.9, 0.9]: applied.",
         "Resumed after step 2 with `weight_decay` 0.1 -> 0.5: applied.",
     ]
-    plain = make_trainer(**SAVE)
-    plain.train(resume_from_checkpoint=checkpoint)
+    plain = resumed(checkpoint)
     ours, theirs = (trainer.model.visual_projection.weight for trainer in (again, plain))
     assert ours.norm() < theirs.norm()
 
 
-def test_an_optimizer_of_the_user_keeps_its_own_rate(make_trainer, processor, saved, said):
+def test_an_optimizer_of_the_user_keeps_its_own_rate(resumed, processor, saved, said):
     def own(rate):
         model = tiny_clip(processor.tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
         return {"model": model, "trainer": {"optimizers": (optimizer, None)}}
 
-    checkpoint = saved(**own(1e-2))
-    again = make_trainer(**SAVE, **own(4e-3))
-    again.train(resume_from_checkpoint=checkpoint)
+    again = resumed(saved(**own(1e-2)), **own(4e-3))
     assert said == ["Resumed after step 2 with `learning_rate` 0.01 -> 0.004: applied."]
     assert rates(again)[3] == pytest.approx(4e-3 * 0.5)
 
@@ -255,11 +260,9 @@ def test_a_learning_rate_in_a_tensor_is_filled():
     json.dumps(asdict(change))
 
 
-def test_what_a_schedule_by_measurement_keeps_is_said(make_trainer, saved, said):
+def test_what_a_schedule_by_measurement_keeps_is_said(resumed, saved, said):
     options = {**PLATEAU, "eval_strategy": "steps", "eval_steps": 1}
-    checkpoint = saved(**options)
-    again = make_trainer(**SAVE, **options, learning_rate=1e-3)
-    again.train(resume_from_checkpoint=checkpoint)
+    again = resumed(saved(**options), **options, learning_rate=1e-3)
     assert said == [
         "Resumed after step 2 with `learning_rate` 0.01 -> 0.001: not applied, the schedule's state goes on."
     ]
@@ -270,10 +273,8 @@ def test_what_a_schedule_by_measurement_keeps_is_said(make_trainer, saved, said)
     assert "`learning_rate` 0.01 -> 0.001: not applied" in card
 
 
-def test_other_steps_for_logs_and_checkpoints_are_those_asked_for(make_trainer, saved, said, tmp_path):
-    checkpoint = saved()
-    again = make_trainer(**{**SAVE, "save_steps": 3, "logging_steps": 2, "output_dir": str(tmp_path / "again")})
-    again.train(resume_from_checkpoint=checkpoint)
+def test_other_steps_for_logs_and_checkpoints_are_those_asked_for(resumed, saved, said, tmp_path):
+    again = resumed(saved(), save_steps=3, logging_steps=2, output_dir=str(tmp_path / "again"))
     assert sorted(path.name for path in (tmp_path / "again").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert sorted(step for step in rates(again) if step > 2) == [4]
     assert [line.split(" with ")[1] for line in said] == [
@@ -282,11 +283,10 @@ def test_other_steps_for_logs_and_checkpoints_are_those_asked_for(make_trainer, 
     ]
 
 
-def test_the_card_tells_what_was_used_and_from_when(make_trainer, saved, tmp_path):
-    first = make_trainer(**{**SAVE, "learning_rate": 1e-3, "output_dir": str(tmp_path / "again")})
-    first.train(resume_from_checkpoint=saved())
-    third = make_trainer(**{**SAVE, "learning_rate": 1e-3, "max_steps": 5, "output_dir": str(tmp_path / "again")})
-    third.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-3"))
+def test_the_card_tells_what_was_used_and_from_when(resumed, saved, tmp_path):
+    options = {"learning_rate": 1e-3, "output_dir": str(tmp_path / "again")}
+    resumed(saved(), **options)
+    third = resumed(str(tmp_path / "again" / "checkpoint-3"), **options, max_steps=5)
     third.create_model_card()
     card = (tmp_path / "again" / "README.md").read_text()
     assert "- After step 2 the run was resumed with `learning_rate` 0.01 -> 0.001: applied.\n" in card
@@ -310,13 +310,13 @@ def test_arguments_of_a_subclass_are_compared_as_well(suite, processor, tmp_path
     assert said == ["Resumed after step 2 with `extra_weight` 0.5 -> 0.25: applied."]
 
 
-def test_other_versions_are_said(make_trainer, saved, said):
+def test_other_versions_are_said(resumed, saved, said):
     checkpoint = saved()
     facts = json.loads(Path(checkpoint, "run.json").read_text())
     facts["versions"]["torch"] = "1.0"
     Path(checkpoint, "run.json").write_text(json.dumps(facts))
     write_manifest(checkpoint)
-    make_trainer(**SAVE).train(resume_from_checkpoint=checkpoint)
+    resumed(checkpoint)
     (line,) = said
     assert f"`version of torch` 1.0 -> {torch.__version__.split('+')[0]}" in line
 
@@ -335,29 +335,25 @@ def test_other_versions_are_said(make_trainer, saved, said):
         ({"dataloader_drop_last": False}, "`steps an epoch` 6 -> 7"),
     ],
 )
-def test_another_batch_or_order_is_refused_within_an_epoch(make_trainer, saved, change, message):
+def test_another_batch_or_order_is_refused_within_an_epoch(resumed, saved, change, message):
     checkpoint = saved()
     with pytest.raises(ValueError, match=f"in the middle of epoch 1, after 2 of its 6 steps; got {message}"):
-        make_trainer(**{**SAVE, **change}).train(resume_from_checkpoint=checkpoint)
+        resumed(checkpoint, **change)
 
 
-def test_the_same_pairs_through_the_gradient_cache_go_on_anywhere(make_trainer, saved, said):
-    checkpoint = saved()
-    make_trainer(**SAVE, per_device_train_batch_size=2, contrastive_batch_size=4).train(checkpoint)
+def test_the_same_pairs_through_the_gradient_cache_go_on_anywhere(resumed, saved, said):
+    resumed(saved(), per_device_train_batch_size=2, contrastive_batch_size=4)
     assert not said
 
 
 @pytest.mark.parametrize(
     "length", [{"max_steps": -1, "num_train_epochs": 3}, pytest.param({"max_steps": 19}, marks=pytest.mark.slow)]
 )
-def test_another_batch_from_the_end_of_an_epoch_on(make_trainer, saved, said, length):
+def test_another_batch_from_the_end_of_an_epoch_on(resumed, saved, said, length):
     """6 steps of 4, then 13 of 2 an epoch; stopped and resumed once more within the second and the third epoch."""
     epochs = {"max_steps": -1, "num_train_epochs": 1} if length["max_steps"] < 0 else {"max_steps": 6}
-    checkpoint = saved(6, **epochs)
-    options = {**SAVE, **length, "per_device_train_batch_size": 2}
-    whole = make_trainer(**options)
-    whole.__class__ = Recorder
-    whole.train(resume_from_checkpoint=checkpoint)
+    options = {**length, "per_device_train_batch_size": 2}
+    whole = resumed(saved(6, **epochs), **options)
     last = 32 if length["max_steps"] < 0 else 19
     assert whole.state.global_step == last
     assert [line.split(" with ")[1].split(":")[0] for line in said][:2] == [
@@ -367,9 +363,7 @@ def test_another_batch_from_the_end_of_an_epoch_on(make_trainer, saved, said, le
     assert whole.state.epoch == (3.0 if last == 32 else 2.0)
     steps = [len(whole.seen)]
     for step in (10, 19, 21)[: 2 if last == 32 else 1]:
-        again = make_trainer(**options)
-        again.__class__ = Recorder
-        again.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+        again = resumed(f"{whole.args.output_dir}/checkpoint-{step}", **options)
         steps.append(len(again.seen))
         for one, other in zip(whole.seen[-len(again.seen) :], again.seen, strict=True):
             assert torch.equal(one["pixel_values"], other["pixel_values"])
@@ -380,18 +374,13 @@ def test_another_batch_from_the_end_of_an_epoch_on(make_trainer, saved, said, le
     assert len({image.numpy().tobytes() for batch in tail for image in batch["pixel_values"]}) == 26  # none twice
 
 
-def test_a_data_skip_that_is_left_out_is_said(make_trainer, saved, said):
-    checkpoint = saved()
-    again = make_trainer(**SAVE, ignore_data_skip=True)
-    again.__class__ = Recorder
-    again.train(resume_from_checkpoint=checkpoint)
+def test_a_data_skip_that_is_left_out_is_said(resumed, saved, said):
+    again = resumed(saved(), ignore_data_skip=True)
     assert said == [
         "Resumed after step 2 with `ignore_data_skip` False -> True: applied, the epoch begins anew, and samples of "
         "its 2 finished steps are seen twice."
     ]
-    first = make_trainer(**{**SAVE, "max_steps": 1, "save_strategy": "no"})
-    first.__class__ = Recorder
-    first.train()
+    first = resumed(None, max_steps=1, save_strategy="no")
     assert torch.equal(first.seen[0]["labels"], again.seen[0]["labels"])
 
 
@@ -410,43 +399,42 @@ def test_epochs():
 # ---- checkpoints that are no good, or old ----
 
 
-def test_a_finished_run_takes_no_further_step(make_trainer, saved, said):
+def test_a_finished_run_takes_no_further_step(resumed, saved, said):
     """Trainer takes one more, when an epoch is not at its end."""
     checkpoint = saved(4)
-    again = make_trainer(**SAVE)
-    again.train(resume_from_checkpoint=checkpoint)
+    again = resumed(checkpoint)
     assert again.state.global_step == 4
     before = CLIPModel.from_pretrained(checkpoint).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in again.model.state_dict().items())
     assert said == [f"Nothing is left to train: {checkpoint} is at step 4 of 4."]
 
 
-def test_a_checkpoint_without_an_optimizer_is_refused(make_trainer, saved):
+def test_a_checkpoint_without_an_optimizer_is_refused(resumed, saved):
     checkpoint = saved(save_only_model=True)
     check_checkpoint(checkpoint)
     for start in (checkpoint, True):
         with pytest.raises(ValueError, match=r"it has no optimizer\.pt: it was saved with `save_only_model`"):
-            make_trainer(**SAVE).train(resume_from_checkpoint=start)
+            resumed(start)
 
 
-def test_a_path_that_does_not_exist_says_so(make_trainer, tmp_path):
+def test_a_path_that_does_not_exist_says_so(resumed, tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint in .*nowhere, but there is no such folder"):
-        make_trainer(**SAVE).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+        resumed(str(tmp_path / "nowhere"))
 
 
-def test_a_checkpoint_of_version_0_1_is_resumed_with_one_warning(make_trainer, saved, said):
+def test_a_checkpoint_of_version_0_1_is_resumed_with_one_warning(resumed, saved, said):
     checkpoint = as_version_0_1(saved())
     assert read_run(checkpoint).facts is None
-    make_trainer(**SAVE).train(resume_from_checkpoint=checkpoint)
+    resumed(checkpoint)
     (line,) = said
     assert "of version 0.1 and does not say what its run was" in line
 
 
-def test_a_lost_run_file_is_damage(make_trainer, saved):
+def test_a_lost_run_file_is_damage(resumed, saved):
     checkpoint = saved()
     Path(checkpoint, "run.json").unlink()
     with pytest.raises(ValueError, match=r"run\.json is missing"):
-        make_trainer(**SAVE).train(resume_from_checkpoint=checkpoint)
+        resumed(checkpoint)
 
 
 # ---- what is published while the run goes on ----
@@ -456,8 +444,10 @@ class Uploads:
     """Stands in for the Hub's client: notes what is wrong with a folder when it is taken; done when it is asked for."""
 
     def __init__(self, monkeypatch, done=True):
-        self.taken, self.done, self.waiting = [], done, []
+        self.taken, self.done, self.waiting, self.waited = [], done, [], []
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda **options: self)
+        if not done:
+            monkeypatch.setattr(transformers.trainer.PushInProgress, "wait_until_done", lambda _: self.finish())
 
         def init_hf_repo(trainer):
             trainer.hub_model_id, trainer.push_in_progress = "tester/tiny", None
@@ -475,6 +465,13 @@ class Uploads:
         else:
             self.waiting.append((job, folder))
         return job
+
+    def finish(self):
+        """What is waited for ends; note whether its folders are there."""
+        self.waited.append([folder.exists() for _, folder in self.waiting])
+        for job, _ in self.waiting:
+            job.set_result(None)
+        self.waiting.clear()
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
@@ -494,19 +491,10 @@ def test_a_published_checkpoint_is_complete(make_trainer, monkeypatch, strategy)
 def test_no_checkpoint_goes_while_it_is_published(make_trainer, monkeypatch):
     """An older push is waited for before the rotation that may delete its folder."""
     uploads = Uploads(monkeypatch, done=False)
-    waited = []
-
-    def wait(progress):
-        waited.append([folder.exists() for _, folder in uploads.waiting])
-        for job, _ in uploads.waiting:
-            job.set_result(None)
-        uploads.waiting.clear()
-
-    monkeypatch.setattr(transformers.trainer.PushInProgress, "wait_until_done", wait)
     trainer = make_trainer(**{**SAVE, "max_steps": 3}, save_total_limit=1, push_to_hub=True, hub_strategy="checkpoint")
     trainer.train()
     assert len([taken for taken in uploads.taken if taken[1]]) == 3
-    assert waited == [[True, True]] * 3
+    assert uploads.waited == [[True, True]] * 3
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
 
 
@@ -515,13 +503,6 @@ def test_files_under_upload_are_not_written_anew(make_trainer, monkeypatch, alwa
     """Where the Hub is slow a push is left out; with `hub_always_push` it waits for the one before."""
     uploads = Uploads(monkeypatch, done=False)
     written = []
-
-    def wait(progress):
-        for job, _ in uploads.waiting:
-            job.set_result(None)
-        uploads.waiting.clear()
-
-    monkeypatch.setattr(transformers.trainer.PushInProgress, "wait_until_done", wait)
     card = CaRotTrainer.create_model_card
 
     def noted(self, *args, **kwargs):

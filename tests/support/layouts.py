@@ -7,6 +7,7 @@ tells the images of a folder and split from those of others.
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 import zlib
 
@@ -22,6 +23,16 @@ def picture(label, row, form="PNG", of=""):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
     return buffer.getvalue()
+
+
+def empty_png(width, height, depth=8, kind=2):
+    """A PNG of some bytes that claims a size; decoded, a large one would fill the memory."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def tars(folder, labels, *, files=1, image="jpg", column="cls", names=None, per_label=None):

@@ -15,22 +15,17 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 sys.path.insert(0, {tests!r})
-from toys import noise_suite, tiny_clip, tiny_processor
-from carot_hf import CaRotTrainer, CaRotTrainingArguments
+from launching import noise_trainer
 
-processor = tiny_processor()
-args = CaRotTrainingArguments.from_preset(
-    "carot", output_dir={out!r}, max_steps=2, per_device_train_batch_size=4, save_strategy="steps", save_steps=1,
-    report_to="none", disable_tqdm=True, use_cpu=True, push_to_hub={early!r}, hub_model_id="tester/tiny",
-    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+trainer = noise_trainer(
+    {out!r}, max_steps=2, save_strategy="steps", save_steps=1, push_to_hub={early!r}, hub_model_id="tester/tiny"
 )
-trainer = CaRotTrainer(model=tiny_clip(processor.tokenizer), args=args, suite=noise_suite(), processing_class=processor)
 trainer.train()
 print("trained", flush=True)
 trainer.evaluate()
 texts = ["the number " + name for name in ("zero", "one", "two", "three")]
 pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
-inputs = processor(text=texts, images=Image.fromarray(pixels), padding=True, return_tensors="pt")
+inputs = trainer.processing_class(text=texts, images=Image.fromarray(pixels), padding=True, return_tensors="pt")
 if trainer.is_world_process_zero():
     with torch.no_grad():  # by the model before any temperature is in it
         logits = trainer.model.eval()(**inputs).logits_per_image[0]

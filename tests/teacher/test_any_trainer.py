@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from launching import in_processes
 from safetensors import safe_open
 from tolerances import EXACT, LOGGED
 from torch import nn
@@ -501,13 +500,8 @@ os._exit(0)  # all is saved: whatever threads are left need not be waited for
 
 def launch(folder, resume=None):
     folder.mkdir(exist_ok=True)
-    script = folder / "worker.py"
-    script.write_text(
-        WORKER.format(tests=[SUPPORT, str(ROOT / "tests" / "teacher")], folder=str(folder), resume=resume)
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    places = [SUPPORT, str(ROOT / "tests" / "teacher")]
+    result = in_processes(folder, WORKER.format(tests=places, folder=str(folder), resume=resume))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(2)]
 
