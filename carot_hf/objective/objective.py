@@ -6,6 +6,7 @@ Knows the table of terms and the whole batch; nothing of models, training and lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,21 @@ Embeds = tuple[Tensor, Tensor]
 Head = Sequence[Tensor]  # logit_scale and, with a sigmoid, logit_bias
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """How a link pairs images and captions.
+
+    Attributes:
+        logits: From embeddings and head of this process to its logits against the whole batch.
+        shared: Whether the probabilities of a row sum to 1, so that captions of one class share them.
+        clamped: Whether ``exp(logit_scale)`` has a usual maximum; SigLIP's own is above CLIP's 100.
+    """
+
+    logits: Callable[..., tuple[Tensor, ...]]
+    shared: bool
+    clamped: bool
+
+
 class Objective:
     """The weighted sum of the terms that training arguments turn on.
 
@@ -30,7 +46,7 @@ class Objective:
 
     def __init__(self, args: Any, link: str) -> None:
         self.args, self.link = args, link
-        self._logits: Callable[..., tuple[Tensor, ...]] = {"softmax": _both_ways, "sigmoid": _one_way}[link]
+        self._pairing = PAIRINGS[link]
 
     @property
     def terms(self) -> list[Term]:
@@ -49,8 +65,8 @@ class Objective:
 
     @property
     def clamps_scale(self) -> bool:
-        """Whether ``exp(logit_scale)`` is to be clamped during training; SigLIP's own is above CLIP's 100."""
-        return bool(self.args.clamps_logit_scale and self.link == "softmax")
+        """Whether ``exp(logit_scale)`` is to be clamped during training."""
+        return bool(self.args.clamps_logit_scale and self._pairing.clamped)
 
     @property
     def modules(self) -> list[str]:
@@ -108,11 +124,11 @@ class Objective:
             ValueError: If captions of one class are told apart by labels, and there are none.
         """
         counts = self._row_counts(embeds[0])
-        logits = self._logits(*embeds, head, counts, with_grad=True)
+        logits = self._pairing.logits(*embeds, head, counts, with_grad=True)
         targets, ignore = self._targets(labels, logits[0], counts)
         step = Step(self.args.label_smoothing_factor, embeds, logits, targets, ignore, taught or (), start=start)
         if taught is not None and self.needs(TEACHER_LOGITS):
-            step.teacher_logits = self._logits(*taught, teacher_head, counts, with_grad=False)
+            step.teacher_logits = self._pairing.logits(*taught, teacher_head, counts, with_grad=False)
         return self._of_rows(step, len(embeds[0]), counts)
 
     def everyones(self, rows: Tensor) -> Tensor:
@@ -150,8 +166,7 @@ class Objective:
                 "or use 'negative'."
             )
         everyones = gather_rows(labels, with_grad=False, counts=counts)
-        shared = self.link == "softmax"  # the probabilities of a row sum to 1
-        return same_class_targets(labels, everyones, columns, mode, shared=shared, dtype=logits.dtype)
+        return same_class_targets(labels, everyones, columns, mode, shared=self._pairing.shared, dtype=logits.dtype)
 
 
 def _both_ways(
@@ -165,3 +180,9 @@ def _both_ways(
 def _one_way(image: Tensor, text: Tensor, head: Head, counts: list[int] | None, *, with_grad: bool) -> tuple[Tensor]:
     """Compare this process's images with all texts, ``(b, B)``: with a sigmoid each pair counts once."""
     return (similarity_logits(image, gather_rows(text, with_grad=with_grad, counts=counts), *head),)
+
+
+PAIRINGS = {
+    "softmax": Pairing(_both_ways, shared=True, clamped=True),
+    "sigmoid": Pairing(_one_way, shared=False, clamped=False),
+}
