@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from csv_rows import csv_rows
+from csv_files import csv_rows
 from toys import noise_suite, tiny_clip, tiny_processor
 
 from carot_hf import Evaluator, compare

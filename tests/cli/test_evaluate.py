@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from csv_rows import csv_rows
+from csv_files import csv_rows
 from sklearn.metrics import precision_recall_fscore_support
 from toys import TEMPLATES, Noise, tiny_clip, tiny_processor
 

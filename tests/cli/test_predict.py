@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
-from csv_rows import csv_rows
+from csv_files import csv_rows
 from PIL import Image
 from toys import CLASSES, ROOT, noise_suite, tiny_clip, tiny_processor
 

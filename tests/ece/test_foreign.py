@@ -218,7 +218,7 @@ def test_a_true_temperature_is_found_within_two_thousandths(true, seed):
 
 def test_the_ece_criterion_is_never_worse_than_the_nll_optimum_for_a_foreign_judge():
     better = 0
-    for seed in PROBLEMS:
+    for seed in PROBLEMS[::2]:
         generator = np.random.default_rng(seed)
         rows, classes = int(generator.integers(5, 120)), int(generator.integers(2, 9))
         logits = generator.normal(size=(rows, classes)) * generator.uniform(0.5, 8)
@@ -229,4 +229,4 @@ def test_the_ece_criterion_is_never_worse_than_the_nll_optimum_for_a_foreign_jud
             errors[criterion] = verified.get_ece(confidences, correct.astype(int), num_bins=10)
         assert errors["ece"] <= errors["nll"] + 2e-7, seed  # ties within 1e-7 go to the NLL optimum
         better += errors["ece"] < errors["nll"] - 1e-3
-    assert better > 150
+    assert better > 75

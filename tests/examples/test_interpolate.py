@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from csv_rows import csv_rows
+from csv_files import csv_rows
 from tolerances import float32_bound
 from transformers import CLIPModel, CLIPProcessor
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from csv_rows import csv_rows
+from csv_files import csv_rows
 from layouts import folders
 from matplotlib.figure import Figure
 from matplotlib.text import Text

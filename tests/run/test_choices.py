@@ -374,14 +374,12 @@ def test_a_compiled_model_is_refused(make_trainer, model, how):
     "command",
     [
         ["finetune_imagenet.py", "--suite", "digits", "--use_cpu", "--model_name_or_path", "no/such/model"],
-        pytest.param(["finetune_imagenet.py", "--suite", "digits", "--fp16"], marks=pytest.mark.slow),
-        pytest.param(["interpolate.py", "--suite", "digits", "--fine_tuned", "no/such/model"], marks=pytest.mark.slow),
-        pytest.param(
-            ["export_onnx.py", "--suite", "digits", "--model", "no/such/model", "--output", "x.onnx"],
-            marks=pytest.mark.slow,
-        ),
+        ["finetune_imagenet.py", "--suite", "digits", "--fp16"],
+        ["interpolate.py", "--suite", "digits", "--fine_tuned", "no/such/model"],
+        ["export_onnx.py", "--suite", "digits", "--model", "no/such/model", "--output", "x.onnx"],
     ],
 )
+@pytest.mark.slow
 def test_scripts_end_with_a_line_on_what_the_user_can_mend(command, tmp_path):
     script, *options = command
     if script != "export_onnx.py":

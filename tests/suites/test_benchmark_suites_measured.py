@@ -7,7 +7,7 @@ import json
 import datasets
 import numpy as np
 import pytest
-from csv_rows import csv_rows
+from csv_files import csv_rows
 from layouts import table
 from test_benchmark_suites import PACS, SIZES, domain_rows, waterbirds
 
