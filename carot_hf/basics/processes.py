@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -29,6 +30,12 @@ def keep_group() -> None:
         if not _KEPT:
             atexit.register(time.sleep, _LAST_MOMENT)
         _KEPT.append(dist.group.WORLD)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: of a machine that is shared, perhaps not all."""
+    # Python 3.13 has it as os.process_cpu_count; only Linux says which
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def several() -> bool:

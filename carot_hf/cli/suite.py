@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -170,10 +169,11 @@ def decode(sets: dict[str, Any]) -> None:
     """
     from tqdm import tqdm
 
+    from ..basics.processes import usable_cores
     from ..data.samples import unreadable
 
     total, bad = sum(map(len, sets.values())), []
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     workers = min(_MOST_WORKERS, cores) if cores > 1 else 0
     with tqdm(total=total, desc="Images") as bar:
         for name, data in sets.items():

@@ -150,7 +150,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.jobs is None:
         import torch
 
-        options.jobs = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+        from ..basics.processes import usable_cores
+
+        options.jobs = 1 if torch.cuda.is_available() else usable_cores()
     if options.seeds < 1 or options.jobs < 1:
         parser.error(f"expected --seeds and --jobs of at least 1, got {options.seeds} and {options.jobs}")
     if options.processes > 1:

@@ -83,10 +83,16 @@ def test_two_percent_are_held_out_the_same_of_every_class(root):
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes", "workers"), [(64, 8, 8), (8, 1, 8), (64, 1, 16), (2, 8, 1), (None, 1, 1)]
+    ("cores", "usable", "processes", "workers"),
+    [(64, 64, 8, 8), (8, 8, 1, 8), (64, 64, 1, 16), (2, 2, 8, 1), (None, None, 1, 1), (64, 8, 8, 8), (64, 3, 1, 3)],
 )
-def test_workers_share_the_cores(root, monkeypatch, cores, processes, workers):
+def test_workers_share_the_cores(root, monkeypatch, cores, usable, processes, workers):
+    """Of 64 cores 8 processes have 8 each, whether or not each may use its own alone."""
     monkeypatch.setattr("os.cpu_count", lambda: cores)
+    if usable is None:  # not on Linux
+        monkeypatch.delattr("os.sched_getaffinity")
+    else:
+        monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(usable)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert load(root, shifts=["r"]).recommended == {"dataloader_num_workers": workers}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...basics.content_hash import sha256_of_facts
+from ...basics.processes import usable_cores
 from ...data.shift_set import ShiftSet
 from ...data.stream import StreamedSet
 from ...data.suite import ShiftSuite
@@ -152,8 +153,9 @@ class _Loader:
 
 
 def _workers() -> int:
-    """The cores that fall to one of this machine's processes, at most 16."""
-    return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    """The cores that fall to one of this machine's processes and that it may use, at most 16."""
+    of_machine = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, of_machine, usable_cores()))
 
 
 def _corrupted(test: ShiftSet, name: str) -> ShiftSet:
