@@ -76,7 +76,8 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         transform: Varies the training images in place of ``args.augment``: from a PIL image to ``(3, h, w)`` uint8, or
             float32 that is normalised already, such as torchvision's v2. Its draws from global generators repeat.
         data_collator: Replaces :class:`~carot_hf.data.batches.CaRotCollator`. Training samples carry ``draw``, a number
-            that is unique to the sample and the epoch; seed whatever is random with it.
+            that is unique to the sample and the epoch; seed whatever is random with it. One that changes the captions
+            of ours leaves out ``caption_number``, by which they are told apart.
         compute_metrics: Called for each set with its logits ``(n, labels)`` and labels; its metrics join ours.
         **kwargs: As for ``Trainer``.
     Attributes:
@@ -269,6 +270,7 @@ class CaRotTrainer(RunTrainer, EvaluatingTrainer, PublishingTrainer):
         Args:
             model: The student, possibly wrapped.
             inputs: ``pixel_values``, ``input_ids``; ``attention_mask``, ``labels``, ``caption_index`` may be there.
+                With the gradient cache the texts are those that no earlier micro-batch of the step has.
             return_outputs: Return the model's output as well; with ``caption_index`` each of its texts is there once.
             num_items_in_batch: Not used: every term is a mean over the micro-batch.
         """

@@ -110,7 +110,7 @@ class CaptionTable:
         self._plain: NDArray[np.int64] | None = None  # tokens that are no special ones
         self._own: dict[str, NDArray[np.int32]] = {}  # tokens of captions that are not made of class names
         captions = [fill_template(template, name) for name in class_names for template in templates]
-        rows = list(self._rows(captions, truncation=False, verbose=False))
+        rows = [row for part in self._parts(captions, truncation=False, verbose=False) for row in part]
         lengths = torch.tensor([len(row) for row in rows])
         longest = int(lengths.argmax())
         if lengths[longest] > max_length:
@@ -212,7 +212,8 @@ class CaptionTable:
         """
         texts = list(dict.fromkeys(captions))
         self._own = self._cut(texts)
-        return sum(len(row) > self._max_length for row in self._rows(texts, truncation=False, verbose=False))
+        whole = self._parts(texts, truncation=False, verbose=False)
+        return sum(len(row) > self._max_length for part in whole for row in part)
 
     def random(self, count: int, length: int, seed: Sequence[int]) -> dict[str, Tensor]:
         """Return strings of random tokens between the markers that captions have; special tokens are not drawn.
@@ -242,19 +243,20 @@ class CaptionTable:
                 "Its random texts are read from the published code, which has them for CLIP: set the weight to 0."
             )
 
-    def _rows(self, captions: Sequence[str], **options: Any) -> Iterator[NDArray[np.int32]]:
-        """Tokens of each caption, not padded."""
+    def _parts(self, captions: Sequence[str], **options: Any) -> Iterator[list[NDArray[np.int32]]]:
+        """Tokens of each caption, not padded, some thousand captions at a time."""
         for start in range(0, len(captions), _AT_ONCE):
             part = list(captions[start : start + _AT_ONCE])
             encoded = self._tokenizer(part, padding=False, return_attention_mask=False, **options)
-            yield from (np.array(row, dtype=np.int32) for row in encoded["input_ids"])
+            yield [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
 
     def _cut(self, captions: Sequence[str]) -> dict[str, NDArray[np.int32]]:
         """Tokens of each caption, not padded, cut at the model's context."""
-        rows = self._rows(captions, truncation=True, max_length=self._max_length)
-        found = dict(zip(captions, rows, strict=True))
-        self._check_ids(torch.from_numpy(np.concatenate(list(found.values()))))
-        return found
+        rows: list[NDArray[np.int32]] = []
+        for part in self._parts(captions, truncation=True, max_length=self._max_length):
+            self._check_ids(torch.from_numpy(np.concatenate(part)))
+            rows += part
+        return dict(zip(captions, rows, strict=True))
 
     def _check_alike(self, class_names: Sequence[str]) -> None:
         """Refuse classes of different names whose captions are the same tokens: no model could tell them apart."""

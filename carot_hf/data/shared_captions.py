@@ -28,7 +28,7 @@ def share_captions(
         for all samples in their order, which of all these captions each one has, ``(sum of b,)`` int64. As they came,
         and ``None``, where captions are not to be shared, or not of the table.
     """
-    if not captions.shares or not all(CAPTION_NUMBER in batch for batch in batches):
+    if not captions.shares or not all(isinstance(batch.get(CAPTION_NUMBER), np.ndarray) for batch in batches):
         return list(batches), None
     numbers = [batch[CAPTION_NUMBER] for batch in batches]
     places: dict[int, int] = {}  # of each caption among all rows that are kept
@@ -48,8 +48,6 @@ def _rows_of(batch: Mapping[str, Any], kept: list[int], count: int) -> dict[str,
     """A batch with some of its captions, of which there are so many."""
     rest = {name: value for name, value in batch.items() if name != CAPTION_INDEX}
     if len(kept) < count:
-        for name in ("input_ids", "attention_mask"):
-            if name in rest:
-                index = torch.tensor(kept).to(rest[name].device, non_blocking=True)
-                rest[name] = rest[name].index_select(0, index)
+        index = torch.tensor(kept).to(rest["input_ids"].device, non_blocking=True)
+        rest |= {name: rest[name].index_select(0, index) for name in ("input_ids", "attention_mask") if name in rest}
     return rest

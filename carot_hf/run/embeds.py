@@ -24,8 +24,12 @@ def embeds_of(outputs: Any, inputs: Mapping[str, Any]) -> Embeds:
     """
     image, text = unit(outputs.image_embeds), unit(outputs.text_embeds)
     index = inputs.get(CAPTION_INDEX)
-    # F.embedding, since the gradient of an index_select is summed in no fixed order on a GPU
-    return image, text if index is None else F.embedding(index, text)
+    return image, text if index is None else rows_at(index, text)
+
+
+def rows_at(index: Tensor, rows: Tensor) -> Tensor:
+    """Return the row ``(D,)`` of each sample out of ``(u, D)``."""
+    return F.embedding(index, rows)  # the gradient of an index_select is summed in no fixed order on a GPU
 
 
 def unit(embeds: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.captions import CaptionTable
@@ -18,7 +17,7 @@ from ..objective.gradient_cache import CachedGradients, RandomState, cache_gradi
 from ..objective.objective import Objective
 from ..objective.terms import MOVED
 from ..teacher.start import Start
-from .embeds import Embeds, embeds_of
+from .embeds import Embeds, embeds_of, rows_at
 from .moved import squared_distance
 from .start import StartViews
 from .taught import Taught
@@ -209,6 +208,5 @@ class LossStep:
         """Embeddings of all samples of a step, of images and perhaps of captions, from those of its micro-batches."""
         image, *texts = (torch.cat(rows) for rows in zip(*parts, strict=True))
         if self._caption_of is not None:
-            # F.embedding, since the gradient of an index_select is summed in no fixed order on a GPU
-            texts = [F.embedding(self._caption_of, rows) for rows in texts]
+            texts = [rows_at(self._caption_of, rows) for rows in texts]
         return image, *texts

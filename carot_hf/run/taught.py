@@ -56,7 +56,7 @@ class Taught:
                 image, text = embeds_of(self._network(**pair_inputs(inputs)), inputs)
             else:
                 image = unit(self._network.get_image_features(**image_inputs(inputs)).pooler_output)
-                numbers = torch.from_numpy(numbers).to(image.device, non_blocking=True)
+                numbers = torch.as_tensor(numbers).to(image.device, non_blocking=True)
                 text = self._texts().index_select(0, numbers)
         return image.clone(), text.clone()  # a loss with a gradient cannot use tensors of the inference mode
 

@@ -188,6 +188,7 @@ def test_what_is_not_of_the_table_or_drops_out_is_not_shared(processor):
     for captions, batches in (
         (alone, [alone.lookup_once(*pair) for pair in pairs]),
         (table, [table.tokenize_once(["a dog", "a cat", "a dog"]) for _ in pairs]),
+        (table, [{**batch, "caption_number": torch.tensor([0, 1])} for batch in [table.tokenize(["a", "b"])] * 2]),
     ):
         shared, index = share_captions(batches, captions)
         assert index is None

@@ -279,6 +279,7 @@ def test_captions_that_are_cut_are_said(processor):
     table = CaptionTable(processor.tokenizer, ["x", "y"], ["a {}"], 8)
     long = " ".join(["zero"] * 40)
     assert table.remember(["one", long, long, "two"]) == 1
+    assert table.remember([]) == 0
     ids = table.tokenize([long, "one"])["input_ids"]
     assert ids.shape == (2, 8)
     assert ids[0, -1] == processor.tokenizer.eos_token_id
